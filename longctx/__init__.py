@@ -1,0 +1,3 @@
+"""longctx: language models with very long memory, in JAX and Flax NNX."""
+
+__version__ = '0.1.0'

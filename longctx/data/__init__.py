@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, packing and resumable streams of batches."""

@@ -1,0 +1,42 @@
+"""What a user got wrong, said in one line: the field, the value, the rule, the remedy.
+
+`ConfigError` is the only exception that the command-line faces turn into a single line without a
+traceback; everything else is a fault of ours and keeps its traceback.
+Held by: tests/test_mistakes.py.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+  """A mistake in a config, a flag, a file or a workdir that its user can mend."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """' (did you mean "x"?)' with the known name closest to `name`, or '' if none is close."""
+  found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+  return f' (did you mean "{found[0]}"?)' if found else ''
+
+
+def check(condition: bool, message: str) -> None:
+  """Raises ConfigError(message) unless the condition holds."""
+  if not condition:
+    raise ConfigError(message)
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+  """Raises unless `value` is one of `choices`; names the nearest."""
+  choices = list(choices)
+  if value not in choices:
+    raise ConfigError(
+        f'{field}={value!r}: must be one of {", ".join(choices)}{nearest(value, choices)}')
+
+
+def check_range(field: str, value: float, low: float | None = None,
+                high: float | None = None) -> None:
+  """Raises unless low <= value <= high (an end that is None is open); refuses NaN."""
+  rule = ' and '.join([f'at least {low}'] * (low is not None) +
+                      [f'at most {high}'] * (high is not None))
+  inside = (value == value and (low is None or value >= low) and (high is None or value <= high))
+  check(inside, f'{field}={value}: must be {rule or "a number"}')

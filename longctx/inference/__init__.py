@@ -1,0 +1,1 @@
+"""Text out of a trained model: chunked prefill, then one token at a time."""

@@ -1,0 +1,1 @@
+"""Token models under one interface: hidden, state = model(tokens, state)."""

@@ -1,0 +1,1 @@
+"""The device mesh, the table of layouts, and every manual collective of longctx."""

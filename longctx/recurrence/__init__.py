@@ -1,0 +1,1 @@
+"""Recurrent token mixers and the scans they are made of."""

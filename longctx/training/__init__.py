@@ -1,0 +1,1 @@
+"""One training step and its parts: loss, optimiser, metrics, checkpoints."""
