@@ -56,7 +56,7 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, chunk: in
   the embedding is summed over devices once, not once a chunk. The embedding may be cut along V; cut
   along D it would be gathered again for every chunk, so gather it before the call.
   """
-  B, T, D = hidden_BTD.shape
+  B, T, _ = hidden_BTD.shape
   if B % batch_shards or T % length_shards:
     raise ValueError(f'hidden has shape {hidden_BTD.shape}: batch_shards={batch_shards} must divide '
                      f'its batch and length_shards={length_shards} its length.')
