@@ -1,0 +1,195 @@
+"""Corpora: where documents come from, and which split each belongs to.
+
+A source names its documents in a stable order and reads one as chunks of bytes, so that a document
+larger than memory is never held whole. `stdlib` is the source code of the running Python's standard
+library, text that every machine has; `files` is any glob; `tfds` is in tfds_corpus.py.
+
+Splits: 'hash' puts a whole document where sha256(name) says, whatever else the corpus holds;
+'contiguous' gives the first part of every document's bytes to train, the next to validation, the
+last to test, cut between UTF-8 characters.
+Held by: tests/test_data_corpus.py.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from longctx.errors import ConfigError, check
+
+SPLITS = ('train', 'validation', 'test')
+CHUNK = 1 << 24  # bytes of a document held at once
+EXCLUDED = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitRule:
+  """Which documents, or which part of each, are in a split."""
+  kind: str  # 'hash' or 'contiguous'
+  validation: float
+  test: float
+
+  def holds(self, name: str, split: str) -> bool:
+    """Whether any part of the document `name` may be in `split`."""
+    if self.kind == 'contiguous':
+      return True
+    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
+    u = int.from_bytes(digest[:8], 'big') / 2**64
+    if u < self.test:
+      return split == 'test'
+    return split == ('validation' if u < self.test + self.validation else 'train')
+
+  def bounds(self, size: int, split: str) -> tuple[int, int]:
+    """The part [start, stop) of a document of `size` bytes that is in `split` (if it `holds` it)."""
+    if self.kind == 'hash':
+      return 0, size
+    # rounded, so that 1 - 0.05 - 0.05 is 0.9 and not 0.8999...
+    cuts = [0, int(size * round(1 - self.validation - self.test, 12)),
+            int(size * round(1 - self.test, 12)), size]
+    i = SPLITS.index(split)
+    return cuts[i], cuts[i + 1]
+
+
+def between_characters(before: bytes, after: bytes) -> int:
+  """How many bytes (0 to 3) to step back from a cut so that it falls between UTF-8 characters."""
+  if not after or after[0] & 0xC0 != 0x80:
+    return 0
+  for step in range(1, min(3, len(before)) + 1):
+    if before[-step] & 0xC0 != 0x80:
+      return step
+  return 0  # not UTF-8
+
+
+def cut_bytes(data: bytes, rule: SplitRule, split: str) -> bytes:
+  """The part of a document in memory that is in `split`."""
+  start, stop = (c - between_characters(data[max(c - 3, 0):c], data[c:c + 1])
+                 for c in rule.bounds(len(data), split))
+  return data[start:stop]
+
+
+def _aligned(file: BinaryIO, cut: int) -> int:
+  file.seek(max(cut - 3, 0))
+  before = file.read(cut - max(cut - 3, 0))
+  return cut - between_characters(before, file.read(1))
+
+
+def read_chunks(path: pathlib.Path, rule: SplitRule, split: str) -> Iterator[bytes]:
+  """The split's part of a file; a chunk ends after a line, or at least between characters."""
+  try:
+    with open(path, 'rb') as file:
+      start, stop = (_aligned(file, c) for c in rule.bounds(os.fstat(file.fileno()).st_size, split))
+      while start < stop:
+        file.seek(start)
+        chunk = file.read(min(CHUNK, stop - start))
+        if not chunk:
+          return  # the file shrank meanwhile
+        if start + len(chunk) < stop:
+          end = chunk.rfind(b'\n') + 1 or len(chunk)
+          chunk = chunk[:end]
+          chunk = chunk[:len(chunk) - between_characters(chunk, file_byte(file, start + end))]
+        yield chunk
+        start += len(chunk)
+  except OSError as e:
+    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror}') from e
+
+
+def file_byte(file: BinaryIO, at: int) -> bytes:
+  file.seek(at)
+  return file.read(1)
+
+
+def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int,
+                  num_empty: int) -> str:
+  """Why a split has no text, and what to do; `num_empty` documents of it are empty."""
+  if num_documents and num_documents == num_empty:
+    return f'{what}: all {num_empty} documents of the {split} split are empty'
+  fraction = (f'data.{split}_fraction={getattr(rule, split)}' if split != 'train' else
+              f'data.validation_fraction={rule.validation}, data.test_fraction={rule.test}')
+  remedy = ("cut every document instead with data.split='contiguous'" if rule.kind == 'hash' else
+            'choose other fractions')
+  return (f'{fraction}: the {split} split of {what} ({num_documents} documents) is empty with '
+          f'data.split={rule.kind!r}; {remedy}')
+
+
+class FileSource:
+  """Documents that are files; the name is the path below `root`."""
+
+  def __init__(self, label: str, root: pathlib.Path, paths: list[pathlib.Path], rule: SplitRule):
+    self.label = label
+    self._rule = rule
+    self._root = root
+    self._paths = {p.relative_to(root).as_posix(): p for p in paths}
+    self._paths = dict(sorted(self._paths.items()))
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def names(self, split: str) -> list[str]:
+    return [n for n in self._paths if self._rule.holds(n, split)]
+
+  def explain_empty(self, split: str, num_empty: int) -> str:
+    what = f'data.corpus={self.label!r}'
+    # with 'hash' a split without documents, with 'contiguous' documents without a split
+    num_files = num_empty if self.names(split) and self._rule.kind == 'hash' else len(self)
+    return explain_empty(self._rule, split, what, num_files, num_empty)
+
+  def fingerprint(self, split: str) -> list:
+    """Changes when a file of the split is added, removed, renamed or written."""
+    del split  # the rule decides; cheap enough to take them all
+    return [self.label, str(self._root.resolve()), dataclasses.astuple(self._rule),
+            [[n, *_stat(p)] for n, p in self._paths.items()]]
+
+  def documents(self, split: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    for name in self.names(split):
+      yield name, read_chunks(self._paths[name], self._rule, split)
+
+
+def _stat(path: pathlib.Path) -> tuple[int, int]:
+  try:
+    stat = path.stat()
+  except OSError as e:
+    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror}') from e
+  return stat.st_size, stat.st_mtime_ns
+
+
+def stdlib_source(rule: SplitRule) -> FileSource:
+  """The *.py of the standard library, without its tests and without installed packages."""
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  paths = []
+  for folder, folders, files in os.walk(root):
+    folders[:] = [f for f in folders if f not in EXCLUDED]
+    paths += [pathlib.Path(folder) / f for f in files if f.endswith('.py')]
+  check(bool(paths), f"data.corpus='stdlib': {str(root)!r} holds no .py file (a Python shipped without "
+        "its sources); use data.corpus='files'")
+  return FileSource('stdlib', root, paths, rule)
+
+
+def files_source(pattern: str, rule: SplitRule) -> FileSource:
+  """The files that a glob matches; `**` goes through folders."""
+  pattern = os.path.expanduser(pattern)
+  found = sorted(set(glob.glob(pattern, recursive=True)))
+  paths = [pathlib.Path(p) for p in found if not os.path.isdir(p)]
+  if not paths:
+    what = 'matches only folders' if found else 'matches no file'
+    remedy = (f'; write {os.path.join(pattern, "**", "*.txt")!r} for the files below it'
+              if found else '; check the path, or quote the pattern in the shell')
+    raise ConfigError(f'data.files={pattern!r}: {what}{remedy}')
+  parts = pathlib.Path(pattern).parts
+  fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+  return FileSource('files', pathlib.Path(*parts[:fixed]), paths, rule)
+
+
+def open_source(config) -> FileSource:
+  """The corpus that a stream.Config names."""
+  rule = SplitRule(kind=config.split, validation=config.validation_fraction,
+                   test=config.test_fraction)
+  if config.corpus == 'stdlib':
+    return stdlib_source(rule)
+  if config.corpus == 'files':
+    return files_source(config.files, rule)
+  from longctx.data import tfds_corpus
+  return tfds_corpus.TfdsSource(config, rule)

@@ -1,0 +1,198 @@
+"""Which part of which document goes where in a batch: integer arithmetic, no tokens.
+
+A document of n tokens is stored as SEP b1 .. b(n-1) and gives n pairs (input, target), for its last
+token's target is SEP. Three ways of laying the pairs out in rows of T:
+
+    SplitRows  all documents in one shuffled line, chopped every T: no padding, pieces anywhere
+    WholeRows  each document, trimmed to T or dropped when longer, by best fit into padded rows
+    Lanes      the shuffled line in B equal lanes; row b walks along lane b from batch to batch
+
+Every pair that is left out of an epoch is counted in `accounting()`:
+    tokens == tokens_per_epoch + trimmed_tokens + dropped_tokens + tail_tokens.
+Held by: tests/test_data_packing.py.
+
+B batch  T tokens of a row
+"""
+
+import bisect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from longctx.errors import check
+
+
+class Piece(NamedTuple):
+  """`count` tokens of a document, from its token `offset` on."""
+  document: int
+  offset: int
+  count: int
+  position: int  # of the first token, counted from where the document starts or re-starts
+  segment: int   # the segment id
+
+
+def shuffled(n: int, *seed: int) -> np.ndarray:
+  """A permutation of range(n); from RandomState, whose numbers NumPy promises never to change."""
+  words = np.random.SeedSequence(seed).generate_state(4)
+  return np.random.RandomState(words).permutation(n)
+
+
+class Line:
+  """Documents one after the other, in a given order."""
+
+  def __init__(self, lengths: np.ndarray, order: np.ndarray):
+    self.order = order
+    self.ends = np.cumsum(lengths[order])
+
+  def span(self, low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
+    """(place in the order, document, offset, count) of what lies in [low, high)."""
+    j = int(np.searchsorted(self.ends, low, side='right'))
+    start = int(self.ends[j - 1]) if j else 0
+    while low < high:
+      end = int(self.ends[j])
+      count = min(end, high) - low
+      yield j, int(self.order[j]), low - start, count
+      low, start, j = low + count, end, j + 1
+
+  def num_cut(self, every: int, limit: int) -> int:
+    """Documents with a cut inside, when the line is cut at every, 2 * every, ... up to limit."""
+    starts = np.concatenate([[0], self.ends[:-1]])
+    inside = np.minimum((self.ends - 1) // every, limit // every)
+    return int(np.sum(inside > starts // every))
+
+
+class SplitRows:
+  """Rows of exactly T tokens; a document is cut wherever a row ends."""
+
+  def __init__(self, lengths: np.ndarray, length: int, seed: int):
+    self.line = Line(lengths, shuffled(len(lengths), seed))
+    self.length = length
+    self.total = int(self.line.ends[-1])
+    self.num_rows = self.total // length
+    check(self.num_rows > 0, f'data.length={length}: the split has only {self.total} tokens, not one '
+          'row; choose a shorter length or a larger split')
+
+  def pieces(self, row: int) -> list[Piece]:
+    span = self.line.span(row * self.length, (row + 1) * self.length)
+    return [Piece(document, offset, count, 0, i)
+            for i, (_, document, offset, count) in enumerate(span, start=1)]
+
+  def accounting(self) -> dict:
+    trained = self.num_rows * self.length
+    return _accounting(tokens_per_epoch=trained, tail_tokens=self.total - trained,
+                       rows_per_epoch=self.num_rows,
+                       documents_cut=self.line.num_cut(self.length, trained))
+
+
+class WholeRows:
+  """Rows of documents that fit whole, best fit in order of falling length; the rest is padding."""
+
+  def __init__(self, lengths: np.ndarray, length: int, seed: int, *, trim: bool):
+    lengths = np.asarray(lengths)
+    order = shuffled(len(lengths), seed)
+    long = lengths > length
+    if not trim:
+      order = order[~long[order]]
+    self._kept = np.minimum(lengths, length)
+    order = order[np.argsort(-self._kept[order], kind='stable')]
+    row_of = best_fit(self._kept[order], length)
+    self.num_rows = int(row_of.max()) + 1 if len(order) else 0
+    check(self.num_rows > 0, f"data.long_documents='drop': all {len(lengths)} documents of the split are "
+          f"longer than data.length={length}; choose 'split', 'trim' or a longer length")
+    self._documents = order[np.argsort(row_of, kind='stable')]
+    self._ends = np.cumsum(np.bincount(row_of))
+    trained = int(self._kept[order].sum())
+    lost = int(lengths[long].sum()) - int(long.sum()) * length * trim
+    self._accounting = _accounting(
+        tokens_per_epoch=trained, rows_per_epoch=self.num_rows,
+        padding_fraction=1 - trained / (self.num_rows * length),
+        **(dict(trimmed_tokens=lost, documents_cut=int(long.sum())) if trim else
+           dict(dropped_tokens=lost, dropped_documents=int(long.sum()))))
+
+  def pieces(self, row: int) -> list[Piece]:
+    low = self._ends[row - 1] if row else 0
+    documents = self._documents[low:self._ends[row]].tolist()
+    return [Piece(d, 0, int(self._kept[d]), 0, i) for i, d in enumerate(documents, start=1)]
+
+  def accounting(self) -> dict:
+    return self._accounting
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+  """The row of each item: the open row with the least room that still holds it, else a new one."""
+  rooms: list[int] = []              # the distinct rooms left, in order
+  rows: dict[int, list[int]] = {}    # room -> rows that have it left
+  row_of = np.empty(len(lengths), np.int64)
+  num_rows = 0
+  for i, n in enumerate(lengths.tolist()):
+    at = bisect.bisect_left(rooms, n)
+    if at < len(rooms):
+      room = rooms[at]
+      row = rows[room].pop()
+      if not rows[room]:
+        del rows[room], rooms[at]
+    else:
+      room, row = capacity, num_rows
+      num_rows += 1
+    row_of[i] = row
+    left = room - n
+    if left and left not in rows:
+      bisect.insort(rooms, left)
+      rows[left] = []
+    if left:
+      rows[left].append(row)
+  return row_of
+
+
+class Lanes:
+  """Row b of batch i has tokens [i T, (i + 1) T) of lane b; an epoch has a new order and new lanes.
+
+  A document that a lane or an epoch begins within starts there as if anew: its positions count from
+  there. Segment ids run on, so that neighbours differ across batches and epochs too.
+  """
+
+  def __init__(self, lengths: np.ndarray, length: int, batch_size: int, seed: int):
+    self._lengths = lengths
+    self._seed = seed
+    self.length = length
+    self.batch_size = batch_size
+    self.total = int(np.sum(lengths))
+    self.num_batches = self.total // batch_size // length
+    check(self.num_batches > 0, f'data.batch_size={batch_size}: the split has only {self.total} tokens, '
+          f'less than one batch of {batch_size} x {length}; choose a smaller batch or length')
+    self._lines: dict[int, Line] = {}
+
+  def line(self, epoch: int) -> Line:
+    """The line of an epoch; the latest two are kept."""
+    line = self._lines.get(epoch)
+    if line is None:
+      line = Line(self._lengths, shuffled(len(self._lengths), self._seed, epoch))
+      self._lines = {e: v for e, v in self._lines.items() if e == epoch - 1} | {epoch: line}
+    return line
+
+  def pieces(self, batch: int, lane: int) -> list[Piece]:
+    epoch, i = divmod(batch, self.num_batches)
+    lane_start = lane * self.num_batches * self.length
+    low = lane_start + i * self.length
+    result = []
+    for j, document, offset, count in self.line(epoch).span(low, low + self.length):
+      position = min(offset, low - lane_start)
+      segment = 1 + (epoch * len(self._lengths) + j) % (2**31 - 2)
+      result.append(Piece(document, offset, count, position, segment))
+      low += count
+    return result
+
+  def accounting(self) -> dict:
+    """Of the first epoch; `documents_cut` counts lane ends, for within a lane state is carried."""
+    lane = self.num_batches * self.length
+    trained = lane * self.batch_size
+    return _accounting(tokens_per_epoch=trained, tail_tokens=self.total - trained,
+                       rows_per_epoch=self.num_batches * self.batch_size,
+                       documents_cut=self.line(0).num_cut(lane, trained))
+
+
+def _accounting(**values) -> dict:
+  zero = dict(tokens_per_epoch=0, rows_per_epoch=0, trimmed_tokens=0, dropped_tokens=0,
+              dropped_documents=0, tail_tokens=0, documents_cut=0, padding_fraction=0.0)
+  return zero | values

@@ -1,0 +1,232 @@
+"""The data stream: batches of tokens, a pure function of the seed and the batch's index.
+
+A batch is a dict of arrays [B, T] (this host's rows of the global batch):
+
+    tokens, targets  int32    inputs and the tokens that follow them
+    loss_mask        float32  1 where there is a pair to learn, 0 on padding
+    positions        int32    within the document, from 0
+    segment_ids      int32    equal within a document, different in its neighbours; 0 is padding
+    document_start   bool     where a document begins, and with it the state that models carry
+
+form='packed': rows are independent. form='segments': row b of a batch carries on where row b of the
+batch before ended, and so does the state. Grain reads batches ahead in threads; its state is the
+index of the next batch, whatever the number of hosts.
+Held by: tests/test_data_stream.py.
+
+B batch  T tokens of a row
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from longctx.data import cache, corpus, packing
+from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.errors import ConfigError, check, check_choice, check_range
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  corpus: str = 'stdlib'             # 'stdlib', 'files' or 'tfds'
+  files: str = ''                    # a glob, for corpus='files'; ** goes through folders
+  tfds_name: str = ''                # as TensorFlow Datasets has it, for corpus='tfds'
+  tfds_dir: str = ''                 # '' is TFDS's own folder
+  tfds_splits: tuple[str, ...] = ()  # three, such as ('train[:90%]', 'train[90%:]', 'test')
+  text_feature: str = 'text'         # the feature of a TFDS example that holds the text
+  split: str = 'hash'                # 'hash': whole documents; 'contiguous': a part of each
+  validation_fraction: float = 0.05
+  test_fraction: float = 0.05
+  tokenizer: str = 'bytes'           # or the path of a SentencePiece .model file
+  form: str = 'packed'               # or 'segments'
+  length: int = 256                  # tokens of a row
+  batch_size: int = 8                # rows of all hosts together
+  long_documents: str = 'split'      # longer than a row: 'split', 'trim' or 'drop'
+  cache_dir: str = ''                # '' is $XDG_CACHE_HOME/longctx or ~/.cache/longctx
+  prefetch: int = 4                  # batches read ahead
+  threads: int = 1                   # 0 reads in the calling thread
+
+  def __post_init__(self):
+    check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds'))
+    for field, owner in (('files', 'files'), ('tfds_name', 'tfds')):
+      value = getattr(self, field)
+      check(bool(value) or self.corpus != owner, f"data.{field}='': data.corpus={owner!r} needs it")
+      check(not value or self.corpus == owner, f'data.{field}={value!r}: is not read with '
+            f'data.corpus={self.corpus!r}; set data.corpus={owner!r}')
+    check(len(self.tfds_splits) in (0, 3), f'data.tfds_splits={self.tfds_splits}: must be empty or '
+          'three names, of train, validation and test')
+    check_choice('data.split', self.split, ('hash', 'contiguous'))
+    check_range('data.validation_fraction', self.validation_fraction, 0, 1)
+    check_range('data.test_fraction', self.test_fraction, 0, 1)
+    held_out = self.validation_fraction + self.test_fraction
+    check(held_out < 1, f'data.validation_fraction + data.test_fraction = {held_out}: must be below '
+          '1, the rest is the train split')
+    check_choice('data.form', self.form, ('packed', 'segments'))
+    check_choice('data.long_documents', self.long_documents, ('split', 'trim', 'drop'))
+    check(self.form == 'packed' or self.long_documents == 'split',
+          f"data.long_documents={self.long_documents!r}: must be 'split' with data.form='segments', "
+          'whose rows carry a document on')
+    check_range('data.length', self.length, 1)
+    check_range('data.batch_size', self.batch_size, 1)
+    check_range('data.prefetch', self.prefetch, 0)
+    check_range('data.threads', self.threads, 0)
+    check(self.prefetch == 0 or self.prefetch >= self.threads, f'data.prefetch={self.prefetch}: must '
+          f'be 0 or at least data.threads={self.threads}, or threads would idle')
+
+
+class Documents:
+  """Random access to the documents of a split, for evaluation."""
+
+  def __init__(self, store: cache.Cache, tokenizer: Tokenizer):
+    self.tokenizer = tokenizer
+    self.total_tokens = int(store.meta['tokens'])
+    self.total_bytes = int(store.meta['bytes'])
+    self.content = store.content
+    self._store = store
+
+  def __len__(self) -> int:
+    return len(self._store.offsets) - 1
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """Tokens of each document, its leading SEP counted: the number of its (input, target) pairs."""
+    return np.diff(self._store.offsets)
+
+  def document(self, i: int) -> np.ndarray:
+    """SEP b1 .. bn; the target of its last token is SEP."""
+    if not 0 <= i < len(self):
+      raise IndexError(f'document {i} of {len(self)}')
+    low, high = self._store.offsets[i:i + 2]
+    return self._store.tokens[low:high].astype(np.int32)
+
+
+def _open(config: Config, split: str) -> tuple[cache.Cache, Tokenizer]:
+  check_choice('split', split, corpus.SPLITS)
+  tokenizer = load_tokenizer(config.tokenizer)
+  source = corpus.open_source(config)
+  return cache.open_cache(source, split, tokenizer, config.cache_dir), tokenizer
+
+
+def open_documents(config: Config, split: str) -> Documents:
+  return Documents(*_open(config, split))
+
+
+class BatchSource:
+  """Batch i of this host, for any i: the random-access source that Grain reads."""
+
+  def __init__(self, config: Config, store: cache.Cache, *, seed: int, host_index: int,
+               num_hosts: int):
+    import grain
+    share = config.batch_size // num_hosts
+    self._rows = range(host_index * share, (host_index + 1) * share)
+    self._config = config
+    self._store = store
+    lengths = np.diff(store.offsets)
+    if config.form == 'segments':
+      self._layout = packing.Lanes(lengths, config.length, config.batch_size, seed)
+      return
+    if config.long_documents == 'split':
+      self._layout = packing.SplitRows(lengths, config.length, seed)
+    else:
+      self._layout = packing.WholeRows(lengths, config.length, seed,
+                                       trim=config.long_documents == 'trim')
+    row_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+    # every epoch its own permutation of the rows, in constant memory
+    self._order = grain.MapDataset.range(self._layout.num_rows).shuffle(seed=row_seed).repeat()
+
+  def __len__(self) -> int:
+    return sys.maxsize  # epochs follow one another without end
+
+  def __getitem__(self, i: int) -> Batch:
+    shape = (len(self._rows), self._config.length)
+    batch = dict(
+        tokens=np.zeros(shape, np.int32), targets=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, np.float32), positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32), document_start=np.zeros(shape, bool))
+    for local, row in enumerate(self._rows):
+      self._fill({k: v[local] for k, v in batch.items()}, self._pieces(i, row))
+    return batch
+
+  def _pieces(self, i: int, row: int) -> list[packing.Piece]:
+    if self._config.form == 'segments':
+      return self._layout.pieces(i, row)
+    return self._layout.pieces(self._order[i * self._config.batch_size + row])
+
+  def _fill(self, row: Batch, pieces: list[packing.Piece]) -> None:
+    low = 0
+    for piece in pieces:
+      high = low + piece.count
+      start = int(self._store.offsets[piece.document]) + piece.offset
+      tokens = self._store.tokens[start:start + piece.count + 1]
+      row['tokens'][low:high] = tokens[:-1]
+      row['targets'][low:high] = tokens[1:]
+      row['loss_mask'][low:high] = 1
+      row['positions'][low:high] = np.arange(piece.position, piece.position + piece.count)
+      row['segment_ids'][low:high] = piece.segment
+      row['document_start'][low] = piece.position == 0
+      low = high
+
+  def accounting(self) -> dict:
+    """What an epoch trains on and what it leaves out; see packing.py."""
+    meta = self._store.meta
+    return dict(documents=meta['documents'], empty_documents=meta['empty_documents'],
+                bytes=meta['bytes'], tokens=meta['tokens'], **self._layout.accounting())
+
+
+class Stream:
+  """An endless iterator over batches, with a state that a checkpoint can hold."""
+
+  def __init__(self, config: Config, source: BatchSource, identity: dict, tokenizer: Tokenizer):
+    import grain
+    self.config = config
+    self.tokenizer = tokenizer
+    self.accounting = source.accounting()
+    self._source = source
+    self._identity = identity
+    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+    self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)
+
+  def batch(self, i: int) -> Batch:
+    """Batch i, without moving the stream."""
+    return self._source[i]
+
+  def state(self) -> dict:
+    """JSON; the same on every host."""
+    return {'next_index': int(self._iterator.get_state()['next_index']), **self._identity}
+
+  def restore(self, state: dict) -> None:
+    """Goes to where a stream of the same data, seed and shape was."""
+    differing = [f'{k} was {state.get(k)!r} and is {v!r}' for k, v in self._identity.items()
+                 if state.get(k) != v]
+    check(not differing, f'the saved data stream is another one: {"; ".join(differing)}; resume with '
+          'the settings and data that it was saved with')
+    self._iterator.set_state({'next_index': int(state['next_index'])})
+
+  def close(self) -> None:
+    """Ends the reading threads."""
+    self._iterator.close()
+
+
+def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: int = 0,
+                num_hosts: int = 1) -> Stream:
+  """The batches of a split; tokenises the corpus first if no cache of it is there."""
+  check_range('seed', seed, 0)
+  check(config.batch_size % num_hosts == 0, f'data.batch_size={config.batch_size}: must be a multiple '
+        f'of the number of hosts, {num_hosts}; each reads an equal share of the rows')
+  if not 0 <= host_index < num_hosts:
+    raise ConfigError(f'host_index={host_index}: must be in 0..{num_hosts - 1}')
+  store, tokenizer = _open(config, split)
+  source = BatchSource(config, store, seed=seed, host_index=host_index, num_hosts=num_hosts)
+  identity = dict(content=store.content, tokenizer=tokenizer.fingerprint, split=split, seed=seed,
+                  form=config.form, length=config.length, batch_size=config.batch_size,
+                  long_documents=config.long_documents)
+  return Stream(config, source, identity, tokenizer)
