@@ -1,0 +1,103 @@
+"""Self-attention with a key-value cache as its state.
+
+A call attends to the cached keys and to its own, each with the mask as an interval of key indices,
+and merges the two by their log-sum-exp; then it writes its keys. The cache is a ring: the key of
+index i stands in slot i mod S. A layer with a window needs window - 1 slots, however long the
+document; a layer without one needs a slot for every token.
+Sources: RoPE arXiv:2104.09864, GQA arXiv:2305.13245, qk-norm arXiv:2010.04245.
+Held by: tests/test_models.py.
+
+B batch  T tokens  S slots  N query heads  K kv heads  H head dim  D model  W window
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention import attend, merge
+from longctx.models.context import Context
+from longctx.models.layers import RMSNorm, normal, param, rotary_angles, rotate
+from longctx.parallel.mesh import constrain
+
+
+class Cache(NamedTuple):
+  """Keys (already turned by their positions) and values; batch first."""
+
+  k: jax.Array       # [B, S, K, H]
+  v: jax.Array       # [B, S, K, H]
+  index: jax.Array   # int32 [B, S]: which token's key stands here; -1 for none
+
+
+def empty_cache(batch_size: int, slots: int, num_kv_heads: int, head_dim: int,
+                dtype: jnp.dtype) -> Cache:
+  shape = (batch_size, slots, num_kv_heads, head_dim)
+  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
+               jnp.full((batch_size, slots), -1, jnp.int32))
+
+
+def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array) -> Cache:
+  """The cache after these keys; of two that want one slot the later stays, padding (-1) none."""
+  slots = cache.index.shape[1]
+  if slots == 0:
+    return cache
+  newest_B1 = index_BT.max(axis=1, keepdims=True)
+  stays_BT = (index_BT >= 0) & (index_BT > newest_B1 - slots)
+  slot_BT = jnp.where(stays_BT, index_BT % slots, slots)   # slot S does not exist: dropped
+  row_B1 = jnp.arange(index_BT.shape[0])[:, None]
+  put = lambda old, new: old.at[row_B1, slot_BT].set(new.astype(old.dtype), mode='drop')
+  return Cache(put(cache.k, k_BTKH), put(cache.v, v_BTKH), put(cache.index, index_BT))
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention; `window` = 0 sees the whole document."""
+
+  def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int,
+               position: str, rope_base: float, qk_norm: bool, norm_epsilon: float,
+               implementation: str, std: float, out_std: float, rngs: nnx.Rngs):
+    self.head_dim = head_dim
+    self.position = position
+    self.rope_base = rope_base
+    self.implementation = implementation
+    self.w_q = param(rngs, normal(std), (dim, num_heads, head_dim), ('embed', 'heads', None))
+    self.w_kv = param(rngs, normal(std), (dim, 2, num_kv_heads, head_dim),
+                      ('embed', None, 'kv_heads', None))
+    self.w_out = param(rngs, normal(out_std), (num_heads, head_dim, dim),
+                       ('heads', None, 'embed'))
+    self.q_norm = RMSNorm(head_dim, norm_epsilon, rngs=rngs) if qk_norm else None
+    self.k_norm = RMSNorm(head_dim, norm_epsilon, rngs=rngs) if qk_norm else None
+
+  def __call__(self, x_BTD: jax.Array, cache: Cache | None, context: Context, window: int
+               ) -> tuple[jax.Array, Cache | None]:
+    dtype = x_BTD.dtype
+    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.w_q.get_value().astype(dtype))
+    kv_BTCKH = jnp.einsum('BTD,DCKH->BTCKH', x_BTD, self.w_kv.get_value().astype(dtype))
+    k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+    if self.q_norm is not None:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    if self.position == 'rope':
+      angles = rotary_angles(context.position_BT, self.head_dim, self.rope_base)
+      q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
+    q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
+    k_BTKH = constrain(k_BTKH, 'batch', 'length', 'kv_heads', None)
+    v_BTKH = constrain(v_BTKH, 'batch', 'length', 'kv_heads', None)
+
+    start_BT, end_BT = context.start_BT, context.index_BT + 1
+    if window:
+      start_BT = jnp.maximum(start_BT, end_BT - window)
+    if context.valid_BT is not None:
+      end_BT = jnp.where(context.valid_BT, end_BT, start_BT)   # padding sees nothing
+    here = attend(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, context.index_BT,
+                  scale=self.head_dim ** -0.5, implementation=self.implementation,
+                  causal=context.dense, whole=context.whole and not window)
+    if cache is not None:
+      if cache.index.shape[1]:
+        before = attend(q_BTNH, cache.k, cache.v, start_BT, end_BT, cache.index,
+                        scale=self.head_dim ** -0.5, implementation=self.implementation,
+                        cached=True)
+        here = merge(before, here)
+      cache = write(cache, k_BTKH, v_BTKH, context.index_BT)
+    out_BTNH = here[0].astype(dtype)
+    y_BTD = jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.w_out.get_value().astype(dtype))
+    return constrain(y_BTD, 'batch', 'length', None), cache

@@ -1,0 +1,94 @@
+"""Where each token of a call stands: its index in the stream, its document, its position.
+
+Every model reads the same three optional arguments (`positions_BT`, `segment_ids_BT`, `valid_BT`)
+through `place_tokens`, and carries the same small `Clock` in its state, so that documents, padding
+and splits mean the same to attention and to recurrence.
+Held by: tests/test_models.py.
+
+B batch  T tokens
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Clock(NamedTuple):
+  """What must be known of the past to place the next token. Each int32 [B]."""
+
+  index: jax.Array      # tokens seen so far: the index of the next one
+  start: jax.Array      # index of the first token of the document being read
+  segment: jax.Array    # segment id of the last token seen; NO_SEGMENT before any
+
+
+NO_SEGMENT = -1
+
+
+def new_clock(batch_size: int) -> Clock:
+  zeros = jnp.zeros((batch_size,), jnp.int32)
+  return Clock(zeros, zeros, jnp.full((batch_size,), NO_SEGMENT, jnp.int32))
+
+
+class Context(NamedTuple):
+  """The tokens of one call. int32 or bool, each [B, T]; None where it would be trivial."""
+
+  index_BT: jax.Array          # index of the token in its row's stream; -1 for padding
+  start_BT: jax.Array          # index of the first token of its document
+  position_BT: jax.Array       # what position encodings see: counted within the document
+  reset_BT: jax.Array | None   # True where a document begins; None: nowhere but at index 0
+  valid_BT: jax.Array | None   # False for padding; None: no padding
+  whole: bool                  # static: one document a row, index == arange(T)
+  dense: bool                  # static: index == arange(T) (documents may begin anywhere)
+
+
+def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,
+                 segment_ids_BT: jax.Array | None, valid_BT: jax.Array | None,
+                 ) -> tuple[Context, Clock | None]:
+  """Places the tokens of a call after those the clock has seen; returns the clock after them.
+
+  A document begins at a valid token whose segment id differs from that of the valid token
+  before it. Without segment ids the document that the clock was in goes on.
+  """
+  batch, length = tokens_BT.shape
+  for name, x in (('positions_BT', positions_BT), ('segment_ids_BT', segment_ids_BT),
+                  ('valid_BT', valid_BT)):
+    if x is not None and x.shape != tokens_BT.shape:
+      raise ValueError(f'{name} has shape {x.shape}; must be that of the tokens, '
+                       f'{tokens_BT.shape}')
+  seen = clock if clock is not None else new_clock(batch)
+  slot_T = jnp.arange(length, dtype=jnp.int32)
+  if valid_BT is None:
+    index_BT = seen.index[:, None] + slot_T
+    next_index = seen.index + length
+  else:
+    count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
+    index_BT = jnp.where(valid_BT, seen.index[:, None] + count_BT - 1, -1)
+    next_index = seen.index + count_BT[:, -1]
+
+  if segment_ids_BT is None:
+    reset_BT, last_segment = None, seen.segment
+    start_BT = jnp.broadcast_to(seen.start[:, None], (batch, length))
+  else:
+    if valid_BT is None:
+      before_BT = jnp.concatenate([seen.segment[:, None], segment_ids_BT[:, :-1]], axis=1)
+      last_segment = segment_ids_BT[:, -1]
+    else:
+      latest_BT = jax.lax.cummax(jnp.where(valid_BT, slot_T, -1), axis=1)
+      filled_BT = jnp.where(latest_BT < 0, seen.segment[:, None],
+                            jnp.take_along_axis(segment_ids_BT, latest_BT.clip(0), axis=1))
+      before_BT = jnp.concatenate([seen.segment[:, None], filled_BT[:, :-1]], axis=1)
+      last_segment = filled_BT[:, -1]
+    reset_BT = segment_ids_BT != before_BT
+    if valid_BT is not None:
+      reset_BT &= valid_BT
+    start_BT = jax.lax.cummax(jnp.where(reset_BT, index_BT, seen.start[:, None]), axis=1)
+
+  if positions_BT is None:
+    positions_BT = jnp.maximum(index_BT - start_BT, 0)
+  dense = clock is None and valid_BT is None
+  context = Context(index_BT, start_BT, positions_BT, reset_BT, valid_BT,
+                    whole=dense and segment_ids_BT is None, dense=dense)
+  if clock is None:
+    return context, None
+  return context, Clock(next_index, start_BT[:, -1], last_segment.astype(jnp.int32))

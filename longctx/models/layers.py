@@ -1,0 +1,132 @@
+"""The small parts that every model is made of: parameters, embedding, norm, positions, dropout.
+
+A parameter is made by `param`, which names the meaning of each dim (`parallel.mesh.RULES` maps the
+meanings to the mesh). Sources: RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864 (half layout, as
+Llama); SwiGLU arXiv:2002.05202.
+Held by: tests/test_layers.py.
+
+B batch  T tokens  N heads  H head dim  D model  F mlp  V vocab
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.parallel.mesh import constrain
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def param(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...],
+          dims: tuple[str | None, ...]) -> nnx.Param:
+  """A float32 parameter whose `dims` name the meaning of each dim of its shape."""
+  return nnx.Param(init(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+def normal(std: float) -> Callable:
+  return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def constant(value: float) -> Callable:
+  return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+# Up to this many symbols the gradient of a lookup is a product with the one-hot matrix: a scatter
+# of rows is serial on CPU and slow on TPU. Above, the product would cost more than the scatter.
+ONE_HOT_VOCAB = 1024
+
+
+@jax.custom_vjp
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  """Rows of the table, [B, T, D]; a token outside the vocabulary gives NaN."""
+  return jnp.take(table_VD, tokens_BT, axis=0, mode='fill', fill_value=jnp.nan)
+
+
+def _lookup_forward(table_VD, tokens_BT):
+  return lookup(table_VD, tokens_BT), (tokens_BT, table_VD.shape[0])
+
+
+def _lookup_backward(residuals, grad_BTD):
+  tokens_BT, vocab = residuals
+  if vocab <= ONE_HOT_VOCAB:
+    one_hot_BTV = jax.nn.one_hot(tokens_BT, vocab, dtype=grad_BTD.dtype)
+    table = jnp.einsum('BTV,BTD->VD', one_hot_BTV, grad_BTD, preferred_element_type=jnp.float32)
+  else:
+    zeros = jnp.zeros((vocab, grad_BTD.shape[-1]), jnp.float32)
+    table = zeros.at[tokens_BT].add(grad_BTD.astype(jnp.float32), mode='drop')
+  return table.astype(grad_BTD.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class Embedding(nnx.Module):
+  """A table [V, D]: tokens to vectors, and, where tied, vectors to logits."""
+
+  def __init__(self, vocab_size: int, dim: int, std: float, *, rngs: nnx.Rngs):
+    self.table = param(rngs, normal(std), (vocab_size, dim), ('vocab', 'embed'))
+
+  def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    x_BTD = lookup(self.table.get_value().astype(dtype), tokens_BT)
+    return constrain(x_BTD, 'batch', 'length', None)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last dim, in float32 whatever the input's type."""
+
+  def __init__(self, dim: int, epsilon: float, *, rngs: nnx.Rngs):
+    self.epsilon = epsilon
+    self.scale = param(rngs, constant(1.0), (dim,), (None,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    return (y * self.scale.get_value()).astype(x.dtype)
+
+
+def rotary_angles(position_BT: jax.Array, head_dim: int, base: float
+                  ) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of the angles position * base^(-2j / H), each [B, T, 1, H/2] float32."""
+  frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """RoPE: turns the pair (x_j, x_{j + H/2}) by its angle."""
+  cos, sin = angles
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Inverted dropout; identity without a key or at rate 0."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class MLP(nnx.Module):
+  """The feed-forward layer: 'swiglu' W_o (silu(x W_g) * x W_i), or 'gelu' W_o gelu(x W_i)."""
+
+  def __init__(self, dim: int, mlp_dim: int, kind: str, std: float, out_std: float, *,
+               rngs: nnx.Rngs):
+    self.kind = kind
+    if kind == 'swiglu':
+      self.w_in = param(rngs, normal(std), (dim, 2, mlp_dim), ('embed', None, 'mlp'))
+    else:
+      self.w_in = param(rngs, normal(std), (dim, mlp_dim), ('embed', 'mlp'))
+    self.w_out = param(rngs, normal(out_std), (mlp_dim, dim), ('mlp', 'embed'))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    w_in = self.w_in.get_value().astype(x_BTD.dtype)
+    if self.kind == 'swiglu':
+      h_BTCF = jnp.einsum('BTD,DCF->BTCF', x_BTD, w_in)
+      h_BTF = jax.nn.silu(h_BTCF[:, :, 0]) * h_BTCF[:, :, 1]
+    else:
+      h_BTF = jax.nn.gelu(x_BTD @ w_in)
+    h_BTF = constrain(h_BTF, 'batch', 'length', 'mlp')
+    return h_BTF @ self.w_out.get_value().astype(x_BTD.dtype)

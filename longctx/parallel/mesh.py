@@ -1,0 +1,198 @@
+"""The device mesh, and the one table that says which dimension is cut over which of its axes.
+
+Model code names the meaning of a dimension ('embed', 'heads', ...); a row of `RULES` maps meanings
+to the mesh axes `data`, `seq` and `model`. An axis of size 1 cuts nothing and costs nothing.
+Held by: tests/test_mesh.py (the loss is the same under every layout), tests/test_distributed.py.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from longctx.errors import ConfigError, check, check_choice, check_range
+
+AXES = ('data', 'seq', 'model')
+
+# meaning of a dimension -> mesh axis. `vocab` is cut where the axis divides it, else kept whole.
+RULES = {
+    'single': dict(batch=None,   length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'data':   dict(batch='data', length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'fsdp':   dict(batch='data', length=None,  embed='data', heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'tensor': dict(batch='data', length=None,  embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+    'sequence': dict(batch='data', length='seq', embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Mesh sizes and the row of `RULES`. data=-1 takes the devices that seq and model leave."""
+
+  data: int = -1
+  seq: int = 1
+  model: int = 1
+  layout: str = 'tensor'
+
+  def __post_init__(self):
+    check(self.data == -1 or self.data >= 1,
+          f'mesh.data={self.data}: must be at least 1, or -1 for all remaining devices')
+    check_range('mesh.seq', self.seq, 1)
+    check_range('mesh.model', self.model, 1)
+    check_choice('mesh.layout', self.layout, RULES)
+    used = set(RULES[self.layout].values())
+    for axis in AXES:
+      size = getattr(self, axis)
+      fits = [name for name, row in RULES.items() if axis in row.values()]
+      check(axis in used or size in (1, -1),
+            f'mesh.{axis}={size}: layout {self.layout!r} cuts nothing over {axis!r}; '
+            f'set mesh.layout to one of {", ".join(fits)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh with its rules: what `NamedSharding` a tensor of named dims gets."""
+
+  mesh: Mesh
+  rules: dict[str, str | None]
+
+  def spec(self, *dims: str | None, shape: tuple[int, ...] | None = None) -> PartitionSpec:
+    """PartitionSpec of a tensor whose dims have these meanings (None: not cut)."""
+    axes = []
+    for i, dim in enumerate(dims):
+      if dim is not None and dim not in self.rules:
+        raise KeyError(f'unknown dimension name {dim!r}; RULES has {", ".join(self.rules)}')
+      axis = self.rules[dim] if dim is not None else None
+      if dim == 'vocab' and axis and (shape is None or shape[i] % self.mesh.shape[axis]):
+        axis = None
+      axes.append(axis)
+    return PartitionSpec(*axes)
+
+  def sharding(self, *dims: str | None, shape: tuple[int, ...] | None = None) -> NamedSharding:
+    return NamedSharding(self.mesh, self.spec(*dims, shape=shape))
+
+  def size(self, dim: str) -> int:
+    """Into how many parts this layout cuts dimension `dim`."""
+    axis = self.rules[dim]
+    return self.mesh.shape[axis] if axis else 1
+
+  def params_sharding(self, params: Any) -> Any:
+    """Shardings for a tree of `nnx.Param`s, from the `dims` each was created with.
+
+    A stacked parameter has one leading dim more than its `dims` name: the layer, never cut.
+    Raises ConfigError where a mesh axis does not divide a parameter.
+    """
+    def one(path, param):
+      shape = param.get_value().shape
+      dims = param.get_metadata()['dims']
+      dims = (None,) * (len(shape) - len(dims)) + tuple(dims)
+      spec = self.spec(*dims, shape=shape)
+      for dim, size, axis in zip(dims, shape, spec):
+        cuts = self.mesh.shape[axis] if axis else 1
+        check(size % cuts == 0,
+              f'mesh.{axis}={cuts}: must divide {dim}={size} of parameter '
+              f'{jax.tree_util.keystr(path)}; choose a mesh.{axis} that divides it, or a layout '
+              f'that leaves {dim} whole')
+      return NamedSharding(self.mesh, spec)
+
+    from flax import nnx
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+  def host_rows(self, batch_size: int) -> tuple[int, int]:
+    """(index, count): this host reads the index-th of `count` equal parts of a batch's rows."""
+    rows = self.sharding('batch').addressable_devices_indices_map((batch_size,))
+    spans = {(s[0].start or 0, batch_size if s[0].stop is None else s[0].stop)
+             for s in rows.values()}
+    start, stop = min(s for s, _ in spans), max(e for _, e in spans)
+    return start // (stop - start), batch_size // (stop - start)
+
+  def place(self, rows: Any, batch_size: int) -> Any:
+    """Host arrays [B_host, T, ...] -> global arrays [B, T, ...] cut over batch and length."""
+    first = self.host_rows(batch_size)[0]
+
+    def one(x):
+      x = np.asarray(x)
+      offset = first * x.shape[0]
+      dims = ('batch', 'length')[:x.ndim] + (None,) * (x.ndim - 2)
+      def part(index):
+        span = range(batch_size)[index[0]]
+        return x[(slice(span.start - offset, span.stop - offset), *index[1:])]
+      return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.sharding(*dims), part)
+
+    return jax.tree.map(one, rows)
+
+  def replicate(self, tree: Any) -> Any:
+    """Host values -> arrays that every device holds whole."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(
+            np.shape(x), self.sharding(), lambda index: np.asarray(x)[index]), tree)
+
+
+def make_layout(config: Config, devices: list | None = None) -> Layout:
+  """Builds the mesh over all devices (or those given); ConfigError where sizes do not fit."""
+  devices = devices if devices is not None else jax.devices()
+  if config.layout == 'single':
+    devices = devices[:1]
+  rest = config.seq * config.model
+  data = config.data if config.data > 0 else max(1, len(devices) // rest)
+  sizes = (data, config.seq, config.model)
+  product = math.prod(sizes)
+  check(product == len(devices),
+        f'mesh.data={config.data} x mesh.seq={config.seq} x mesh.model={config.model}: '
+        f'{product} places for {len(devices)} device(s); the product must be equal to it')
+  mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+  return Layout(mesh, RULES[config.layout])
+
+
+_current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
+
+
+def current() -> Layout | None:
+  """The layout that the code being traced runs under, or None."""
+  return _current.get()
+
+
+@contextlib.contextmanager
+def use(layout: Layout) -> Iterator[None]:
+  """Code traced inside sees `layout` in `constrain` and in sequence-parallel attention."""
+  token = _current.set(layout)
+  try:
+    with jax.set_mesh(layout.mesh):
+      yield
+  finally:
+    _current.reset(token)
+
+
+def under(layout: Layout, function: Callable) -> Callable:
+  """`function`, traced and called under `layout`; jit the result."""
+  def wrapped(*args, **kwargs):
+    token = _current.set(layout)
+    try:
+      return function(*args, **kwargs)
+    finally:
+      _current.reset(token)
+  return wrapped
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+  """Cuts an activation by its dims' meanings under the current layout; identity without one."""
+  layout = current()
+  if layout is None or layout.mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, layout.sharding(*dims, shape=x.shape))
+
+
+def check_divides(field: str, value: int, dim: str, layout: Layout) -> None:
+  """ConfigError unless the layout's axis for `dim` divides `value`."""
+  axis, cuts = layout.rules[dim], layout.size(dim)
+  if value % cuts:
+    divisors = [str(n) for n in range(1, value + 1) if value % n == 0]
+    raise ConfigError(
+        f'{field}={value}: mesh.{axis}={cuts} must divide it; choose mesh.{axis} from '
+        f'{", ".join(divisors[:12])} or a {field} that is a multiple of {cuts}')
