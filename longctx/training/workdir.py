@@ -1,0 +1,248 @@
+"""The workdir of a run: who holds it, which config it was made with, and how a run is asked to stop.
+
+One run at a time holds W (`lock`); every run in W has the config that W/config.json tells, but for
+the keys that its user names (`agree`); a file in W is either the old one or the new one, never half
+of it (`atomic_write`).
+
+Held by: tests/test_workdir.py.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from longctx.errors import ConfigError, check, nearest
+
+CONFIG_FILE = 'config.json'
+LOCK_FILE = '.lock'
+_ABSENT = object()  # a key that one side lacks; None is a value
+
+
+def atomic_write(path: str | os.PathLike, data: bytes) -> None:
+  """Writes `data` so that a reader, or a power cut, meets the old file or the new one."""
+  path = Path(path)
+  # Two processes that write one path must not share the temporary file.
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}.tmp')
+  try:
+    with open(temporary, 'wb') as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(folder)  # the rename itself
+  finally:
+    os.close(folder)
+
+
+class Lock:
+  """The hold of one run on its workdir; `release`, leaving the `with`, or the process's end drop it."""
+
+  def __init__(self, fd: int | None):
+    self._fd = fd
+
+  def release(self) -> None:
+    """Lets the next run in. The file stays: removing it would let two runs lock two files."""
+    _HELD.discard(self)
+    if self._fd is not None:
+      os.close(self._fd)
+      self._fd = None
+
+  def __enter__(self) -> 'Lock':
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.release()
+
+
+_HELD: set[Lock] = set()  # a lock whose caller keeps no reference must not vanish by collection
+
+
+def lock(workdir: str | os.PathLike) -> Lock:
+  """Makes the workdir if need be and takes it; ConfigError if another run has it.
+
+  The kernel drops the lock with the process, SIGKILL included, so no stale lock is ever met. Of a
+  distributed run process 0 alone takes it.
+  """
+  import jax
+
+  _make(workdir)
+  if jax.process_index() != 0:
+    return Lock(None)
+  path = Path(workdir) / LOCK_FILE
+  try:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as e:
+    raise ConfigError(f'--workdir={workdir}: cannot write there ({e.strerror}); give a folder '
+                      'that you may write to') from e
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    holder = os.read(fd, 200).decode(errors='replace').strip() or 'another process'
+    os.close(fd)
+    raise ConfigError(f'--workdir={workdir}: held by a run that is still going ({holder}); wait '
+                      'for it, stop it, or give another workdir') from None
+  except OSError as e:
+    os.close(fd)
+    raise ConfigError(f'--workdir={workdir}: its file system cannot lock files ({e.strerror}); '
+                      'give a workdir on another one') from e
+  os.ftruncate(fd, 0)
+  os.pwrite(fd, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
+  held = Lock(fd)
+  _HELD.add(held)
+  return held
+
+
+def _make(workdir: str | os.PathLike) -> None:
+  check(bool(str(workdir)), '--workdir: missing; give a folder for the run, such as --workdir=runs/a')
+  try:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as e:
+    raise ConfigError(f'--workdir={workdir}: {e.filename} is a file; give a folder') from e
+  except OSError as e:
+    raise ConfigError(f'--workdir={workdir}: cannot make this folder ({e.strerror}); give one '
+                      'that you may write to') from e
+
+
+def plain(config: Any) -> Any:
+  """A ConfigDict as JSON would give it back: dicts, lists (tuples too), numbers, strings."""
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  return json.loads(json.dumps(config))
+
+
+def leaves(config: dict, prefix: str = '') -> dict[str, Any]:
+  """{'run.num_steps': 100, ...}; a list, and an empty section, is a leaf."""
+  found = {}
+  for key, value in config.items():
+    name = f'{prefix}{key}'
+    found |= leaves(value, f'{name}.') if isinstance(value, dict) and value else {name: value}
+  return found
+
+
+def agree(workdir: str | os.PathLike, config: Any, allow: str = '') -> None:
+  """Holds this run to the config of the runs before it in W; the first run writes it.
+
+  Args:
+    workdir: the folder W.
+    config: a ConfigDict or dict.
+    allow: keys (`run.num_steps`) or sections (`run`), with commas between, that may differ; W then
+      has the new values from here on.
+  """
+  import jax
+
+  path, given = Path(workdir) / CONFIG_FILE, plain(config)
+  new = leaves(given)
+  old = leaves(_read(path)) if path.exists() else None
+  allowed = [key.strip() for key in allow.split(',') if key.strip()]
+  for key in allowed:
+    known = set(new) | set(old or ())
+    sections = {name[:i] for name in known for i, c in enumerate(name) if c == '.'}
+    check(key in known | sections,
+          f'--allow_config_change={key}: no such key{nearest(key, known | sections)}')
+  if old is not None:
+    _compare(path, old, new, allowed)
+  if old != new and jax.process_index() == 0:
+    try:
+      atomic_write(path, (json.dumps(given, indent=2, sort_keys=True) + '\n').encode())
+    except OSError as e:
+      raise ConfigError(f'--workdir={workdir}: cannot write {CONFIG_FILE} ({e.strerror}); '
+                        'make room or give another workdir') from e
+
+
+def _compare(path: Path, old: dict, new: dict, allowed: list[str]) -> None:
+  differing = [key for key in sorted(set(old) | set(new))
+               if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))]
+  refused = [key for key in differing
+             if not any(key == a or key.startswith(f'{a}.') for a in allowed)]
+  if refused:
+    show = lambda value: 'no such key' if value is _ABSENT else json.dumps(value)
+    told = '; '.join(f'{key}: W has {show(old.get(key, _ABSENT))}, you gave '
+                     f'{show(new.get(key, _ABSENT))}' for key in refused)
+    # A key that is allowed already has to be said again, or the next try is refused for it.
+    remedy = ','.join([*allowed, *refused])
+    raise ConfigError(f'{path} disagrees with this config: {told}. To go on with what you gave: '
+                      f'--allow_config_change={remedy}; or give another workdir')
+
+
+def _same(a: Any, b: Any) -> bool:
+  if a is _ABSENT or b is _ABSENT:
+    return False
+  return (a == b and isinstance(a, bool) == isinstance(b, bool)) or json.dumps(a) == json.dumps(b)
+
+
+def _read(path: Path) -> dict:
+  try:
+    config = json.loads(path.read_bytes())
+  except OSError as e:
+    raise ConfigError(f'{path}: cannot be read ({e.strerror})') from e
+  except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
+    raise ConfigError(f'{path}: not a config that a run wrote ({_first_line(e)}); remove this file '
+                      'and start with the config that the run had') from e
+  check(isinstance(config, dict), f'{path}: not a config that a run wrote (not a JSON object); '
+        'remove this file and start with the config that the run had')
+  return config
+
+
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+  """The config that W's run had, for whoever uses its model; lists are tuples again."""
+  folder = Path(workdir)
+  path = folder / CONFIG_FILE
+  check(folder.is_dir(), f'--workdir={workdir}: no such folder; give the workdir of a run '
+        '(python -m longctx.main --config=... --workdir=... makes one)')
+  check(path.exists(), f'--workdir={workdir}: no run was started there (no {CONFIG_FILE}); give '
+        'the workdir of a run (python -m longctx.main --config=... --workdir=... makes one)')
+  return ml_collections.ConfigDict(_tuples(_read(path)))
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _tuples(v) for key, v in value.items()}
+  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _first_line(e: Exception) -> str:
+  return str(e).splitlines()[0] if str(e) else type(e).__name__
+
+
+class StopSignal:
+  """`with StopSignal() as stop:` SIGTERM and SIGINT set `stop.requested`, for the loop to save and leave.
+
+  A second SIGINT (a second Ctrl-C) raises KeyboardInterrupt. In the main thread only, as Python
+  has it. The handlers before are put back at the end.
+  """
+
+  def __init__(self):
+    self.requested = False
+    self.name = ''  # 'SIGTERM', for the log
+    self._before = {}
+
+  def __enter__(self) -> 'StopSignal':
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number: int, frame: Any) -> None:
+    del frame
+    if number == signal.SIGINT and self.name == 'SIGINT':
+      raise KeyboardInterrupt
+    self.requested, self.name = True, signal.Signals(number).name
+
+  def __exit__(self, *exc) -> None:
+    for number, handler in self._before.items():
+      # None: a handler that C code had set, which Python cannot put back.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    self._before.clear()
