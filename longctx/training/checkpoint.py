@@ -1,0 +1,345 @@
+"""Checkpoints: saved beside the training, whole or not at all, and restored bit for bit.
+
+A checkpoint of step N is the folder N of the checkpoint directory:
+
+    state/          every array of the state, by name (Orbax, OCDBT; the devices' shards as they lie)
+    stream/         the data stream's state, one entry a process (JSON)
+    meta/           what the run says of itself, the validation loss, and each array's type (JSON)
+    manifest.json   size and SHA-256 of every file above
+
+All is written into a temporary folder, the manifest last, and then renamed: a process killed at any
+instant leaves either no N or all of it. `restore_newest` verifies the manifest before it believes a
+byte. Orbax copies the arrays to the host before `save` returns (on a CPU it holds on to the buffers,
+which JAX then does not reuse), so that the next step may donate them.
+
+Held by: tests/test_checkpoint.py (bits, donation, other meshes, damage of every file, a full disk,
+SIGKILL while saving, two processes).
+"""
+
+import dataclasses
+import json
+import logging as python_logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from longctx.errors import ConfigError, check, check_range
+from longctx.training import manifest, named_arrays, processes
+
+TEMPORARY = '.orbax-checkpoint-tmp'  # Orbax's suffix of a checkpoint that is not whole yet
+UNREADABLE = '.unreadable'
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint held."""
+
+  step: int
+  state: Any  # the structure, shardings and types of the abstract state that was asked for
+  stream_state: Any  # of this process
+  meta: dict
+
+
+@dataclasses.dataclass
+class _KeepLastAndBest:
+  """Orbax's preservation policy: the last n, and the one of the lowest validation loss.
+
+  Orbax's own BestN needs a metrics file, and cannot open a directory where one is damaged.
+  """
+
+  keep_last: int
+  keep_best: bool
+  losses: dict[int, float]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = sorted(c.step for c in checkpoints)
+    keep = set(steps[-self.keep_last:])
+    if self.keep_best:
+      keep.add(best_of({s: self.losses[s] for s in steps if s in self.losses}))
+    return [c.step in keep for c in checkpoints]
+
+
+def best_of(losses: dict[int, float]) -> int | None:
+  """The step of the lowest loss, the later one of two that are equal; None if there is none."""
+  return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+
+class Checkpoints:
+  """The checkpoints of one run. Every process of a distributed run makes the same calls."""
+
+  def __init__(self, directory: str | os.PathLike, *, keep_last: int = 1, keep_best: bool = False,
+               read_only: bool = False):
+    check_range('run.keep_last', keep_last, low=1)
+    self.directory = Path(directory).absolute()
+    self.read_only = read_only
+    self._saving: int | None = None  # the step that is being written
+    self._failures: list[str] = []
+    self._losses = {step: loss for step in self.steps()
+                    if (loss := _loss_on_disk(self.directory / str(step))) is not None}
+    self._manager = None
+    self._policy = _KeepLastAndBest(keep_last, keep_best, self._losses)
+    if not read_only:
+      self._make_directory()
+
+  def _make_directory(self) -> None:
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise ConfigError(f'{self.directory}: cannot make the folder of the checkpoints '
+                        f'({e.strerror}); give a workdir that you may write to') from e
+
+  @property
+  def manager(self) -> Any:
+    """Orbax's manager, made at its first use: its import takes half a second."""
+    if self._manager is None:
+      import orbax.checkpoint as ocp
+
+      _quiet()
+      self._manager = ocp.CheckpointManager(
+          self.directory,
+          item_handlers={
+              # Weights and moments compress by a fifth, at twice the CPU time of writing them.
+              'state': ocp.PyTreeCheckpointHandler(use_compression=False),
+              'stream': ocp.JsonCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
+          options=ocp.CheckpointManagerOptions(
+              create=False, save_root_metadata=False, lightweight_initialize=True,
+              cleanup_tmp_directories=True,  # what a killed run left half-written
+              preservation_policy=self._policy,
+              async_options=ocp.options.AsyncOptions(
+                  post_finalization_callback=self._write_manifest,
+                  # A folder that cannot be made is then known in `save`, not by a timeout.
+                  create_directories_asynchronously=False)))
+    return self._manager
+
+  def _write_manifest(self) -> None:
+    """Called by Orbax on the first process, when all is written and before the rename."""
+    [folder] = self.directory.glob(f'{self._saving}{TEMPORARY}*')
+    manifest.write(folder)
+
+  # Saving.
+
+  def save(self, step: int, state: Any, *, stream_state: Any, meta: dict,
+           metrics: dict | None = None, force: bool = False) -> bool:
+    """Starts to save; returns when the state's buffers may be donated.
+
+    A checkpoint of this step that exists is left as it is, unless `force` writes it anew. A failure
+    (no room, no permission) is logged, here or by the next call, and never raised.
+
+    Args:
+      step: its name.
+      state: a pytree of arrays, typed PRNG keys among them.
+      stream_state: this process's, as JSON can hold it.
+      meta: as JSON can hold it.
+      metrics: `validation_loss` decides which one is the best.
+      force: write even if there is one of this step.
+    Returns:
+      False if it could not be started.
+    """
+    if self.read_only:
+      raise ValueError(f'{self.directory} was opened read-only; save needs read_only=False')
+    arrays, types = named_arrays.to_write(state)
+    loss = (metrics or {}).get('validation_loss')
+    loss = float(loss) if loss is not None and math.isfinite(loss) else None
+    stream = {'processes': processes.gather(json.loads(json.dumps(stream_state)))}
+    # Copies: both move on while they are written.
+    about = json.loads(json.dumps({'meta': meta, 'types': types, 'validation_loss': loss}))
+    self.wait()
+    if step in self.steps():
+      if not force:
+        return True
+      self._remove(str(step))
+    import orbax.checkpoint as ocp
+
+    manager = self.manager
+    try:
+      self._saving = step
+      if loss is not None:
+        self._losses[step] = loss
+      manager.save(step, force=True, args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(arrays), stream=ocp.args.JsonSave(stream),
+          meta=ocp.args.JsonSave(about)))
+    except Exception as e:
+      self._failed(e)
+      return False
+    return True
+
+  def poll(self) -> list[str]:
+    """The failures since the last call, of a save that ended meanwhile too; does not wait."""
+    if self._saving is not None and not self.manager.is_saving_in_progress():
+      self.wait()
+    failures, self._failures = self._failures, []
+    return failures
+
+  def wait(self) -> None:
+    """Returns when the save under way, if any, is on disk or has failed."""
+    if self._saving is not None:
+      try:
+        self.manager.wait_until_finished()
+        self._saving = None
+      except Exception as e:
+        self._failed(e)
+
+  def close(self) -> None:
+    """Waits, and ends Orbax's threads."""
+    self.wait()
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.close()
+
+  def _failed(self, error: Exception) -> None:
+    step, self._saving = self._saving, None
+    steps = self.steps()
+    if step in steps:  # written whole; what failed came after, such as deleting an old one
+      message = f'saved step {step}, but could not tidy up after it: {_reason(error)}'
+    else:
+      self._losses.pop(step, None)
+      for folder in self.directory.glob(f'{step}{TEMPORARY}*'):
+        self._remove(folder.name)  # it may hold the room that the next save needs
+      message = (f'could not save step {step}: {_reason(error)}; the last good checkpoint is '
+                 f'{f"step {steps[-1]}" if steps else "none yet"}; training goes on')
+    logging.warning('%s', message)
+    self._failures.append(message)
+    # Orbax has forgotten the steps that it meant to delete after this one.
+    self.manager.reload()
+
+  def _remove(self, name: str) -> None:
+    if jax.process_index() == 0:
+      shutil.rmtree(self.directory / name, ignore_errors=True)
+    processes.barrier(f'removed {name}')
+    self.manager.reload()
+
+  # Restoring.
+
+  def steps(self) -> list[int]:
+    """The steps on disk, whole ones and damaged ones, ascending; not one that is being written."""
+    if not self.directory.is_dir():
+      return []
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+
+  def best_step(self) -> int | None:
+    """The step of the lowest validation loss on disk; None where none was measured."""
+    return best_of({s: self._losses[s] for s in self.steps() if s in self._losses})
+
+  def restore_newest(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:
+    """The newest checkpoint that can be read, with one warning for each newer one that cannot.
+
+    Args:
+      abstract_state: the state's structure, with a jax.ShapeDtypeStruct (or an array) for each
+        array. Its sharding says where the array goes; one without is restored as a NumPy array.
+      partial: read the arrays that `abstract_state` has and leave the others.
+    Returns:
+      None if there is no checkpoint at all. ConfigError if there are some and none can be read, or
+      if it is of another model.
+    """
+    self.wait()
+    unreadable = {}
+    for step in reversed(processes.of_first(self.steps())):
+      restored, fault = self._try_restore(step, abstract_state, partial)
+      if restored is not None:
+        self._set_aside(unreadable)
+        return restored
+      unreadable[step] = fault
+      logging.warning('checkpoint of step %d cannot be read: %s; trying the one before', step, fault)
+    if unreadable:
+      told = '; '.join(f'step {step}: {fault}' for step, fault in unreadable.items())
+      raise ConfigError(f'{self.directory}: none of its checkpoints can be read ({told}); restore '
+                        'them from a copy, or start afresh in another workdir')
+    return None
+
+  def restore_step(self, step: int, abstract_state: Any, *, partial: bool = False) -> Restored:
+    """This very checkpoint, or ConfigError."""
+    self.wait()
+    steps = processes.of_first(self.steps())
+    check(step in steps, f'{self.directory}: has no checkpoint of step {step}; it has '
+          f'{", ".join(map(str, steps)) or "none"}')
+    restored, fault = self._try_restore(step, abstract_state, partial)
+    check(restored is not None, f'{self.directory}: the checkpoint of step {step} cannot be read '
+          f'({fault}); choose another one of {", ".join(map(str, steps))}')
+    return restored
+
+  def _try_restore(self, step: int, abstract: Any, partial: bool) -> tuple[Restored | None, str]:
+    folder = self.directory / str(step)
+    fault = processes.first_fault(manifest.fault(folder) if jax.process_index() == 0 else '')
+    if fault:
+      return None, fault
+    stream, about, fault = None, None, ''
+    try:
+      stream, about = _read_json(folder, 'stream'), _read_json(folder, 'meta')
+    except (OSError, ValueError) as e:
+      fault = _reason(e)
+    if fault := processes.first_fault(fault):
+      return None, fault
+    named_arrays.check_types(folder, named_arrays.types(abstract), about['types'], partial)
+    state = None
+    try:
+      _quiet()
+      state = named_arrays.read(folder / 'state', abstract, partial)
+    except Exception as e:  # tensorstore's errors have no common class
+      fault = _reason(e)
+    if fault := processes.first_fault(fault):
+      return None, fault
+    stream_state = None if partial else _own(folder, stream['processes'])
+    return Restored(step, state, stream_state, about['meta']), ''
+
+  def _set_aside(self, unreadable: dict[int, str]) -> None:
+    """Renames damaged checkpoints newer than the one restored: the run will save these steps again."""
+    if self.read_only or not unreadable:
+      return
+    for step in unreadable:
+      self._losses.pop(step, None)
+      if jax.process_index() == 0:
+        aside = self.directory / f'{step}{UNREADABLE}'
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(self.directory / str(step), aside)
+    processes.barrier('set aside')
+    self.manager.reload()
+
+
+def _read_json(folder: Path, item: str) -> dict:
+  return json.loads((folder / item / 'metadata').read_bytes())
+
+
+def _loss_on_disk(folder: Path) -> float | None:
+  try:
+    return _read_json(folder, 'meta')['validation_loss']
+  except (OSError, ValueError, KeyError, TypeError):
+    return None  # damaged: `restore_newest` tells it, should it come to read this one
+
+
+def _own(folder: Path, states: list) -> Any:
+  if len(states) == jax.process_count():
+    return states[jax.process_index()]
+  # A stream that does not depend on the host carries on with any number of them.
+  check(all(s == states[0] for s in states), f'{folder}: was saved by {len(states)} processes, and '
+        f'{jax.process_count()} cannot carry on their data streams; run {len(states)} processes')
+  return states[0]
+
+
+def _reason(error: BaseException) -> str:
+  text = ' '.join(str(error).split())
+  if isinstance(error, OSError) and error.strerror:
+    text = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
+  return f'{text[:300]} ({type(error).__name__})' if text else type(error).__name__
+
+
+def _quiet() -> None:
+  """Whatever Orbax logs as an error it also raises, and then it is told here, in one line."""
+  python_logging.getLogger('absl').addFilter(_not_orbax)
+
+
+def _not_orbax(record: python_logging.LogRecord) -> bool:
+  return (f'{os.sep}orbax{os.sep}' not in record.pathname
+          or record.levelno >= python_logging.CRITICAL)

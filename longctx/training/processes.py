@@ -1,0 +1,41 @@
+"""What the processes of one distributed run must agree on; of a single process nothing is asked.
+
+Held by: tests/test_checkpoint.py (two processes).
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def gather(value: Any) -> list:
+  """`value` of every process, in their order; JSON."""
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental import multihost_utils
+
+  data = json.dumps(value).encode()
+  size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
+  size = 1 << size.bit_length()  # few sizes, few compilations
+  rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(size, b' '), np.uint8))
+  return [json.loads(bytes(row)) for row in rows]
+
+
+def of_first(value: Any) -> Any:
+  """The first process's `value`, everywhere."""
+  return gather(value)[0]
+
+
+def first_fault(fault: str) -> str:
+  """The first process's fault that has one: all must turn to the same checkpoint."""
+  return next(filter(None, gather(fault)), '')
+
+
+def barrier(name: str) -> None:
+  """Returns when every process is here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
