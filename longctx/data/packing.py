@@ -15,8 +15,8 @@ B batch  T tokens of a row
 """
 
 import bisect
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,25 @@ class Piece(NamedTuple):
 
 def shuffled(n: int, *seed: int) -> np.ndarray:
   """A permutation of range(n); from RandomState, whose numbers NumPy promises never to change."""
+  result = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
   words = np.random.SeedSequence(seed).generate_state(4)
-  return np.random.RandomState(words).permutation(n)
+  np.random.RandomState(words).shuffle(result)
+  return result
+
+
+class PerEpoch:
+  """make(epoch), remembered for the latest two epochs, between which readers ahead may stand."""
+
+  def __init__(self, make: Callable[[int], Any]):
+    self._make = make
+    self._made: dict[int, Any] = {}
+
+  def __call__(self, epoch: int) -> Any:
+    value = self._made.get(epoch)
+    if value is None:  # two threads may both make it: the values are equal
+      value = self._make(epoch)
+      self._made = {e: v for e, v in self._made.items() if e == epoch - 1} | {epoch: value}
+    return value
 
 
 class Line:
@@ -153,23 +170,14 @@ class Lanes:
   """
 
   def __init__(self, lengths: np.ndarray, length: int, batch_size: int, seed: int):
-    self._lengths = lengths
-    self._seed = seed
+    self._num_documents = len(lengths)
     self.length = length
     self.batch_size = batch_size
     self.total = int(np.sum(lengths))
     self.num_batches = self.total // batch_size // length
     check(self.num_batches > 0, f'data.batch_size={batch_size}: the split has only {self.total} tokens, '
           f'less than one batch of {batch_size} x {length}; choose a smaller batch or length')
-    self._lines: dict[int, Line] = {}
-
-  def line(self, epoch: int) -> Line:
-    """The line of an epoch; the latest two are kept."""
-    line = self._lines.get(epoch)
-    if line is None:
-      line = Line(self._lengths, shuffled(len(self._lengths), self._seed, epoch))
-      self._lines = {e: v for e, v in self._lines.items() if e == epoch - 1} | {epoch: line}
-    return line
+    self.line = PerEpoch(lambda e: Line(lengths, shuffled(len(lengths), seed, e)))
 
   def pieces(self, batch: int, lane: int) -> list[Piece]:
     epoch, i = divmod(batch, self.num_batches)
@@ -178,7 +186,7 @@ class Lanes:
     result = []
     for j, document, offset, count in self.line(epoch).span(low, low + self.length):
       position = min(offset, low - lane_start)
-      segment = 1 + (epoch * len(self._lengths) + j) % (2**31 - 2)
+      segment = 1 + (epoch * self._num_documents + j) % (2**31 - 2)
       result.append(Piece(document, offset, count, position, segment))
       low += count
     return result

@@ -119,7 +119,6 @@ class BatchSource:
 
   def __init__(self, config: Config, store: cache.Cache, *, seed: int, host_index: int,
                num_hosts: int):
-    import grain
     share = config.batch_size // num_hosts
     self._rows = range(host_index * share, (host_index + 1) * share)
     self._config = config
@@ -133,9 +132,8 @@ class BatchSource:
     else:
       self._layout = packing.WholeRows(lengths, config.length, seed,
                                        trim=config.long_documents == 'trim')
-    row_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-    # every epoch its own permutation of the rows, in constant memory
-    self._order = grain.MapDataset.range(self._layout.num_rows).shuffle(seed=row_seed).repeat()
+    num_rows = self._layout.num_rows
+    self._order = packing.PerEpoch(lambda epoch: packing.shuffled(num_rows, seed, 1 + epoch))
 
   def __len__(self) -> int:
     return sys.maxsize  # epochs follow one another without end
@@ -153,7 +151,8 @@ class BatchSource:
   def _pieces(self, i: int, row: int) -> list[packing.Piece]:
     if self._config.form == 'segments':
       return self._layout.pieces(i, row)
-    return self._layout.pieces(self._order[i * self._config.batch_size + row])
+    epoch, at = divmod(i * self._config.batch_size + row, self._layout.num_rows)
+    return self._layout.pieces(int(self._order(epoch)[at]))
 
   def _fill(self, row: Batch, pieces: list[packing.Piece]) -> None:
     low = 0

@@ -12,6 +12,7 @@ Held by: tests/test_data_tokenizer.py.
 
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -45,18 +46,22 @@ class SentencePiece:
 
   def __init__(self, path: str):
     import sentencepiece
+    from google.protobuf import message
+    from sentencepiece import sentencepiece_model_pb2
     try:
       model = pathlib.Path(path).expanduser().read_bytes()
     except OSError as e:
       raise ConfigError(f'data.tokenizer={path!r}: cannot be read: {e.strerror}') from e
+    # Settings that only add or squeeze spaces can be undone; a lossy character map cannot.
+    proto = sentencepiece_model_pb2.ModelProto()
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
-      self._processor.LoadFromSerializedProto(model)
-    except RuntimeError as e:
+      proto.ParseFromString(model)
+      proto.normalizer_spec.add_dummy_prefix = False
+      proto.normalizer_spec.remove_extra_whitespaces = False
+      self._processor.LoadFromSerializedProto(proto.SerializeToString())
+    except (RuntimeError, message.DecodeError) as e:
       raise ConfigError(f'data.tokenizer={path!r}: is not a SentencePiece model') from e
-    # Settings that only add or squeeze spaces can be undone; a lossy character map cannot.
-    self._processor.override_normalizer_spec(
-        add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=True)
     self.fingerprint = hashlib.sha256(model).hexdigest()
     self.vocab_size = self._processor.vocab_size()
     self.separator = next((i for i in (self._processor.bos_id(), self._processor.eos_id())
@@ -155,7 +160,11 @@ def train_sentencepiece(texts: Iterable[bytes], vocab_size: int, *,
         character_coverage=0.9995, max_sentence_length=4 * 4096,
         unk_id=0, bos_id=1, eos_id=-1, pad_id=-1, num_threads=2, minloglevel=2)
   except RuntimeError as e:
-    reason = str(e).strip().splitlines()[-1]
+    reason = str(e).strip().splitlines()[-1].split('] ')[-1]
+    if 'sentences_' in str(e):
+      reason = 'there is none'
+    elif found := re.search(r'required_chars\. \d+ vs (\d+)', reason):
+      reason = f'its characters and the bytes need at least {found[1]}'
     raise ConfigError(f'vocab_size={vocab_size}: SentencePiece cannot train on this text: '
                       f'{reason}') from e
   return model.getvalue()
