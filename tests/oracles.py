@@ -5,3 +5,155 @@ held to it.
 """
 
 import numpy as np
+
+
+# --- Evaluation and sampling -----------------------------------------------------------------
+
+
+def count_model_nll(tokens, targets, vocab_size):
+  """Nats of each target under Laplace's rule after tokens[0..t]: (1 + count) / (V + t + 1)."""
+  counts = np.zeros(vocab_size)
+  nll = np.zeros(len(tokens))
+  for t in range(len(tokens)):
+    counts[tokens[t]] += 1
+    nll[t] = -np.log((1 + counts[targets[t]]) / (vocab_size + t + 1))
+  return nll
+
+
+def windowed_scores(documents, length, stride, nll_of):
+  """(document, target index, position, nats) of every target, in windows, each scored once.
+
+  `nll_of(tokens, targets)` gives the nats of one window read from an empty state.
+  """
+  rows = []
+  for d, document in enumerate(documents):
+    targets = list(document[1:]) + [document[0]]
+    done, start = 0, 0
+    while done < len(document):
+      stop = min(start + length, len(document))
+      nll = nll_of(document[start:stop], targets[start:stop])
+      for i in range(done, stop):
+        rows.append((d, i, i - start, nll[i - start]))
+      done, start = stop, start + stride
+  return rows
+
+
+def kept_tokens(logits, temperature, top_k, top_p, min_p):
+  """(set of token ids that may be drawn, their probabilities over all V), one row, by loops."""
+  x = np.asarray(logits, np.float64) / temperature
+  vocab = len(x)
+  kept = set(range(vocab))
+
+  def probabilities():
+    top = max(x[i] for i in kept)
+    weight = [np.exp(x[i] - top) if i in kept else 0.0 for i in range(vocab)]
+    return [w / sum(weight) for w in weight]
+
+  if top_k and top_k < vocab:
+    kth = sorted(x, reverse=True)[top_k - 1]
+    kept = {i for i in kept if x[i] >= kth}
+  if top_p < 1:
+    p = probabilities()
+    ranked = sorted(kept, key=lambda i: (-p[i], i))
+    kept, mass = set(), 0.0
+    for i in ranked:
+      kept.add(i)
+      mass += p[i]
+      if mass >= top_p:
+        break
+  if min_p:
+    p = probabilities()
+    kept = {i for i in kept if p[i] >= min_p * max(p)}
+  return kept, np.array(probabilities())
+
+
+# --- Data: which pairs stand where -----------------------------------------------------------
+
+
+def document_pairs(document, separator):
+  """[(input, target)] of one document: SEP b1 .. bn and b1 .. bn SEP."""
+  inputs = [separator]
+  for b in document:
+    inputs.append(b)
+  targets = inputs[1:] + [separator]
+  return [(inputs[i], targets[i]) for i in range(len(inputs))]
+
+
+def chopped_rows(documents, length, separator):
+  """Rows of (token, target, position, segment, start); `documents` in the order of the line."""
+  line = [(d, pair) for d, document in enumerate(documents)
+          for pair in document_pairs(document, separator)]
+  rows = []
+  for low in range(0, len(line) - length + 1, length):
+    row, segment, position = [], 0, 0
+    for t in range(length):
+      d, (token, target) = line[low + t]
+      start = t == 0 or line[low + t - 1][0] != d
+      if start:
+        segment, position = segment + 1, 0
+      row.append((token, target, position, segment, start))
+      position += 1
+    rows.append(row)
+  return rows
+
+
+def lane_batches(documents, length, batch_size, separator):
+  """Batches of one epoch: [batch][lane] rows of (token, target, position, document, start)."""
+  line = [(d, pair) for d, document in enumerate(documents)
+          for pair in document_pairs(document, separator)]
+  num_batches = 0
+  while (num_batches + 1) * length * batch_size <= len(line):
+    num_batches += 1
+  batches = [[[] for _ in range(batch_size)] for _ in range(num_batches)]
+  for lane in range(batch_size):
+    position, before = 0, None
+    for k in range(num_batches * length):
+      d, (token, target) = line[lane * num_batches * length + k]
+      start = d != before
+      position = 0 if start else position + 1
+      batches[k // length][lane].append((token, target, position, d, start))
+      before = d
+  return batches
+
+
+def best_fit_fills(lengths, capacity):
+  """How full each row gets when each item goes to the fullest row that still takes it."""
+  fills = []
+  for n in lengths:
+    best = None
+    for r in range(len(fills)):
+      if fills[r] + n <= capacity and (best is None or fills[r] > fills[best]):
+        best = r
+    if best is None:
+      fills.append(n)
+    else:
+      fills[best] += n
+  return sorted(fills)
+
+
+# ---- Loss (longctx/training/loss.py) ----
+
+
+def cross_entropy(hidden, embedding, targets, weights, z_loss=0.0, label_smoothing=0.0):
+  """(total, nll [B, T], d total/d hidden, d total/d embedding), token by token in float64.
+
+  loss = -sum_v q_v log p_v + z (log sum_v e^l_v)^2 with q = (1 - s) onehot + s / V, times its weight.
+  """
+  hidden, embedding = np.float64(hidden), np.float64(embedding)
+  (B, T, _), V = hidden.shape, embedding.shape[0]
+  total, nll = 0.0, np.zeros((B, T))
+  dhidden, dembedding = np.zeros_like(hidden), np.zeros_like(embedding)
+  for b in range(B):
+    for t in range(T):
+      logits = np.array([embedding[v] @ hidden[b, t] for v in range(V)])
+      lse = logits.max() + np.log(np.sum(np.exp(logits - logits.max())))
+      log_p = logits - lse
+      q = np.full(V, label_smoothing / V)
+      q[targets[b, t]] += 1 - label_smoothing
+      nll[b, t] = -log_p[targets[b, t]]
+      total += weights[b, t] * (-(q * log_p).sum() + z_loss * lse**2)
+      dlogits = weights[b, t] * (np.exp(log_p) - q + 2 * z_loss * lse * np.exp(log_p))
+      for v in range(V):
+        dhidden[b, t] += dlogits[v] * embedding[v]
+        dembedding[v] += dlogits[v] * hidden[b, t]
+  return total, nll, dhidden, dembedding
