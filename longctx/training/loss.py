@@ -77,9 +77,11 @@ def _cross_entropy(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XB
 
 
 def _forward(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT):
-  out, (dhidden_XBRTD, dembedding_XRVD) = _walk(
+  out, (dhidden_XBRTD, dembedding_XRDV) = _walk(
       options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, grad=True)
-  dembedding_VD = dembedding_XRVD.sum((0, 1)).astype(embedding_VD.dtype)
+  # The barrier keeps XLA from merging this transpose into the product (see _chunk).
+  dembedding_DV = jax.lax.optimization_barrier(dembedding_XRDV.sum((0, 1)))
+  dembedding_VD = dembedding_DV.T.astype(embedding_VD.dtype)
   return out, (dhidden_XBRTD, dembedding_VD)
 
 
@@ -101,7 +103,7 @@ def _walk(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, *, gr
   embedding_VD = embedding_VD.astype(hidden_XBRTD.dtype)
 
   def visit(start, size, carry):
-    total, nll_XBRT, gradients = carry
+    total_XR, nll_XBRT, gradients = carry
     at = lambda x: x if size == T else jax.lax.dynamic_slice_in_dim(x, start, size, axis=3)
     put = lambda x, part: (part if size == T else
                            jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=3))
@@ -110,13 +112,13 @@ def _walk(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, *, gr
         label_smoothing, grad)
     if grad:
       gradients = (put(gradients[0], part_gradients[0]), gradients[1] + part_gradients[1])
-    return total + part_total, put(nll_XBRT, part_nll), gradients
+    return total_XR + part_total, put(nll_XBRT, part_nll), gradients
 
   gradients = None
   if grad:
     gradients = (jnp.zeros_like(hidden_XBRTD),
-                 jnp.zeros((X, R, *embedding_VD.shape), jnp.float32))
-  carry = (jnp.float32(0), jnp.zeros(hidden_XBRTD.shape[:4], jnp.float32), gradients)
+                 jnp.zeros((X, R, *embedding_VD.shape[::-1]), jnp.float32))
+  carry = (jnp.zeros((X, R), jnp.float32), jnp.zeros(hidden_XBRTD.shape[:4], jnp.float32), gradients)
   num_chunks, rest = divmod(T, chunk)
   if num_chunks == 1:
     carry = visit(0, chunk, carry)
@@ -125,8 +127,8 @@ def _walk(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, *, gr
                             jnp.arange(num_chunks))
   if rest:
     carry = visit(T - rest, rest, carry)
-  total, nll_XBRT, gradients = carry
-  return (total, nll_XBRT), gradients
+  total_XR, nll_XBRT, gradients = carry
+  return (total_XR.sum(), nll_XBRT), gradients
 
 
 def _chunk(hidden_XBRCD, embedding_VD, targets_XBRC, weights_XBRC, z_loss, label_smoothing, grad):
@@ -140,16 +142,16 @@ def _chunk(hidden_XBRCD, embedding_VD, targets_XBRC, weights_XBRC, z_loss, label
   p = jnp.exp(logits - peak)  # not normalised; the gradient uses it again
   norm = p.sum(-1, keepdims=True)
   lse = (jnp.log(norm) + peak)[..., 0]
-  # A masked sum and not a gather: with V cut over devices only [C] numbers travel.
-  nll = lse - jnp.where(is_target, logits, 0).sum(-1)
+  label = jnp.take_along_axis(logits, targets_XBRC[..., None], -1, mode='clip')[..., 0]
+  nll = lse - label
   loss = nll
   if label_smoothing:
     loss = (1 - label_smoothing) * nll + label_smoothing * (lse - logits.mean(-1))
   if z_loss:
     loss = loss + z_loss * lse**2
-  total = (weights_XBRC * loss).sum()
+  total_XR = (weights_XBRC * loss).sum((1, 3))
   if not grad:
-    return total, nll, None
+    return total_XR, nll, None
   # d loss / d logits = (1 + 2 z lse) softmax - (1 - s) [v = target] - s / V
   slope = weights_XBRC[..., None] * (1 + 2 * z_loss * lse[..., None]) / norm
   dlogits = slope * p - jnp.where(is_target, (1 - label_smoothing) * weights_XBRC[..., None], 0)
@@ -158,6 +160,7 @@ def _chunk(hidden_XBRCD, embedding_VD, targets_XBRC, weights_XBRC, z_loss, label
   dlogits = dlogits.astype(dtype)
   dhidden = jnp.einsum('XBRCV,VD->XBRCD', dlogits, embedding_VD,
                        preferred_element_type=jnp.float32).astype(dtype)
-  dembedding = jnp.einsum('XBRCV,XBRCD->XRVD', dlogits, hidden_XBRCD,
+  # [D, V] and not [V, D]: a CPU then transposes the chunk's hidden and not its wider logits.
+  dembedding = jnp.einsum('XBRCD,XBRCV->XRDV', hidden_XBRCD, dlogits,
                           preferred_element_type=jnp.float32)
-  return total, nll, (dhidden, dembedding)
+  return total_XR, nll, (dhidden, dembedding)
