@@ -33,7 +33,8 @@ from longctx.errors import ConfigError, check, check_range
 from longctx.training import manifest, named_arrays, processes
 
 TEMPORARY = '.orbax-checkpoint-tmp'  # Orbax's suffix of a checkpoint that is not whole yet
-UNREADABLE = '.unreadable'
+UNREADABLE = '.unreadable'  # suffixes of folders that are no checkpoints any more
+REPLACED = '.replaced'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,11 @@ def best_of(losses: dict[int, float]) -> int | None:
 
 
 class Checkpoints:
-  """The checkpoints of one run. Every process of a distributed run makes the same calls."""
+  """The checkpoints of one run. Every process of a distributed run makes the same calls.
+
+  Keeps the last `keep_last`, and with `keep_best` the one of the lowest validation loss. Opened
+  `read_only` it changes nothing on disk, and may look on while a run saves.
+  """
 
   def __init__(self, directory: str | os.PathLike, *, keep_last: int = 1, keep_best: bool = False,
                read_only: bool = False):
@@ -81,12 +86,14 @@ class Checkpoints:
     self.read_only = read_only
     self._saving: int | None = None  # the step that is being written
     self._failures: list[str] = []
-    self._losses = {step: loss for step in self.steps()
-                    if (loss := _loss_on_disk(self.directory / str(step))) is not None}
+    self._torn = False  # a save has failed, and may have left a folder
     self._manager = None
-    self._policy = _KeepLastAndBest(keep_last, keep_best, self._losses)
     if not read_only:
       self._make_directory()
+      self._settle_replaced()
+    self._losses = {step: loss for step in self.steps()
+                    if (loss := _loss_on_disk(self.directory / str(step))) is not None}
+    self._policy = _KeepLastAndBest(keep_last, keep_best, self._losses)
 
   def _make_directory(self) -> None:
     try:
@@ -120,8 +127,7 @@ class Checkpoints:
 
   def _write_manifest(self) -> None:
     """Called by Orbax on the first process, when all is written and before the rename."""
-    [folder] = self.directory.glob(f'{self._saving}{TEMPORARY}*')
-    manifest.write(folder)
+    manifest.write(self.directory / f'{self._saving}{TEMPORARY}')
 
   # Saving.
 
@@ -129,8 +135,8 @@ class Checkpoints:
            metrics: dict | None = None, force: bool = False) -> bool:
     """Starts to save; returns when the state's buffers may be donated.
 
-    A checkpoint of this step that exists is left as it is, unless `force` writes it anew. A failure
-    (no room, no permission) is logged, here or by the next call, and never raised.
+    Waits for the save before. A failure (no room, no permission) is logged, here or by the next
+    call, and never raised.
 
     Args:
       step: its name.
@@ -138,7 +144,8 @@ class Checkpoints:
       stream_state: this process's, as JSON can hold it.
       meta: as JSON can hold it.
       metrics: `validation_loss` decides which one is the best.
-      force: write even if there is one of this step.
+      force: a checkpoint of this step that exists gives way to this one, once this one is whole;
+        else it is left as it is.
     Returns:
       False if it could not be started.
     """
@@ -154,15 +161,17 @@ class Checkpoints:
     if step in self.steps():
       if not force:
         return True
-      self._remove(str(step))
+      self._put_aside(step, REPLACED)
     import orbax.checkpoint as ocp
 
-    manager = self.manager
+    if self._torn:  # again: threads of the failed save may have gone on writing
+      self._remove_torn()
+    self._saving = step
+    if loss is not None:
+      self._losses[step] = loss
     try:
-      self._saving = step
-      if loss is not None:
-        self._losses[step] = loss
-      manager.save(step, force=True, args=ocp.args.Composite(
+      self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
+      self.manager.save(step, force=True, args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(arrays), stream=ocp.args.JsonSave(stream),
           meta=ocp.args.JsonSave(about)))
     except Exception as e:
@@ -183,6 +192,7 @@ class Checkpoints:
       try:
         self.manager.wait_until_finished()
         self._saving = None
+        self._settle_replaced()
       except Exception as e:
         self._failed(e)
 
@@ -192,6 +202,8 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.close()
       self._manager = None
+    if self._torn:
+      self._remove_torn()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -201,13 +213,17 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> None:
     step, self._saving = self._saving, None
-    steps = self.steps()
-    if step in steps:  # written whole; what failed came after, such as deleting an old one
+    saved = step in self.steps()
+    self._settle_replaced()
+    if saved:  # written whole; what failed came after, such as deleting an old one
       message = f'saved step {step}, but could not tidy up after it: {_reason(error)}'
     else:
       self._losses.pop(step, None)
-      for folder in self.directory.glob(f'{step}{TEMPORARY}*'):
-        self._remove(folder.name)  # it may hold the room that the next save needs
+      if (loss := _loss_on_disk(self.directory / str(step))) is not None:
+        self._losses[step] = loss  # of the one that this should have replaced
+      self._torn = True
+      self._remove_torn()
+      steps = self.steps()
       message = (f'could not save step {step}: {_reason(error)}; the last good checkpoint is '
                  f'{f"step {steps[-1]}" if steps else "none yet"}; training goes on')
     logging.warning('%s', message)
@@ -215,11 +231,14 @@ class Checkpoints:
     # Orbax has forgotten the steps that it meant to delete after this one.
     self.manager.reload()
 
-  def _remove(self, name: str) -> None:
+  def _remove_torn(self) -> None:
+    """What a failed save has left; it may hold the room that the next one needs.
+
+    Threads of that save may still write, and then some of it is left for the next call.
+    """
     if jax.process_index() == 0:
-      shutil.rmtree(self.directory / name, ignore_errors=True)
-    processes.barrier(f'removed {name}')
-    self.manager.reload()
+      for folder in self.directory.glob(f'*{TEMPORARY}*'):
+        shutil.rmtree(folder, ignore_errors=True)
 
   # Restoring.
 
@@ -300,12 +319,24 @@ class Checkpoints:
       return
     for step in unreadable:
       self._losses.pop(step, None)
-      if jax.process_index() == 0:
-        aside = self.directory / f'{step}{UNREADABLE}'
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(self.directory / str(step), aside)
-    processes.barrier('set aside')
+      self._put_aside(step, UNREADABLE)
+
+  def _put_aside(self, step: int, suffix: str) -> None:
+    if jax.process_index() == 0:
+      aside = self.directory / f'{step}{suffix}'
+      shutil.rmtree(aside, ignore_errors=True)
+      os.replace(self.directory / str(step), aside)
+    processes.barrier(f'{step}{suffix}')
     self.manager.reload()
+
+  def _settle_replaced(self) -> None:
+    """Drops what a new checkpoint of its step has replaced; brings back what none has."""
+    if jax.process_index() == 0:
+      for aside in self.directory.glob(f'*{REPLACED}'):
+        if aside.with_suffix('').exists():
+          shutil.rmtree(aside, ignore_errors=True)
+        else:
+          os.replace(aside, aside.with_suffix(''))
 
 
 def _read_json(folder: Path, item: str) -> dict:
@@ -332,7 +363,9 @@ def _reason(error: BaseException) -> str:
   text = ' '.join(str(error).split())
   if isinstance(error, OSError) and error.strerror:
     text = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-  return f'{text[:300]} ({type(error).__name__})' if text else type(error).__name__
+  if len(text) > 300:  # tensorstore tells the system's error last
+    text = f'{text[:80]} ... {text[-200:]}'
+  return f'{text} ({type(error).__name__})' if text else type(error).__name__
 
 
 def _quiet() -> None:
