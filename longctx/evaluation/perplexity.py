@@ -1,0 +1,254 @@
+"""Bits per byte and perplexity of held-out text by context position, in constant memory.
+
+  full     a document is read from its start; one longer than `length` in disjoint windows of
+           `length`, each from an empty state. Every window's first tokens have little context.
+  sliding  windows of `length` start every `stride` tokens and score only what the window before
+           did not reach: beyond the first window every token has length - stride tokens before it.
+The position of a token is the number of tokens before it in its window. The value of `full` depends
+on `length`, and that of `sliding` on `stride` too: both are part of the result.
+
+Windows are put into the rows of a batch, longest first, and streamed in calls of `segment` tokens
+with the state carried; a row that has ended is padding. Live memory is one state and one segment,
+whatever the documents' length. Sums are float64 on the host; every target is scored exactly once.
+Held by: tests/test_perplexity.py (a model whose exact answer is known, counts, layouts).
+
+B batch  T tokens of a segment  D model  V vocab
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longctx import errors
+from longctx.evaluation import result
+from longctx.evaluation import windows as windows_lib
+from longctx.parallel import mesh
+from longctx.training import metrics
+from longctx.training.loss import cross_entropy
+
+MODES = ('full', 'sliding')
+SPLITS = ('train', 'validation', 'test')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """How held-out text is read and scored."""
+  length: int = 0  # tokens of context; 0 = the model's max_length, or whole documents
+  segment: int = 256  # tokens a row and call
+  batch_size: int = 8  # rows read at once
+  stride: int = 0  # tokens from window to window when sliding; 0 = half of length
+  modes: tuple[str, ...] = MODES
+  max_tokens: int = 0  # the first so many tokens of the split; 0 = all
+  split: str = 'validation'
+  use_ema: bool = False  # the averaged parameters in place of the last; the caller picks them
+
+  def __post_init__(self):
+    for name, low in dict(length=0, segment=1, batch_size=1, stride=0, max_tokens=0).items():
+      errors.check_range(f'evaluation.{name}', getattr(self, name), low=low)
+    errors.check(not self.length or self.stride <= self.length,
+                 f'evaluation.stride={self.stride}: must be at most evaluation.length='
+                 f'{self.length}, or tokens between two windows are never scored')
+    errors.check(isinstance(self.modes, tuple) and len(self.modes) > 0,
+                 f'evaluation.modes={self.modes!r}: must be a tuple of one or more of '
+                 f'{", ".join(MODES)}')
+    for mode in self.modes:
+      errors.check_choice('evaluation.modes', mode, MODES)
+    errors.check_choice('evaluation.split', self.split, SPLITS)
+
+
+def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any, config: Config,
+             *, layout: mesh.Layout | None = None, loss_chunk: int = 512) -> result.Result:
+  """Scores `documents`; writes nothing. All processes of a run call it with the same arguments.
+
+  Args:
+    graphdef, params: the two halves of `nnx.split(model)`; params placed as `layout` says.
+    documents: a `longctx.data.stream.Documents`.
+    tokenizer: its `num_bytes(ids)` tells how many bytes of text each id stands for.
+    config: how to read them.
+    layout: the mesh that cuts the rows; None = one device.
+    loss_chunk: tokens whose logits exist at once.
+  """
+  length = context_length(config, nnx.merge(graphdef, params))
+  stride = config.stride or max(1, length // 2)
+  lengths = np.asarray(documents.lengths, np.int64)
+  if lengths.sum() != documents.total_tokens:
+    raise AssertionError(f'{lengths.sum()} tokens in documents of {documents.total_tokens}')
+  errors.check(len(lengths) > 0, f'evaluation.split={config.split!r}: it holds no document; '
+               'choose another split or a larger corpus')
+  scored = windows_lib.prefix(lengths, config.max_tokens)
+  plans = {'full': windows_lib.cut(scored, length, length or 1),
+           'sliding': windows_lib.cut(scored, length, stride)}
+  if layout is not None:
+    mesh.check_divides('evaluation.batch_size', config.batch_size, 'batch', layout)
+    mesh.check_divides('evaluation.segment', config.segment, 'length', layout)
+  programs = _programs(graphdef, _key(layout), config.batch_size, length, loss_chunk)
+  reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), config, scored)
+  passes = {}
+  for mode in config.modes:
+    # Where no document is longer than `length` both passes would read the same windows.
+    same = [one for one in passes if all(map(np.array_equal, plans[one], plans[mode]))]
+    passes[mode] = passes[same[0]] if same else _run(programs, params, reader, plans[mode])
+  return result.Result(
+      split=config.split, documents=int((scored > 0).sum()), length=length, stride=stride,
+      passes=passes, peak_memory_bytes=metrics.peak_memory_bytes())
+
+
+def context_length(config: Config, model: Any) -> int:
+  """Tokens of a window: what the config asks for, within what the model can hold; 0 = unlimited."""
+  longest = model.config.max_length
+  errors.check(not longest or config.length <= longest,
+               f'evaluation.length={config.length}: must be at most model.max_length={longest}')
+  errors.check(config.length or longest or not model.state_grows,
+               'evaluation.length=0: must be given, at least 1; this model has no max_length and '
+               'its state grows with every token')
+  return config.length or longest
+
+
+class _Programs(NamedTuple):
+  fresh: Any  # params -> state
+  score: Any  # params, state, tokens, targets, valid -> nll [B, T], state
+  put: Any  # host array [B, T] of all rows -> array
+
+
+def _key(layout: mesh.Layout | None) -> tuple | None:
+  return layout and (layout.mesh, tuple(layout.rules.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(graphdef, layout_key, batch_size, capacity, loss_chunk) -> _Programs:
+  """The compiled parts, shared by all evaluations of one run: compiled once."""
+  layout = layout_key and mesh.Layout(layout_key[0], dict(layout_key[1]))
+  wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
+  rows = layout.sharding('batch') if layout else None
+  whole = layout.sharding() if layout else None
+  shards = dict(batch_shards=layout.size('batch'), length_shards=layout.size('length')
+                ) if layout else {}
+
+  def fresh(params):
+    return nnx.merge(graphdef, params).init_state(batch_size, capacity=capacity)
+
+  def score(params, state, tokens_BT, targets_BT, valid_BT):
+    model = nnx.merge(graphdef, params)
+    hidden_BTD, state = model(tokens_BT, state, valid_BT=valid_BT)
+    _, nll_BT = cross_entropy(hidden_BTD, model.output_embedding_VD(), targets_BT,
+                              valid_BT.astype(jnp.float32), chunk=loss_chunk, **shards)
+    return nll_BT, state
+
+  def put(host_BT):
+    if layout is None:
+      return host_BT
+    return jax.make_array_from_callback(
+        host_BT.shape, layout.sharding('batch', 'length'), lambda index: host_BT[index])
+
+  # The state keeps one placement, so that the second call finds the first one's program; the nll
+  # is whole on every device, so that every process can fetch it.
+  return _Programs(jax.jit(wrap(fresh), out_shardings=rows),
+                   jax.jit(wrap(score), donate_argnums=1,
+                           out_shardings=(whole, rows) if layout else None), put)
+
+
+class _Segment(NamedTuple):
+  """The host's side of one call: what goes in, and where the scores of it belong."""
+  first: bool  # of its batch of windows: the state starts empty
+  tokens_BT: np.ndarray
+  targets_BT: np.ndarray
+  valid_BT: np.ndarray
+  scored_BT: np.ndarray
+  bin_BT: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Turns windows into segments of a fixed shape."""
+  documents: Any
+  bytes_V: np.ndarray
+  config: Config
+  scored: np.ndarray
+
+  def segments(self, windows: windows_lib.Windows) -> Iterator[_Segment]:
+    batch, size = self.config.batch_size, self.config.segment
+    windows, held = windows_lib.longest_first(windows), {}
+    for i in range(0, len(windows.start), batch):
+      rows = [windows_lib.Windows(*one) for one in zip(*(x[i:i + batch] for x in windows))]
+      held = {d: held[d] if d in held else self.documents.document(d)
+              for d in {int(one.document) for one in rows}}
+      for offset in range(0, rows[0].stop - rows[0].start, size):
+        yield self._segment(rows, held, offset)
+
+  def _segment(self, rows: list[windows_lib.Windows], held: dict[int, np.ndarray],
+               offset: int) -> _Segment:
+    shape = (self.config.batch_size, self.config.segment)
+    tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    valid_BT, scored_BT = np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, one in enumerate(rows):
+      low, high = one.start + offset, min(one.start + offset + shape[1], one.stop)
+      if low >= high:
+        continue
+      document = held[int(one.document)]
+      part = document[low:high + 1]
+      if len(part) == high - low:  # the document ends here: a separator follows it
+        part = np.append(part, document[0])
+      tokens_BT[row, :high - low], targets_BT[row, :high - low] = part[:-1], part[1:]
+      valid_BT[row, :high - low] = True
+      scored_BT[row, max(one.scored - low, 0):high - low] = True
+    bin_T = windows_lib.position_bin(offset + np.arange(shape[1]))
+    return _Segment(offset == 0, tokens_BT, targets_BT, valid_BT, scored_BT,
+                    np.broadcast_to(bin_T, shape))
+
+
+class _Sums:
+  """Sums by bin, in float64 and int64."""
+
+  def __init__(self, bins: int):
+    self.nats, self.tokens, self.bytes, self.not_finite = np.zeros((4, bins))
+
+  def add(self, segment: _Segment, nll_BT: np.ndarray, bytes_V: np.ndarray) -> None:
+    where = segment.scored_BT
+    nll, bins = nll_BT[where].astype(np.float64), segment.bin_BT[where]
+    count = functools.partial(np.bincount, bins, minlength=len(self.nats))
+    self.nats += count(weights=nll)
+    self.tokens += count()
+    self.bytes += count(weights=bytes_V[segment.targets_BT[where]])
+    self.not_finite += count(weights=~np.isfinite(nll))
+
+  def scores(self) -> tuple[result.Score, ...]:
+    return tuple(result.Score(float(n), int(t), int(b), int(f)) for n, t, b, f in
+                 zip(self.nats, self.tokens, self.bytes, self.not_finite))
+
+
+def _run(programs: _Programs, params: Any, reader: _Reader,
+         windows: windows_lib.Windows) -> result.Pass:
+  """Reads all windows, a segment at a time; the last one's scores are fetched while the next runs."""
+  sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)))
+  put, shape = programs.put, (reader.config.batch_size, reader.config.segment)
+  none = np.zeros(shape, np.int32)
+  # A call on padding alone compiles, so that the clock measures reading.
+  nll_BT, state = programs.score(params, programs.fresh(params), put(none), put(none),
+                                 put(none > 0))
+  jax.block_until_ready(nll_BT)
+  start, waiting = time.perf_counter(), None
+  for segment in reader.segments(windows):
+    if segment.first:
+      state = programs.fresh(params)
+    nll_BT, state = programs.score(params, state, put(segment.tokens_BT), put(segment.targets_BT),
+                                   put(segment.valid_BT))
+    if waiting is not None:
+      sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
+    waiting = segment, nll_BT
+  sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
+  seconds = time.perf_counter() - start
+  bins = sums.scores()
+  total = result.Score(*(sum(getattr(score, field.name) for score in bins)
+                         for field in dataclasses.fields(result.Score)))
+  if total.tokens != reader.scored.sum():
+    raise AssertionError(f'{total.tokens} tokens were scored of {reader.scored.sum()}')
+  tokens_read = int((windows.stop - windows.start).sum())
+  return result.Pass(total, bins, len(windows.start), tokens_read, seconds, tokens_read / seconds)
+

@@ -1,0 +1,135 @@
+"""What an evaluation found, as numbers, as JSON and as a table.
+
+Sums are kept (nats, tokens, bytes) and ratios are made from them:
+  bits per byte  = nats / ln 2 / bytes of the targets     comparable between tokenizers
+  perplexity     = exp(nats / tokens)                     per token of this tokenizer
+A separator has no bytes, but to predict where a document ends costs bits: its nats count. So a bin
+may hold tokens and no bytes, and its bits per byte are then not defined ('-').
+A token whose nats are not finite makes the sums of its bin and the total not finite; they are
+counted, printed as nan or inf, and null in JSON.
+Held by: tests/test_perplexity.py.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from longctx.evaluation import windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Sums over scored tokens."""
+  nats: float
+  tokens: int
+  bytes: int
+  not_finite: int = 0
+
+  @property
+  def bits_per_byte(self) -> float:
+    return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+  @property
+  def loss(self) -> float:
+    """Nats per token."""
+    return self.nats / self.tokens if self.tokens else math.nan
+
+  @property
+  def perplexity(self) -> float:
+    return math.exp(self.loss) if not self.loss > 700 else math.inf  # 700: float64 ends
+
+  def to_json(self) -> dict[str, Any]:
+    ratios = dict(bits_per_byte=self.bits_per_byte, perplexity=self.perplexity, loss=self.loss)
+    return dict(tokens=self.tokens, bytes=self.bytes, not_finite=self.not_finite,
+                **{name: _finite(x) for name, x in ratios.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+  """One way of reading the split. `bins[i]` holds the positions windows.bin_edges(i)."""
+  total: Score
+  bins: tuple[Score, ...]
+  windows: int
+  tokens_read: int  # with those read again for context
+  seconds: float
+  tokens_per_second: float
+
+  def to_json(self) -> dict[str, Any]:
+    rows = [dict(zip(('first', 'last'), windows.bin_edges(i)), **score.to_json())
+            for i, score in enumerate(self.bins)]
+    return dict(self.total.to_json(), windows=self.windows, tokens_read=self.tokens_read,
+                seconds=self.seconds, tokens_per_second=self.tokens_per_second, positions=rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """All passes over one split."""
+  split: str
+  documents: int
+  length: int  # tokens of context; 0 = whole documents
+  stride: int
+  passes: dict[str, Pass]
+  peak_memory_bytes: int
+
+  @property
+  def first(self) -> Pass:
+    """The pass whose total is quoted where one number is wanted: 'full' where it ran."""
+    return self.passes.get('full') or next(iter(self.passes.values()))
+
+  @property
+  def bits_per_byte(self) -> float:
+    return self.first.total.bits_per_byte
+
+  @property
+  def loss(self) -> float:
+    return self.first.total.loss
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain values that `json.dumps(..., allow_nan=False)` takes."""
+    return dict(
+        split=self.split, documents=self.documents, length=self.length, stride=self.stride,
+        bits_per_byte=_finite(self.bits_per_byte), loss=_finite(self.loss),
+        tokens_per_second=self.first.tokens_per_second,
+        peak_memory_bytes=self.peak_memory_bytes,
+        modes={mode: one.to_json() for mode, one in self.passes.items()})
+
+  def table(self) -> str:
+    """Loss by context position, a line a bin, the passes side by side; lines of text."""
+    total = self.first.total
+    context = f'context {self.length:,} tokens' if self.length else 'context: the whole document'
+    lines = [f'{self.split}: {total.tokens:,} tokens, {total.bytes:,} bytes, '
+             f'{self.documents:,} documents; {context}']
+    titles = {'full': 'full: disjoint windows', 'sliding': f'sliding by {self.stride:,}'}
+    width, cell = 17, 33
+    lines.append(' ' * width + ''.join(f'{titles[mode]:>{cell}}' for mode in self.passes))
+    lines.append(f'{"position":<{width}}' +
+                 f'{"tokens":>11}{"bits/byte":>10}{"perplexity":>12}' * len(self.passes))
+    for i in range(max(len(one.bins) for one in self.passes.values())):
+      low, high = windows.bin_edges(i)
+      label = f'{low:,}' if low == high else f'{low:,}-{high:,}'
+      scores = [one.bins[i] if i < len(one.bins) else Score(0, 0, 0)
+                for one in self.passes.values()]
+      lines.append(f'{label:<{width}}' + ''.join(map(_cells, scores)))
+    lines.append(f'{"all":<{width}}' +
+                 ''.join(_cells(one.total) for one in self.passes.values()))
+    lines.append(f'{"tokens/s":<{width}}' + ''.join(
+        f'{one.tokens_per_second:>11,.0f}{"":>22}' for one in self.passes.values()).rstrip())
+    if self.peak_memory_bytes:
+      lines.append(f'{"peak memory":<{width}}{self.peak_memory_bytes / 2**20:>7,.0f} MiB')
+    broken = max(one.total.not_finite for one in self.passes.values())
+    if broken:
+      lines.append(f'{broken:,} tokens have a loss that is not finite: the parameters hold NaN or '
+                   'inf, or the model overflows')
+    return '\n'.join(lines)
+
+
+def _finite(x: float) -> float | None:
+  return float(x) if math.isfinite(x) else None
+
+
+def _cells(score: Score) -> str:
+  if not score.tokens:
+    return f'{"-":>11}{"-":>10}{"-":>12}'
+  bits = f'{score.bits_per_byte:.4f}' if score.bytes else '-'
+  perplexity = f'{score.perplexity:,.3f}' if score.perplexity < 1e6 else f'{score.perplexity:.2e}'
+  return f'{score.tokens:>11,}{bits:>10}{perplexity:>12}'
