@@ -1,0 +1,173 @@
+"""python -m longctx.generate --workdir=W --prompt='def ' [--max_new_tokens=200 --temperature=0.8 ...]
+
+Continues a prompt with the newest checkpoint of a workdir and writes the text while it is made. The
+text ends at the end of the document (the separator) or after max_new_tokens. A user's mistake ends
+in one line on stderr and exit status 2.
+Held by: tests/test_generate.py.
+"""
+
+import codecs
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from absl import flags
+
+from longctx.errors import ConfigError, check, check_range, nearest
+from longctx.main import complain, set_compilation_cache
+
+ABSL = ('flagfile', 'undefok')  # flags that every table has
+CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what a terminal may take for a command
+
+
+def define_flags() -> flags.FlagValues:
+  """The flags of this face, in a table of their own: `longctx.main` has flags of the same names."""
+  table = flags.FlagValues()
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
+  whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
+  real = lambda *args: flags.DEFINE_float(*args, flag_values=table)
+  switch = lambda *args: flags.DEFINE_bool(*args, flag_values=table)
+  text('workdir', '', 'Folder of a run; its newest readable checkpoint is used, nothing written.')
+  text('prompt', '', 'Text to continue; - reads it from stdin; empty starts a new document.')
+  text('prompt_file', '', 'File with the text to continue, every byte of it.')
+  whole('max_new_tokens', 200, 'Tokens to make at most.')
+  real('temperature', 0.8, 'Divides the logits; 0 always takes the most probable token.')
+  whole('top_k', 0, 'Keeps the k most probable tokens; 0 = off.')
+  real('top_p', 1.0, 'Keeps the fewest tokens with this much probability together; 1 = off.')
+  real('min_p', 0.0, 'Keeps tokens with at least this share of the largest probability; 0 = off.')
+  whole('seed', 0, 'The same seed draws the same text.')
+  switch('use_ema', False, 'Use the averaged parameters.')
+  switch('echo', True, 'Write the prompt before the text that continues it.')
+  switch('help', False, 'Show this help.')
+  return table
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  """Flags from a command line; ConfigError names the first mistake."""
+  table = define_flags()
+  try:
+    rest = table(argv)[1:]
+  except flags.UnrecognizedFlagError as e:
+    hint = nearest(e.flagname, table)
+    raise ConfigError(f'--{e.flagname}: unknown flag{hint}; see --help') from None
+  except flags.Error as e:
+    raise ConfigError(str(e)) from None
+  check(not rest, f'{"".join(rest[:1])!r}: not a flag; give the prompt as --prompt="..."; '
+        'see --help')
+  return table
+
+
+def check_flags(f: flags.FlagValues) -> Any:
+  """The checks that need no checkpoint; returns the Sampling."""
+  check(bool(f.workdir), '--workdir: missing; give the folder of a trained run, such as '
+        'runs/quickstart')
+  check(os.path.isdir(f.workdir), f'--workdir={f.workdir}: no such folder')
+  check_range('--max_new_tokens', f.max_new_tokens, low=1)
+  check_range('--seed', f.seed, low=0, high=2**31 - 1)
+  check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
+  from longctx.inference.sampling import Sampling
+  try:
+    return Sampling(temperature=f.temperature, top_k=f.top_k, top_p=f.top_p, min_p=f.min_p)
+  except ConfigError as e:
+    raise ConfigError(f'--{e}') from None
+
+
+def read_prompt(f: flags.FlagValues) -> tuple[bytes, str]:
+  """The prompt's bytes, and what to call it in an error."""
+  if f.prompt_file:
+    try:
+      with open(f.prompt_file, 'rb') as file:
+        return file.read(), f'--prompt_file={f.prompt_file}'
+    except OSError as e:
+      raise ConfigError(f'--prompt_file={f.prompt_file}: cannot be read: {e.strerror}') from e
+  if f.prompt == '-':
+    return sys.stdin.buffer.read(), '--prompt=- (stdin)'
+  data = os.fsencode(f.prompt)  # the bytes of the command line, whatever they are
+  try:
+    data.decode('utf-8')
+  except UnicodeDecodeError as e:
+    raise ConfigError(f'--prompt: byte {e.start} ({data[e.start]:#04x}) is not UTF-8; to continue '
+                      'text in another encoding give --prompt_file=FILE') from None
+  return data, '--prompt'
+
+
+def write_text(prompt: bytes, tokens: Iterable[int], decode: Callable[[list[int]], bytes],
+               write: Callable[[str], Any]) -> None:
+  """Writes the prompt, then every token's text as soon as its last byte is known.
+
+  A token may hold part of a character: its bytes wait for the rest. Bytes that are no UTF-8
+  become U+FFFD.
+  """
+  decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+  write(decoder.decode(prompt))
+  for token in tokens:
+    write(decoder.decode(decode([token])))
+  write(decoder.decode(b'', final=True))
+
+
+class Terminal:
+  """Writes to stdout at once; `last` is the last character, and `echo` False drops the first text."""
+
+  def __init__(self, echo: bool):
+    self.last, self.skip = '\n', not echo
+    self.is_terminal = sys.stdout.isatty()
+    if hasattr(sys.stdout, 'reconfigure'):
+      sys.stdout.reconfigure(encoding='utf-8', errors='replace')
+
+  def __call__(self, text: str) -> None:
+    if text and not self.skip:
+      sys.stdout.write(CONTROL.sub('\ufffd', text) if self.is_terminal else text)
+      sys.stdout.flush()
+      self.last = text[-1]
+    self.skip = False
+
+
+def run(f: flags.FlagValues) -> None:
+  """Loads, generates, writes."""
+  settings = check_flags(f)
+  prompt, name = read_prompt(f)
+  set_compilation_cache('')
+  from longctx import assembly
+  from longctx.inference import sampling
+  graphdef, params, tokenizer, model_config = assembly.load_for_inference(
+      f.workdir, use_ema=f.use_ema)
+  prompt_ids = [tokenizer.separator, *tokenizer.encode(prompt, name).tolist()]
+  total = len(prompt_ids) + f.max_new_tokens
+  check(not model_config.max_length or total <= model_config.max_length,
+        f'--max_new_tokens={f.max_new_tokens}: with the {len(prompt_ids)} tokens of the prompt '
+        f'(its separator counted) that is {total}; must be at most model.max_length='
+        f'{model_config.max_length}')
+  tokens = sampling.generate(
+      graphdef, params, prompt_ids, max_new_tokens=f.max_new_tokens, sampling=settings,
+      stop_token=tokenizer.separator, seed=f.seed)
+  terminal = Terminal(f.echo)
+  try:
+    write_text(prompt, tokens, tokenizer.decode, terminal)
+  except FloatingPointError as e:
+    raise ConfigError(f'--workdir={f.workdir}: {e}') from e
+  finally:
+    if terminal.last != '\n':
+      terminal('\n')
+
+
+def main(argv: list[str]) -> int:
+  try:
+    f = parse(argv)
+    if f.help:
+      print(__doc__, *(f'  --{name}={f[name].value!r}  {f[name].help}'
+                       for name in f if f[name].help and name not in ABSL), sep='\n')
+      return 0
+    run(f)
+  except ConfigError as e:
+    return complain(e)
+  except KeyboardInterrupt:
+    return 130  # the text so far stands
+  except BrokenPipeError:  # the reader, such as head, had enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
