@@ -1,0 +1,272 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard events, progress, utilisation, memory.
+
+    model FLOPs utilisation = tokens/s * FLOPs of one token / (devices * peak FLOP/s of one)
+
+The FLOPs of a token are the model's (`config.flops_per_token`): by the full convention every query
+counts all T keys, by the mask-density convention those that its mask shows it.
+Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+Held by: tests/test_metrics.py.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from longctx.training.optim import path_name
+from longctx.training.workdir import atomic_write
+
+# Published dense peak of one JAX device, FLOP/s: bfloat16 with float32 sums, float16 where marked.
+# The first pattern that matches the whole `device_kind` counts; no match (a CPU, a slice of a GPU,
+# a chip not listed) has no peak. NVIDIA prints most of these doubled, "with sparsity".
+PEAK_FLOPS = {
+    # docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, per chip. A chip of v2, v3 and
+    # TPU7x is two devices in JAX.
+    r'TPU v2': 45e12 / 2,
+    r'TPU v3': 123e12 / 2,
+    r'TPU v4': 275e12,
+    r'TPU v5( lite|e)': 197e12,
+    r'TPU v5p?': 459e12,
+    r'TPU v6( lite|e)': 918e12,
+    r'TPU7x': 2307e12 / 2,
+    r'.*\bMIG\b.*': None,
+    r'NVIDIA GB200.*': 2500e12,              # GB200 NVL72 datasheet: 5 PFLOPS sparse
+    r'NVIDIA B200.*': 2250e12,               # HGX B200 datasheet: 4.5 PFLOPS sparse
+    r'NVIDIA (H200|H100) NVL.*': 835.5e12,   # H100 NVL, H200 NVL datasheets: 1671 sparse
+    r'NVIDIA (H200|GH200).*': 989e12,        # H200, GH200 datasheets: 1979 sparse
+    r'NVIDIA H100 PCIe.*': 756e12,           # H100 datasheet: 1513 sparse
+    r'NVIDIA H100.*HBM3.*': 989e12,          # H100 datasheet, SXM5: 1979 sparse
+    r'NVIDIA A100.*': 312e12,                # A100 datasheet, SXM4 and PCIe alike
+    r'NVIDIA L40S': 362e12,                  # L40S datasheet
+    r'NVIDIA L4': 121e12,                    # L4 datasheet: 242 sparse
+    r'NVIDIA A10': 125e12,                   # A10 datasheet
+    r'NVIDIA GeForce RTX 4090': 165.2e12,    # Ada GPU architecture, appendix A
+    r'NVIDIA GeForce RTX 3090': 71e12,       # GA102 GPU architecture, appendix A
+    r'(Tesla|NVIDIA) V100-SXM.*': 125e12,    # V100 datasheet; float16
+    r'(Tesla|NVIDIA) V100-PCIE.*': 112e12,   # V100 datasheet; float16
+    r'(Tesla|NVIDIA) T4': 65e12,             # T4 datasheet; float16
+}
+
+
+def peak_flops(kind: str) -> float | None:
+  """Published FLOP/s of a device by its `device_kind`; None where unknown."""
+  return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, kind)), None)
+
+
+def model_flops_utilization(tokens_per_second: float, flops_per_token: float, *, kind: str,
+                            count: int) -> float | None:
+  """Part of `count` devices' published peak that the model's own arithmetic uses, 0 to 1."""
+  peak = peak_flops(kind)
+  return None if peak is None else tokens_per_second * flops_per_token / (peak * count)
+
+
+# metrics.jsonl and TensorBoard.
+
+FIELDS = ('step', 'loss', 'bits_per_byte', 'grad_norm', 'learning_rate', 'tokens_per_second',
+          'model_flops_utilization', 'seconds')  # these stand first, the rest as they come
+
+
+class MetricsWriter:
+  """Appends one JSON object a logged step to W/metrics.jsonl, and the same to W/tensorboard.
+
+  A line is written whole, in one call: after a kill at most the last one is torn. A number that is
+  not finite becomes null. While the disk is full lines wait in memory, and go with the next one.
+  `enabled` is False on all processes but one; they write nothing.
+  """
+
+  def __init__(self, folder: str | os.PathLike, enabled: bool = True):
+    self.path = Path(folder) / 'metrics.jsonl'
+    self.enabled = enabled
+    self._waiting = b''   # lines that a full disk refused
+    self._events = None
+    self._purge = None    # TensorBoard hides what an earlier process logged from this step on
+
+  def truncate_after(self, step: int) -> None:
+    """Drops lines of later steps, and torn ones: a run that resumes at `step` writes them again."""
+    if not self.enabled:
+      return
+    self._purge = step + 1
+    if not self.path.exists():
+      return
+    text = self.path.read_bytes()
+    kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
+    if kept != text:
+      atomic_write(self.path, kept)
+
+  def write(self, step: int, metrics: dict[str, Any]) -> None:
+    if not self.enabled:
+      return
+    values = {'step': int(step)} | {name: _number(value) for name, value in metrics.items()}
+    first = {name: values[name] for name in FIELDS if name in values}
+    line = json.dumps(first | values, allow_nan=False).encode() + b'\n'
+    self._append(line)
+    self._tensorboard(step, values)
+
+  def close(self) -> None:
+    if self._waiting:
+      self._append(b'')
+    if self._events is not None:
+      with _full_disk_is_told('TensorBoard events'):
+        self._events.close()
+
+  def _append(self, line: bytes) -> None:
+    self._waiting += line
+    with _full_disk_is_told(f'{self.path}: lines wait for room'):
+      with open(self.path, 'ab', buffering=0) as f:
+        end = f.tell()
+        try:
+          if f.write(self._waiting) < len(self._waiting):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+          f.truncate(end)
+          raise
+      self._waiting = b''
+
+  def _tensorboard(self, step: int, values: dict[str, Any]) -> None:
+    # The events writer itself and not `SummaryWriter`, whose thread dies on a full disk and whose
+    # queue then blocks the run.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    with _full_disk_is_told('TensorBoard events'):
+      if self._events is None:
+        folder = self.path.parent / 'tensorboard'
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / 'events'), f'.{os.getpid()}.{time.time_ns()}')
+        if self._purge is not None:
+          self._events.write_event(Event(step=self._purge, wall_time=time.time(),
+                                         session_log=SessionLog(status=SessionLog.START)))
+      scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()
+                 if name != 'step' and isinstance(value, int | float)]
+      self._events.write_event(Event(step=step, wall_time=time.time(),
+                                     summary=Summary(value=scalars)))
+      self._events.flush()
+
+
+@contextlib.contextmanager
+def _full_disk_is_told(what: str) -> Iterator[None]:
+  """A full disk costs a line on stderr and not the run; any other error passes through."""
+  try:
+    yield
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(f'{what}: {e.strerror}', file=sys.stderr, flush=True)
+
+
+def _number(value: Any) -> Any:
+  """A JSON value: numbers of NumPy and JAX become Python's, NaN and infinities null."""
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    value = value.item()
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: bytes) -> float:
+  """The step of a line of metrics.jsonl; infinite if the line is torn or not ours."""
+  try:
+    return int(json.loads(line)['step'])
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
+# Progress.
+
+
+class Progress:
+  """Loss, tokens/s and time left: a bar where `stream` is a terminal, plain lines elsewhere."""
+
+  def __init__(self, num_steps: int, done: int = 0, enabled: bool = True, stream: Any = None):
+    self.num_steps, self.enabled = num_steps, enabled
+    self.stream = stream if stream is not None else sys.stdout
+    self._since = (done, time.perf_counter())
+    self._updated = False
+    self._bar = None
+    if enabled and self.stream.isatty():
+      from tqdm import tqdm
+      self._bar = tqdm(total=num_steps, initial=done, file=self.stream, unit='step',
+                       dynamic_ncols=True, leave=False)
+
+  def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    if not self.enabled:
+      return
+    if self._bar is not None:
+      self._bar.set_postfix_str(f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s',
+                                refresh=False)
+      self._bar.update(step - self._bar.n)
+      self._bar.refresh()
+      return
+    self.say(f'step {step:>{len(str(self.num_steps))}}/{self.num_steps}  loss {loss:.4f}  '
+             f'{tokens_per_second:,.0f} tokens/s  {_clock(self._seconds_left(step))} left')
+
+  def say(self, line: str) -> None:
+    """A line of its own, above the bar if there is one."""
+    if not self.enabled:
+      return
+    if self._bar is not None:
+      self._bar.write(line, file=self.stream)
+    else:
+      print(line, file=self.stream, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def _seconds_left(self, step: int) -> float:
+    now, (at, since) = time.perf_counter(), self._since
+    left = (self.num_steps - step) * (now - since) / max(step - at, 1)
+    if not self._updated:   # from the first update on the pace is counted without the compilation
+      self._since, self._updated = (step, now), True
+    return left
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+# Memory.
+
+
+def largest_arrays(tree: Any, n: int = 10) -> list[str]:
+  """A line for each of the n largest arrays: name, shape, type, bytes, cut, bytes a device."""
+  rows = []
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    size = x.dtype.itemsize
+    sharding = getattr(x, 'sharding', None)
+    part = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    cut = getattr(sharding, 'spec', None)
+    rows.append((math.prod(x.shape) * size, path_name(path), f'{x.dtype}{list(x.shape)}',
+                 'one device' if cut is None else str(tuple(cut)), math.prod(part) * size))
+  rows = sorted(rows, key=lambda row: (-row[0], row[1]))[:n]
+  names, types = (max([len(row[i]) for row in rows], default=0) for i in (1, 2))
+  return [f'{name:<{names}}  {kind:<{types}}  {_bytes(total):>9}  {cut}  {_bytes(part)} a device'
+          for total, name, kind, cut, part in rows]
+
+
+def peak_memory_bytes() -> int:
+  """Most memory ever in use: the fullest local device's, or the process's where devices don't say."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
+  if peaks:
+    return max(peaks)
+  unit = 1 if sys.platform == 'darwin' else 1024   # ru_maxrss: bytes on macOS, KiB on Linux
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _bytes(n: float) -> str:
+  units = ['B', 'KiB', 'MiB', 'GiB', 'TiB']
+  while n >= 1024 and len(units) > 1:
+    n, units = n / 1024, units[1:]
+  return f'{n:.0f} B' if units[0] == 'B' else f'{n:.1f} {units[0]}'
