@@ -146,7 +146,14 @@ class TestRoundTrip:
       save(c, 6, restored)
       assert_same_bits(c.restore_newest(abstract(state, cut(8, 0))).state, state)
 
-  def test_the_stream_state_may_move_on_while_it_is_written(self, folder):
+  def test_the_stream_state_may_move_on_while_it_is_written(self, folder, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    write = ocp.JsonCheckpointHandler._save_fn
+    async def write_later(*args):
+      await asyncio.sleep(0.2)
+      await write(*args)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', write_later)
     stream, meta = {'at': [1, 2]}, {'seed': 1}
     with Checkpoints(folder, keep_last=1) as c:
       c.save(1, make_state(1), stream_state=stream, meta=meta)

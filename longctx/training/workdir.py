@@ -54,9 +54,8 @@ class Lock:
   def __init__(self, fd: int | None):
     self._fd = fd
 
-  def release(self) -> None:
+  def release(self) -> None:  # never by collection: the caller may keep no reference
     """Lets the next run in. The file stays: removing it would let two runs lock two files."""
-    _HELD.discard(self)
     if self._fd is not None:
       os.close(self._fd)
       self._fd = None
@@ -66,9 +65,6 @@ class Lock:
 
   def __exit__(self, *exc) -> None:
     self.release()
-
-
-_HELD: set[Lock] = set()  # a lock whose caller keeps no reference must not vanish by collection
 
 
 def lock(workdir: str | os.PathLike) -> Lock:
@@ -101,9 +97,7 @@ def lock(workdir: str | os.PathLike) -> Lock:
                       'give a workdir on another one') from e
   os.ftruncate(fd, 0)
   os.pwrite(fd, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
-  held = Lock(fd)
-  _HELD.add(held)
-  return held
+  return Lock(fd)
 
 
 def _make(workdir: str | os.PathLike) -> None:
