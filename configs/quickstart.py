@@ -1,0 +1,37 @@
+"""A small byte-level transformer on the source of the running Python's standard library.
+
+Command:  python -m longctx.main --config=configs/quickstart.py --workdir=runs/quickstart
+Debug:    python -m longctx.main --config=configs/quickstart.py:debug --workdir=runs/debug
+"""
+
+from longctx.configuration import base
+
+
+def get_config(variant: str = ''):
+  config = base('decoder')
+  config.data.length = 512
+  config.data.batch_size = 8
+  config.model.max_length = 512
+  config.model.num_layers = 4
+  config.model.embed_dim = 128
+  config.model.num_heads = 4
+  config.model.layer_loop = 'unrolled'
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup_steps = 50
+  config.optimizer.beta2 = 0.99
+  config.run.num_steps = 600
+  config.run.log_every = 20
+  config.run.checkpoint_every = 200
+  config.evaluation.max_tokens = 262_144
+  if variant == 'debug':
+    config.data.length = 64
+    config.model.max_length = 64
+    config.model.num_layers = 1
+    config.model.embed_dim = 32
+    config.run.num_steps = 20
+    config.run.log_every = 5
+    config.run.checkpoint_every = 10
+    config.optimizer.warmup_steps = 5
+    config.evaluation.max_tokens = 4096
+    config.evaluation.segment = 64
+  return config

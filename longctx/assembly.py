@@ -1,0 +1,165 @@
+"""From a checked config to the things a run is made of: mesh, model, optimiser, state.
+
+`assemble` refuses what cannot work (a mesh that does not divide, a row longer than the model's
+context, a state that would outgrow its room) before anything is compiled.
+Held by: tests/test_train.py, tests/test_mistakes.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from longctx.configuration import MODELS, Parts, parts
+from longctx.data import stream
+from longctx.data.tokenizer import Tokenizer, load_tokenizer
+from longctx.errors import check
+from longctx.parallel import mesh
+from longctx.training import optim, step, workdir
+from longctx.training.checkpoint import Checkpoints
+
+
+class Assembly(NamedTuple):
+  """What a config becomes; everything here is static or abstract, nothing is allocated."""
+
+  parts: Parts
+  layout: mesh.Layout
+  tokenizer: Tokenizer
+  graphdef: nnx.GraphDef
+  model_config: Any
+  state_grows: bool
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  init: Callable[[], step.TrainState]      # jitted, sharded
+  abstract: step.TrainState                # ShapeDtypeStructs with shardings
+
+
+def make_model(config: Any, key: jax.Array) -> nnx.Module:
+  return MODELS[config.name][1](config, rngs=nnx.Rngs(key))
+
+
+def assemble(config: Any, devices: list | None = None) -> Assembly:
+  """Builds and checks; ConfigError names the first thing that cannot work."""
+  p = parts(config)
+  layout = mesh.make_layout(p.mesh, devices)
+  tokenizer = load_tokenizer(p.data.tokenizer)
+  check(p.model.vocab_size in (0, tokenizer.vocab_size) or
+        p.model.vocab_size > tokenizer.vocab_size,
+        f'model.vocab_size={p.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} '
+        'symbols; give at least as many, or 0 for as many')
+  model_config = p.model.resolved(tokenizer.vocab_size)
+  carries = p.data.form == 'segments'
+  new_model = functools.partial(make_model, model_config)
+  model = nnx.eval_shape(lambda: new_model(jax.random.key(0)))
+  graphdef, abstract_params = nnx.split(model, nnx.Param)
+  _check_shapes(p, model_config, model.state_grows, layout)
+  layout.params_sharding(abstract_params)   # refuses a mesh that does not divide a parameter
+
+  make_tx = functools.partial(optim.make_optimizer, p.optimizer, p.run.num_steps)
+  init = functools.partial(step.init_state, new_model, make_tx, seed=p.seed,
+                           batch_size=p.data.batch_size, carries=carries, ema=p.optimizer.ema)
+  shapes = jax.eval_shape(init)
+  shardings = state_shardings(layout, shapes)
+  init = jax.jit(mesh.under(layout, init), out_shardings=shardings)
+  abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return Assembly(p, layout, tokenizer, graphdef, model_config, model.state_grows,
+                  make_tx(abstract_params), optim.make_schedule(p.optimizer, p.run.num_steps),
+                  init, abstract)
+
+
+def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) -> None:
+  check(not model.max_length or p.data.length <= model.max_length,
+        f'data.length={p.data.length}: must be at most model.max_length={model.max_length}, '
+        'the longest context the model is made for')
+  check(p.data.form != 'segments' or not state_grows,
+        f"data.form='segments': a document of any length is carried on, but with model.window="
+        f'{getattr(model, "window", None)} the state grows with it; give every layer a window')
+  check(p.mesh.seq == 1 or model.name != 'lstm',
+        f'mesh.seq={p.mesh.seq}: an LSTM cannot be cut along the sequence, each step needs the one '
+        'before; set mesh.seq=1 and give the devices to mesh.data')
+  check(p.data.batch_size % p.run.accumulate == 0,
+        f'run.accumulate={p.run.accumulate}: must divide data.batch_size={p.data.batch_size}')
+  micro = p.data.batch_size // p.run.accumulate
+  check(micro % layout.size('batch') == 0,
+        f'data.batch_size={p.data.batch_size} / run.accumulate={p.run.accumulate} = {micro} rows '
+        f'a microbatch: must be a multiple of mesh.data={layout.size("batch")}')
+  mesh.check_divides('data.length', p.data.length, 'length', layout)
+  for field, dim in (('num_heads', 'heads'), ('num_kv_heads', 'kv_heads'), ('mlp_dim', 'mlp'),
+                     ('hidden_dim', 'recurrent'), ('embed_dim', 'embed')):
+    if hasattr(model, field):
+      mesh.check_divides(f'model.{field}', getattr(model, field), dim, layout)
+
+
+def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainState:
+  """Parameters by their dims, optimiser moments like their parameters, carried state by rows."""
+  whole = layout.sharding()
+
+  def like_a_parameter(leaf):
+    """Moments have their parameter's dims; factored ones (adafactor) are small and stay whole."""
+    if not isinstance(leaf, nnx.Variable):
+      return whole
+    shape, dims = leaf.get_value().shape, leaf.get_metadata().get('dims')
+    if dims is None or len(shape) < len(dims):
+      return leaf.replace(whole)
+    dims = (None,) * (len(shape) - len(dims)) + tuple(dims)
+    spec = layout.spec(*dims, shape=shape)
+    fits = all(axis is None or n % layout.mesh.shape[axis] == 0 for n, axis in zip(shape, spec))
+    return leaf.replace(layout.sharding(*dims, shape=shape) if fits else whole)
+
+  is_variable = lambda x: isinstance(x, nnx.Variable)
+  by_dims = lambda tree: jax.tree.map(like_a_parameter, tree, is_leaf=is_variable)
+  return step.TrainState(
+      step=whole, params=by_dims(shapes.params), opt=by_dims(shapes.opt),
+      ema=by_dims(shapes.ema), memory=jax.tree.map(lambda _: layout.sharding('batch'),
+                                                   shapes.memory),
+      bad_in_a_row=whole, skipped=whole, dropout_key=whole)
+
+
+def open_checkpoints(parts: Parts, folder: str, read_only: bool) -> Checkpoints:
+  return Checkpoints(f'{folder}/checkpoints', keep_last=parts.run.keep_last,
+                     keep_best=parts.run.keep_best, read_only=read_only)
+
+
+def check_same_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
+  """A model reads the tokens of the tokenizer it was trained with, or none."""
+  was, now = meta.get('tokenizer'), tokenizer.fingerprint
+  check(was == now, f'data.tokenizer: the checkpoint was trained with tokenizer {str(was)[:16]}, '
+        f'this one is {now[:16]}; give the same model file back')
+
+
+def load_parameters(a: Assembly, folder: str, *, use_ema: bool = False) -> tuple[int, Any]:
+  """(step, parameters) of the newest readable checkpoint; nothing is written."""
+  check(not use_ema or a.parts.optimizer.ema > 0,
+        'use_ema: this run keeps no averaged parameters; train with optimizer.ema=0.999 or so')
+  name = 'ema' if use_ema else 'params'
+  with open_checkpoints(a.parts, folder, read_only=True) as checkpoints:
+    restored = checkpoints.restore_newest({name: getattr(a.abstract, name)}, partial=True)
+  check(restored is not None, f'--workdir={folder}: no checkpoint there yet; train first: '
+        f'python -m longctx.main --config=... --workdir={folder}')
+  check_same_tokenizer(a.tokenizer, restored.meta)
+  return restored.step, restored.state[name]
+
+
+def load_for_inference(folder: str, *, use_ema: bool = False
+                       ) -> tuple[nnx.GraphDef, Any, Tokenizer, Any]:
+  """(graphdef, params, tokenizer, model config) of a run's newest checkpoint, on one device."""
+  config = workdir.load_config(folder)
+  config.mesh.update(dict(data=1, seq=1, model=1, layout='single'))
+  a = assemble(config, jax.local_devices()[:1])
+  _, params = load_parameters(a, folder, use_ema=use_ema)
+  return a.graphdef, params, a.tokenizer, a.model_config
+
+
+def host_share(a: Assembly) -> tuple[int, int]:
+  """(index, count): which of how many equal shares of a batch's rows this process reads."""
+  return a.layout.host_rows(a.parts.data.batch_size)
+
+
+def open_documents(a: Assembly) -> stream.Documents:
+  return stream.open_documents(a.parts.data, a.parts.evaluation.split)
+
+

@@ -1,0 +1,132 @@
+"""Configs: every field of every part, with its default, and back again to the parts.
+
+`base(model)` spreads the defaults of each part's `Config` into one `ConfigDict`, so that every leaf
+can be overridden on the command line; a config file changes what its experiment is about.
+`parts(config)` builds the parts again and refuses unknown keys and wrong types by name.
+Held by: tests/test_configs.py, tests/test_mistakes.py.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from longctx.data import stream
+from longctx.errors import ConfigError, check, check_range, nearest
+from longctx.evaluation import perplexity
+from longctx.models import decoder, lstm
+from longctx.parallel import mesh
+from longctx.training import loss, optim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """How long a run is, and what it does besides updating."""
+
+  num_steps: int = 1000
+  log_every: int = 10
+  eval_every: int = 0             # steps between evaluations; 0: at the end only
+  checkpoint_every: int = 100
+  keep_last: int = 2              # checkpoints kept beside the best one
+  keep_best: bool = True          # by validation loss
+  accumulate: int = 1             # microbatches a step
+  max_bad_steps: int = 10         # steps in a row that are not finite; then the run stops
+  profile_start: int = -1         # first step of a profiler window; -1: none
+  profile_steps: int = 3
+  compilation_cache: str = ''     # folder; '': with the user's caches; 'none': off
+  expect: str = ''                # what the run prints at its start: the loss to expect, and when
+
+  def __post_init__(self):
+    for name in ('num_steps', 'log_every', 'checkpoint_every', 'keep_last', 'accumulate',
+                 'max_bad_steps', 'profile_steps'):
+      check_range(f'run.{name}', getattr(self, name), 1)
+    check_range('run.eval_every', self.eval_every, 0)
+    check_range('run.profile_start', self.profile_start, -1)
+
+
+MODELS = {
+    'decoder': (decoder.Config, decoder.Decoder),
+    'lstm': (lstm.Config, lstm.LSTM),
+}
+
+SECTIONS = {
+    'data': stream.Config,
+    'optimizer': optim.Config,
+    'loss': loss.Config,
+    'mesh': mesh.Config,
+    'run': Run,
+    'evaluation': perplexity.Config,
+}
+
+
+class Parts(NamedTuple):
+  """A config, taken apart and checked."""
+
+  seed: int
+  model: Any
+  data: stream.Config
+  optimizer: optim.Config
+  loss: loss.Config
+  mesh: mesh.Config
+  run: Run
+  evaluation: perplexity.Config
+
+
+def base(model: str = 'decoder') -> ml_collections.ConfigDict:
+  """Every field of every part at its default, for the named model."""
+  check(model in MODELS, f'model={model!r}: must be one of {", ".join(MODELS)}'
+        f'{nearest(model, MODELS)}')
+  sections = {'model': MODELS[model][0], **SECTIONS}
+  return ml_collections.ConfigDict({
+      'seed': 0,
+      **{name: {f.name: f.default for f in dataclasses.fields(part)}
+         for name, part in sections.items()}})
+
+
+def parts(config: ml_collections.ConfigDict) -> Parts:
+  """The parts that a config describes; ConfigError names the first mistake in it."""
+  known = ('seed', 'model', *SECTIONS)
+  for name in config:
+    check(name in known, f'{name}: no such section; a config has {", ".join(known)}'
+          f'{nearest(name, known)}')
+  for name in ('model', *SECTIONS):
+    check(isinstance(config.get(name, {}), (dict, ml_collections.ConfigDict)),
+          f'{name}={config.get(name)!r}: must be a section of fields')
+  seed = config.get('seed', 0)
+  check(isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2 ** 31,
+        f'seed={seed!r}: must be a whole number from 0 to 2147483647')
+  model = dict(config.get('model', {}))
+  name = model.get('name', 'decoder')
+  check(name in MODELS, f'model.name={name!r}: must be one of {", ".join(MODELS)}'
+        f'{nearest(name, MODELS)}')
+  built = {section: build(section, part, dict(config.get(section, {})))
+           for section, part in SECTIONS.items()}
+  return Parts(seed=seed, model=build('model', MODELS[name][0], model), **built)
+
+
+def build(section: str, part: type, values: dict[str, Any]) -> Any:
+  """part(**values), with unknown keys and wrong types refused by name."""
+  fields = {f.name: f.type for f in dataclasses.fields(part)}
+  hints = typing.get_type_hints(part)
+  for key, value in values.items():
+    check(key in fields, f'{section}.{key}: no such field; {section} has '
+          f'{", ".join(fields)}{nearest(key, fields)}')
+    values[key] = _typed(f'{section}.{key}', value, hints[key])
+  return part(**values)
+
+
+def _typed(field: str, value: Any, kind: Any) -> Any:
+  if isinstance(kind, types.GenericAlias):   # tuple[int, ...]
+    inner = typing.get_args(kind)[0]
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f'{field}={value!r}: must be a tuple of {inner.__name__}, '
+                        'such as ' + ('(512, 0)' if inner is int else "('a', 'b')"))
+    return tuple(_typed(field, v, inner) for v in value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+  check(not wrong, f'{field}={value!r}: must be of type {kind.__name__}, '
+        f'not {type(value).__name__}')
+  return value

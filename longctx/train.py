@@ -1,0 +1,303 @@
+"""The run, top to bottom: a config and a workdir in, checkpoints, metrics and a table out.
+
+Killing the process at any instant and starting the same command carries on from the last
+checkpoint, with the same losses bit for bit on the same mesh: parameters, optimiser, carried
+state, seeds and the position in the data are saved together.
+Held by: tests/test_train.py, tests/test_faults.py, tests/test_distributed.py.
+"""
+
+import functools
+import json
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from longctx import assembly
+from longctx.assembly import Assembly
+from longctx.data import stream
+from longctx.errors import ConfigError, check
+from longctx.evaluation import perplexity, result
+from longctx.parallel import mesh
+from longctx.training import metrics as metrics_lib
+from longctx.training import optim, step, workdir
+from longctx.training.checkpoint import Checkpoints
+
+MODES = ('train', 'eval')
+
+
+def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: str = '') -> None:
+  """Trains, or evaluates the newest checkpoint of, the workdir `folder`."""
+  if mode == 'eval':
+    return evaluate_workdir(config, folder)
+  a = assembly.assemble(config)
+  with workdir.lock(folder), workdir.StopSignal() as stop:
+    workdir.agree(folder, config, allow_config_change)
+    Trainer(a, folder, stop).run()
+
+
+def evaluate_workdir(config: Any, folder: str) -> None:
+  """--mode=eval: scores the newest checkpoint and writes evaluation.json and the figure."""
+  workdir.load_config(folder)   # a workdir without a run is refused by name
+  a = assembly.assemble(config)
+  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema)
+  publish(evaluate(a, params), folder, at)
+
+
+def evaluate(a: Assembly, params: Any) -> result.Result:
+  """Bits per byte of the held-out split by context position."""
+  return perplexity.evaluate(
+      a.graphdef, params, assembly.open_documents(a), a.tokenizer, a.parts.evaluation,
+      layout=a.layout, loss_chunk=a.parts.loss.chunk)
+
+
+def publish(found: result.Result, folder: str, at: int) -> None:
+  """Prints the table; writes evaluation.json and figures/loss_by_position.png."""
+  if jax.process_index() != 0:
+    return
+  from longctx.draw import position
+  print(found.table(), flush=True)
+  workdir.atomic_write(f'{folder}/evaluation.json', (json.dumps(
+      dict(step=at, **found.to_json()), indent=2) + '\n').encode())
+  figure = f'{folder}/figures/loss_by_position.png'
+  os.makedirs(os.path.dirname(figure), exist_ok=True)
+  position.draw({f'step {at}': found.to_json()}, figure)
+  print(f'figure: {figure}', flush=True)
+
+
+class Trainer:
+  """One run over one workdir; `run` is its only call."""
+
+  def __init__(self, a: Assembly, folder: str, stop: workdir.StopSignal):
+    self.a, self.folder, self.stop = a, folder, stop
+    self.config = a.parts.run
+    self.main = jax.process_index() == 0
+    host, hosts = assembly.host_share(a)
+    self.stream = stream.open_stream(a.parts.data, seed=a.parts.seed, host_index=host,
+                                     num_hosts=hosts)
+    self.checkpoints: Checkpoints = assembly.open_checkpoints(a.parts, folder, read_only=False)
+    update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
+                               a.parts.run.accumulate, a.parts.optimizer.ema)
+    shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
+    self.step = jax.jit(mesh.under(a.layout, update), donate_argnums=0,
+                        out_shardings=(shardings, a.layout.sharding()))
+
+  # The state, and where it goes.
+
+  def begin(self) -> step.TrainState:
+    """The newest readable checkpoint's state, or a fresh one."""
+    restored = self.checkpoints.restore_newest(self.a.abstract)
+    if restored is None:
+      return self.a.init()
+    assembly.check_same_tokenizer(self.a.tokenizer, restored.meta)
+    check(restored.step <= self.config.num_steps,
+          f'run.num_steps={self.config.num_steps}: the workdir has already done '
+          f'{restored.step} steps; give more, or another workdir')
+    self.stream.restore(restored.stream_state)
+    self.say(f'resumed at step {restored.step} from {self.folder}/checkpoints')
+    return restored.state
+
+  def save(self, at: int, state: step.TrainState, found: result.Result | None = None) -> None:
+    import longctx
+    meta = dict(tokenizer=self.a.tokenizer.fingerprint, seed=self.a.parts.seed,
+                versions=dict(longctx=longctx.__version__, jax=jax.__version__))
+    scores = {} if found is None else {'validation_loss': found.first.total.loss}
+    # A checkpoint of this step without a score gives way to one with it.
+    self.checkpoints.save(at, state, stream_state=self.stream.state(), meta=meta, metrics=scores,
+                          force=found is not None)
+
+  def say(self, line: str) -> None:
+    if self.main:
+      self.progress.say(line) if hasattr(self, 'progress') else print(line, flush=True)
+
+  # The loop.
+
+  def run(self) -> None:
+    began = time.perf_counter()
+    state = self.begin()
+    done = int(state.step)
+    self.describe(state)
+    self.writer = metrics_lib.MetricsWriter(self.folder, enabled=self.main)
+    self.writer.truncate_after(done)
+    self.progress = metrics_lib.Progress(self.config.num_steps, done, enabled=self.main)
+    try:
+      state, done, found = self.loop(state, done, began)
+    finally:
+      self.progress.close()
+      self.checkpoints.close()
+      self.stream.close()
+      self.writer.close()
+    if self.stop.requested:
+      self.say(f'{self.stop.name}: saved step {done}; the same command carries on from there')
+      return
+    if found is None:
+      found = self.evaluate(state)
+    publish(found, self.folder, done)
+
+  def loop(self, state: step.TrainState, done: int, began: float):
+    """(state, steps done, evaluation after the last step or None)."""
+    c, found, waiting = self.config, None, None
+    clock = Clock(self.a.parts.data.batch_size * self.a.parts.data.length)
+    profiling = False
+    while done < c.num_steps and not self.stopping(done):
+      batch = self.a.layout.place(next(self.stream), self.a.parts.data.batch_size)
+      if done == c.profile_start:
+        jax.profiler.start_trace(f'{self.folder}/profile')
+        profiling = True
+      state, metrics = self.step(state, batch)
+      done += 1
+      if profiling and done == c.profile_start + c.profile_steps:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        profiling = False
+        self.say(f'profile: {self.folder}/profile')
+      # The step before is looked at while this one computes.
+      if waiting is not None:
+        self.account(*waiting, clock)
+      waiting = (done, metrics)
+      if done == 1 or (self.first_step_seconds is None):
+        jax.block_until_ready(metrics['loss'])
+        self.first_step_seconds = time.perf_counter() - began
+        self.say(f'first step after {self.first_step_seconds:.1f} s')
+        clock.start(done)
+      evaluates = c.eval_every and done % c.eval_every == 0 or done == c.num_steps
+      saves = done % c.checkpoint_every == 0 or done == c.num_steps
+      if evaluates or saves:
+        self.account(*waiting, clock)
+        waiting, paused = None, time.perf_counter()
+        found = self.evaluate(state) if evaluates else None
+        if found is not None:
+          self.log_evaluation(done, found)
+        if saves:
+          self.save(done, state, found)
+        clock.skip(time.perf_counter() - paused)
+      for failure in self.checkpoints.poll():
+        self.say(failure)
+    if waiting is not None:
+      self.account(*waiting, clock)
+    if profiling:
+      jax.profiler.stop_trace()
+    if self.stop.requested:
+      self.save(done, state)
+    return state, done, found if done == c.num_steps else None
+
+  first_step_seconds: float | None = None
+
+  def stopping(self, done: int) -> bool:
+    """Whether any process was asked to stop; all processes answer alike."""
+    if jax.process_count() == 1:
+      return self.stop.requested
+    if done % self.config.log_every:
+      return False
+    from jax.experimental import multihost_utils
+    asked = multihost_utils.process_allgather(np.asarray(self.stop.requested))
+    if asked.any():
+      self.stop.requested = True
+    return bool(asked.any())
+
+  def account(self, at: int, metrics: dict, clock: 'Clock') -> None:
+    """Looks at one step's scalars: stops after too many bad steps, logs every so often."""
+    bad = int(metrics['bad_in_a_row'])
+    if bad:
+      self.say(f'step {at} was skipped: {self.first_bad(metrics)} is not finite')
+    if bad >= self.config.max_bad_steps:
+      raise ConfigError(
+          f'run.max_bad_steps={self.config.max_bad_steps}: {bad} steps in a row up to step {at} '
+          f'were not finite, first in {self.first_bad(metrics)}; lower optimizer.learning_rate='
+          f'{self.a.parts.optimizer.learning_rate}, or clip (optimizer.clip_norm)')
+    if at % self.config.log_every and at != self.config.num_steps:
+      return
+    rate = clock.rate(at)
+    loss = float(metrics['loss'])
+    bytes_per_token = self.bytes_per_token
+    self.writer.write(at, dict(
+        loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token,
+        grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(at - 1)),
+        tokens_per_second=rate, **self.utilization(rate, float(metrics['keys'])),
+        seconds=clock.seconds, skipped_steps=int(metrics['skipped'])))
+    self.progress.update(at, loss, rate)
+
+  def first_bad(self, metrics: dict) -> str:
+    """'the loss', or the name of the first parameter group with a bad gradient."""
+    squares = np.asarray(metrics['grad_squares'])
+    names = [optim.path_name(path) for path, _ in
+             jax.tree_util.tree_leaves_with_path(self.a.abstract.params)]
+    bad = [name for name, x in zip(names, squares) if not math.isfinite(x)]
+    return f'the gradient of {bad[0]}' if bad else 'the loss'
+
+  def utilization(self, rate: float, keys: float) -> dict[str, float]:
+    """MFU by both conventions, absent where the chip's peak is unknown."""
+    model, length = self.a.model_config, self.a.parts.data.length
+    devices = self.a.layout.mesh.devices
+    kind, count = devices.flat[0].device_kind, devices.size
+    mfu = functools.partial(metrics_lib.model_flops_utilization, rate, kind=kind, count=count)
+    full, masked = (mfu(model.flops_per_token(length, mean)) for mean in (None, keys))
+    if full is None:
+      return {}
+    return dict(model_flops_utilization=full, model_flops_utilization_masked=masked)
+
+  def evaluate(self, state: step.TrainState) -> result.Result:
+    use_ema = self.a.parts.evaluation.use_ema
+    check(not use_ema or state.ema is not None,
+          'evaluation.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
+    return evaluate(self.a, state.ema if use_ema else state.params)
+
+  def log_evaluation(self, at: int, found: result.Result) -> None:
+    total = found.first.total
+    self.writer.write(at, dict(validation_loss=total.loss,
+                               validation_bits_per_byte=total.bits_per_byte,
+                               validation_perplexity=total.perplexity))
+    self.say(f'step {at}: validation {total.bits_per_byte:.4f} bits per byte, '
+             f'{total.loss:.4f} nats per token, over {total.tokens:,} tokens')
+
+  # What a reader wants to know at the start.
+
+  @functools.cached_property
+  def bytes_per_token(self) -> float:
+    counts = self.stream.accounting
+    return counts['bytes'] / counts['tokens']
+
+  def describe(self, state: step.TrainState) -> None:
+    if not self.main:
+      return
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    sizes = ' x '.join(f'{axis} {n}' for axis, n in self.a.layout.mesh.shape.items())
+    kind = self.a.layout.mesh.devices.flat[0].device_kind
+    print(f'{self.a.model_config.name}: {count:,} parameters on {sizes} ({kind}), layout '
+          f'{self.a.parts.mesh.layout!r}')
+    print('largest arrays:')
+    for line in metrics_lib.largest_arrays(state._asdict()):
+      print(f'  {line}')
+    counts = self.stream.accounting
+    print('data: ' + ', '.join(
+        f'{name} {value:,}' if isinstance(value, int) else f'{name} {value:.4g}'
+        for name, value in counts.items()))
+    if self.config.expect:
+      print(f'expect: {self.config.expect}')
+    print(end='', flush=True)
+
+
+class Clock:
+  """Tokens per second since the last look, without the pauses for evaluation and saving."""
+
+  def __init__(self, tokens_per_step: int):
+    self.tokens_per_step = tokens_per_step
+    self.seconds = 0.0          # of training, since the first step of this process
+    self.start(0)
+
+  def start(self, at: int) -> None:
+    self.at, self.since, self.paused = at, time.perf_counter(), 0.0
+
+  def skip(self, seconds: float) -> None:
+    self.paused += seconds
+
+  def rate(self, at: int) -> float:
+    elapsed = max(time.perf_counter() - self.since - self.paused, 1e-9)
+    rate = (at - self.at) * self.tokens_per_step / elapsed
+    self.seconds += elapsed
+    self.start(at)
+    return rate

@@ -1,0 +1,113 @@
+"""One update, pure: all it needs comes in, all it makes goes out.
+
+The loss is the mean over the target tokens of the whole global batch, whatever its cut into
+microbatches or over devices. A step whose loss or gradient is not finite leaves parameters,
+optimiser and carried state as they were, and is counted.
+Held by: tests/test_step.py, tests/test_mesh.py.
+
+B rows  T tokens  A microbatches
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from longctx.parallel import mesh
+from longctx.training import loss as loss_lib
+from longctx.training import optim
+
+
+class TrainState(NamedTuple):
+  """All that a run carries from step to step; saved whole."""
+
+  step: jax.Array         # int32: steps done, the skipped ones included
+  params: Any
+  opt: Any
+  ema: Any                # averaged parameters, or None
+  memory: Any             # the model's state of a segment stream, batch first, or None
+  bad_in_a_row: jax.Array
+  skipped: jax.Array      # steps skipped in all
+  dropout_key: jax.Array
+
+
+def init_state(model_init: Callable[[jax.Array], nnx.Module], tx: Callable, *, seed: int,
+               batch_size: int, carries: bool, ema: float) -> TrainState:
+  """The state before the first step; `seed` gives one seed each to init and dropout.
+
+  `tx` takes the parameters and gives the optax transformation; `carries` keeps a model state of
+  `batch_size` rows.
+  """
+  init_key, dropout_key = jax.random.split(jax.random.key(seed))
+  model = model_init(init_key)
+  params = nnx.state(model, nnx.Param)
+  zero = lambda: jnp.zeros((), jnp.int32)   # one buffer each: the state is donated
+  return TrainState(
+      step=zero(), params=params, opt=tx(params).init(params),
+      ema=jax.tree.map(jnp.copy, params) if ema else None,
+      memory=model.init_state(batch_size) if carries else None,
+      bad_in_a_row=zero(), skipped=zero(), dropout_key=dropout_key)
+
+
+def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: loss_lib.Config,
+               accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array]
+               ) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after one batch, and scalars: loss (nats per token), grad_norm, finite, skipped,
+  bad_in_a_row, tokens (targets), keys (mean keys a causal query may see), and
+  grad_squares (one sum of squares a parameter, to name the first that is not finite).
+  """
+  weights_BT = batch['loss_mask'] / jnp.maximum(batch['loss_mask'].sum(), 1.0)
+  key = jax.random.fold_in(state.dropout_key, state.step)
+
+  def loss_fn(params, batch, weights_BT, memory, key):
+    model = nnx.merge(graphdef, params)
+    hidden_BTD, memory = model(batch['tokens'], memory, positions_BT=batch['positions'],
+                               segment_ids_BT=batch['segment_ids'], dropout_key=key)
+    layout = mesh.current()
+    total, nll_BT = loss_lib.cross_entropy(
+        hidden_BTD, model.output_embedding_VD().astype(hidden_BTD.dtype), batch['targets'],
+        weights_BT, chunk=config.chunk, z_loss=config.z_loss,
+        label_smoothing=config.label_smoothing,
+        batch_shards=layout.size('batch') if layout else 1,
+        length_shards=layout.size('length') if layout else 1)
+    return total, ((weights_BT * nll_BT).sum(), memory)
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if accumulate == 1:
+    (_, (loss, memory)), grads = grad_fn(state.params, batch, weights_BT, state.memory, key)
+  else:
+    def one(carry, inputs):
+      grads, loss = carry
+      i, batch, weights_BT, memory = inputs
+      (_, (part, memory)), more = grad_fn(state.params, batch, weights_BT, memory,
+                                          jax.random.fold_in(key, i))
+      return (jax.tree.map(jnp.add, grads, more), loss + part), memory
+    # Row r goes to microbatch r mod A, so that each device keeps its own rows.
+    cut = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, loss), memory = jax.lax.scan(
+        one, (zeros, jnp.zeros(())),
+        (jnp.arange(accumulate), *jax.tree.map(cut, (batch, weights_BT, state.memory))))
+    memory = jax.tree.map(join, memory)
+
+  grad_squares = jnp.stack([optim.sum_of_squares(g) for g in jax.tree.leaves(grads)])
+  grad_norm = jnp.sqrt(grad_squares.sum())
+  updates, opt = tx.update(grads, state.opt, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = optim.update_ema(state.ema, params, ema_decay, state.step) if ema_decay else None
+
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  bad = jnp.where(finite, 0, state.bad_in_a_row + 1)
+  skipped = state.skipped + jnp.where(finite, 0, 1)
+  state = TrainState(
+      step=state.step + 1, params=keep(params, state.params), opt=keep(opt, state.opt),
+      ema=keep(ema, state.ema), memory=keep(memory, state.memory), bad_in_a_row=bad,
+      skipped=skipped, dropout_key=state.dropout_key)
+  return state, dict(loss=loss, grad_norm=grad_norm, finite=finite, bad_in_a_row=bad,
+                     skipped=skipped, tokens=batch['loss_mask'].sum(),
+                     keys=(batch['positions'] + 1.0).mean(), grad_squares=grad_squares)

@@ -1,0 +1,145 @@
+"""The loss and the gradient do not depend on the layout; a mesh that does not fit is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.models import decoder, lstm
+from longctx.parallel import mesh
+from longctx.training import loss, optim, step
+
+B, T, V = 8, 32, 64
+DECODER = decoder.Config(vocab_size=V, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=8,
+                         mlp_dim=64, max_length=T, init_std=0.2, window=(0, 9)).resolved(V)
+GROUPED = decoder.Config(vocab_size=V, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2,
+                         mlp_dim=64, max_length=T, init_std=0.2, layer_loop='unrolled').resolved(V)
+LSTM = lstm.Config(vocab_size=V, embed_dim=32, hidden_dim=32, init_std=0.3)
+CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
+
+
+def batch():
+  rng = np.random.default_rng(0)
+  segments = np.sort(rng.integers(1, 4, (B, T)), axis=1)
+  starts = np.diff(segments, axis=1, prepend=0) > 0
+  index = np.arange(T)
+  positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+  return dict(tokens=rng.integers(0, V, (B, T)).astype(np.int32),
+              targets=rng.integers(0, V, (B, T)).astype(np.int32),
+              loss_mask=(rng.random((B, T)) < 0.8).astype(np.float32),
+              positions=positions.astype(np.int32), segment_ids=segments.astype(np.int32),
+              document_start=starts)
+
+
+def three_steps(config, layout, accumulate=1):
+  """Losses of three updates, the last one's gradient norm, and the parameters after them."""
+  settings = optim.Config(learning_rate=3e-3)
+  new_model = lambda key: CLASSES[config.name](config, rngs=nnx.Rngs(key))
+  graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_model(jax.random.key(0))), nnx.Param)
+  make_tx = functools.partial(optim.make_optimizer, settings, 10)
+  init = functools.partial(step.init_state, new_model, make_tx, seed=0, batch_size=B,
+                           carries=False, ema=0.0)
+  update = functools.partial(step.train_step, graphdef, make_tx(abstract), loss.Config(chunk=8),
+                             accumulate, 0.0)
+  placed = layout.place(batch(), B)
+  shardings = layout.params_sharding(jax.eval_shape(init).params)
+  state = jax.jit(mesh.under(layout, init))()
+  state = state._replace(params=jax.device_put(state.params, shardings))
+  update = jax.jit(mesh.under(layout, update))
+  losses = []
+  for _ in range(3):
+    state, metrics = update(state, placed)
+    losses.append(float(metrics['loss']))
+  return losses, float(metrics['grad_norm']), jax.device_get(jax.tree.leaves(state.params))
+
+
+@functools.lru_cache(maxsize=None)
+def alone(name):
+  return three_steps({'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name],
+                     mesh.make_layout(mesh.Config(layout='single')))
+
+
+MESHES = [('decoder', 'sequence', (8, 1, 1)), ('decoder', 'sequence', (2, 2, 2)),
+          ('decoder', 'sequence', (1, 4, 2)), ('decoder', 'sequence', (1, 1, 8)),
+          ('decoder', 'fsdp', (8, 1, 1)), ('decoder', 'data', (8, 1, 1)),
+          ('decoder', 'tensor', (2, 1, 4)), ('grouped', 'sequence', (2, 2, 2)),
+          ('grouped', 'sequence', (1, 8, 1)),
+          ('lstm', 'tensor', (2, 1, 4)), ('lstm', 'fsdp', (8, 1, 1))]
+
+
+@pytest.mark.parametrize('name,layout,sizes', MESHES)
+def test_the_loss_does_not_depend_on_the_layout(name, layout, sizes):
+  config = {'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name]
+  cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
+  losses, norm, params = three_steps(config, cut)
+  expected_losses, expected_norm, expected_params = alone(name)
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+  np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
+  # Adam divides by its own size: a gradient near zero may turn, so parameters agree to a tenth of
+  # a step of the learning rate.
+  for a, b in zip(params, expected_params):
+    np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+@pytest.mark.parametrize('layout,sizes', [('single', (1, 1, 1)), ('sequence', (2, 2, 2))])
+def test_accumulated_gradients_equal_the_large_batch(layout, sizes):
+  cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
+  losses, norm, _ = three_steps(DECODER, cut, accumulate=4)
+  np.testing.assert_allclose(losses, alone('decoder')[0], rtol=1e-5)
+  np.testing.assert_allclose(norm, alone('decoder')[1], rtol=1e-4)
+
+
+def test_parameters_are_cut_as_the_table_says():
+  layout = mesh.make_layout(mesh.Config(data=2, seq=1, model=4, layout='tensor'))
+  shapes = nnx.state(nnx.eval_shape(lambda: decoder.Decoder(DECODER, rngs=nnx.Rngs(0))))
+  shardings = layout.params_sharding(shapes)
+  spec = shardings['blocks'][0]['attention']['w_q'].get_value().spec
+  assert spec == jax.sharding.PartitionSpec(None, 'data', 'model', None)
+  spec = shardings['embedding']['table'].get_value().spec
+  assert spec == jax.sharding.PartitionSpec('model', 'data')
+
+
+def test_a_vocabulary_that_the_axis_does_not_divide_stays_whole():
+  layout = mesh.make_layout(mesh.Config(data=2, seq=1, model=4, layout='tensor'))
+  assert layout.spec('vocab', 'embed', shape=(257, 32)) == jax.sharding.PartitionSpec(None, 'data')
+  assert layout.spec('vocab', 'embed', shape=(256, 32)) == jax.sharding.PartitionSpec(
+      'model', 'data')
+
+
+@pytest.mark.parametrize('settings,words', [
+    (dict(data=3), 'product must be equal'),
+    (dict(seq=2), "layout 'tensor' cuts nothing over 'seq'"),
+    (dict(layout='fdsp'), 'did you mean "fsdp"'),
+    (dict(data=0), 'mesh.data=0'),
+    (dict(seq=-1), 'mesh.seq=-1'),
+])
+def test_meshes_that_do_not_fit_are_refused(settings, words):
+  with pytest.raises(ConfigError, match=words):
+    mesh.make_layout(mesh.Config(**settings))
+
+
+def test_a_parameter_that_the_mesh_does_not_divide_is_named():
+  config = decoder.Config(vocab_size=V, embed_dim=36, num_heads=6, mlp_dim=64).resolved(V)
+  layout = mesh.make_layout(mesh.Config(data=2, model=4))
+  shapes = nnx.state(nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0))))
+  with pytest.raises(ConfigError, match=r'mesh.model=4: must divide heads=6'):
+    layout.params_sharding(shapes)
+
+
+def test_place_puts_each_row_where_it_belongs():
+  layout = mesh.make_layout(mesh.Config(data=2, seq=2, model=2, layout='sequence'))
+  x = np.arange(B * T).reshape(B, T)
+  placed = layout.place(x, B)
+  np.testing.assert_array_equal(placed, x)
+  shard = next(s for s in placed.addressable_shards if s.index == (slice(4, 8), slice(16, 32)))
+  np.testing.assert_array_equal(shard.data, x[4:, 16:])
+  assert placed.sharding.spec == jax.sharding.PartitionSpec('data', 'seq')
+
+
+def test_constrain_is_the_identity_without_a_layout():
+  x = jnp.ones((2, 3))
+  assert mesh.constrain(x, 'batch', 'length') is x

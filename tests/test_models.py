@@ -1,0 +1,182 @@
+"""The laws of every model: whole == any split == token by token, packed == separate, causality.
+
+A new model joins by one line in MODELS.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.models import decoder, lstm
+
+VOCAB, BATCH, LENGTH = 29, 2, 24
+
+small = functools.partial(decoder.Config, vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=4,
+                          max_length=64, init_std=0.3)
+MODELS = {
+    'full': small(),
+    'grouped': small(num_kv_heads=2, qk_norm=True, tied=False),
+    'windowed': small(window=(5,)),
+    'mixed': small(window=(0, 3), num_layers=4, layer_loop='unrolled'),
+    'window of one': small(window=(1, 0)),
+    'gelu learned': small(mlp='gelu', position='learned'),
+    'no positions': small(position='none', remat='full'),
+    'lstm': lstm.Config(vocab_size=VOCAB, embed_dim=12, hidden_dim=16, init_std=0.5),
+    'lstm tied': lstm.Config(vocab_size=VOCAB, embed_dim=12, hidden_dim=16, tied=True,
+                             init_std=0.5),
+}
+CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
+
+
+@functools.lru_cache(maxsize=None)
+def made(name):
+  config = MODELS[name]
+  model = CLASSES[config.name](config, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  call = jax.jit(lambda params, *args, **kwargs: nnx.merge(graphdef, params)(*args, **kwargs))
+  return model, functools.partial(call, params)
+
+
+@functools.lru_cache(maxsize=None)
+def tokens():
+  return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, VOCAB)
+
+
+SEGMENTS = np.array([[1] * 7 + [2] * 1 + [3] * 16, [5] * 15 + [6] * 9])
+
+
+def run_split(call, state, edges, **arrays):
+  """The hidden states of a row read in pieces, and the state after it."""
+  pieces = []
+  for a, b in zip(edges[:-1], edges[1:]):
+    hidden, state = call(tokens()[:, a:b], state, **{k: v[:, a:b] for k, v in arrays.items()})
+    pieces.append(hidden)
+  return np.concatenate(pieces, axis=1), state
+
+
+SPLITS = {'halves': (0, 12, 24), 'uneven': (0, 1, 4, 17, 24), 'one by one': tuple(range(25))}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_whole_equals_any_split(name, packed, split):
+  model, call = made(name)
+  arrays = {'segment_ids_BT': jnp.asarray(SEGMENTS)} if packed else {}
+  whole, none = call(tokens(), None, **arrays)
+  assert none is None
+  carried, _ = run_split(call, model.init_state(BATCH, 32), SPLITS[split], **arrays)
+  np.testing.assert_allclose(carried, whole, atol=3e-6, rtol=3e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_state_after_a_split_is_the_state_after_the_whole(name):
+  model, call = made(name)
+  _, after_whole = call(tokens(), model.init_state(BATCH, 32))
+  _, after_split = run_split(call, model.init_state(BATCH, 32), SPLITS['uneven'])
+  for a, b in zip(jax.tree.leaves(after_whole), jax.tree.leaves(after_split)):
+    np.testing.assert_allclose(a, b, atol=3e-6, rtol=3e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_packed_equals_separate(name):
+  _, call = made(name)
+  packed, _ = call(tokens(), None, segment_ids_BT=jnp.asarray(SEGMENTS))
+  for row, (a, b) in ((0, (0, 7)), (0, (7, 8)), (0, (8, 24)), (1, (0, 15)), (1, (15, 24))):
+    alone, _ = call(tokens()[row:row + 1, a:b], None)
+    np.testing.assert_allclose(packed[row:row + 1, a:b], alone, atol=3e-6, rtol=3e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_future_and_other_documents_change_nothing(name):
+  """Bit for bit: what cannot be seen must not move."""
+  _, call = made(name)
+  segments = jnp.asarray(SEGMENTS)
+  before, _ = call(tokens(), None, segment_ids_BT=segments)
+  other = tokens().at[0, 3].add(1).at[1, 20].add(1) % VOCAB
+  after, _ = call(other, None, segment_ids_BT=segments)
+  moved = np.any(np.asarray(before) != np.asarray(after), axis=-1)
+  assert not moved[0, :3].any() and moved[0, 3] and not moved[0, 7:].any()
+  assert not moved[1, :20].any() and moved[1, 20]
+
+
+@pytest.mark.parametrize('where', ['left', 'right', 'middle', 'a whole call'])
+@pytest.mark.parametrize('name', MODELS)
+def test_padding_is_not_seen(name, where):
+  model, call = made(name)
+  whole, _ = call(tokens(), None)
+  at = {'left': [0, 1, 2], 'right': [24, 25, 26], 'middle': [5, 6, 13],
+        'a whole call': list(range(8, 16))}[where]
+  length = LENGTH + len(at)
+  valid = np.ones((BATCH, length), bool)
+  valid[:, at] = False
+  padded = np.full((BATCH, length), 7)
+  padded[valid] = np.asarray(tokens()).ravel()
+  state, pieces = model.init_state(BATCH, 32), []
+  for a, b in ((0, 8), (8, 16), (16, length)):
+    hidden, state = call(jnp.asarray(padded[:, a:b]), state, valid_BT=jnp.asarray(valid[:, a:b]))
+    pieces.append(hidden)
+  hidden = np.concatenate(pieces, axis=1)
+  kept = hidden[valid].reshape(BATCH, LENGTH, -1)
+  np.testing.assert_allclose(kept, whole, atol=3e-6, rtol=3e-5)
+  stateless, _ = call(jnp.asarray(padded), None, valid_BT=jnp.asarray(valid))
+  np.testing.assert_allclose(np.asarray(stateless)[valid].reshape(BATCH, LENGTH, -1), whole,
+                             atol=3e-6, rtol=3e-5)
+  assert np.isfinite(hidden).all()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_rows_with_padding_of_their_own(name):
+  """One row pads while the other reads: a row's state stands still without touching the other's."""
+  model, call = made(name)
+  whole, _ = call(tokens(), None)
+  valid = jnp.asarray([[True] * 10 + [False] * 6, [False] * 6 + [True] * 10])
+  mixed = jnp.where(valid, jnp.stack([jnp.pad(tokens()[0, :10], (0, 6)),
+                                      jnp.pad(tokens()[1, :10], (6, 0))]), 3)
+  hidden, state = call(mixed, model.init_state(BATCH, 32), valid_BT=valid)
+  np.testing.assert_allclose(hidden[0, :10], whole[0, :10], atol=3e-6, rtol=3e-5)
+  np.testing.assert_allclose(hidden[1, 6:], whole[1, :10], atol=3e-6, rtol=3e-5)
+  hidden, _ = call(tokens()[:, 10:], state)
+  np.testing.assert_allclose(hidden, whole[:, 10:], atol=3e-6, rtol=3e-5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_batch_rows_are_strangers(name):
+  _, call = made(name)
+  whole, _ = call(tokens(), None)
+  swapped, _ = call(tokens()[::-1], None)
+  np.testing.assert_allclose(swapped[::-1], whole, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
+  import dataclasses
+  config = dataclasses.replace(MODELS[name], dtype='bfloat16')
+  model = CLASSES[config.name](config, rngs=nnx.Rngs(0))
+  assert {x.dtype for x in jax.tree.leaves(nnx.state(model))} == {jnp.dtype('float32')}
+  whole, _ = made(name)[1](tokens(), None)
+  hidden, state = jax.jit(model)(tokens(), model.init_state(BATCH, 32))
+  assert hidden.dtype == jnp.bfloat16
+  error = np.abs(np.asarray(hidden, np.float32) - whole).max() / np.abs(whole).max()
+  assert error < 0.06
+  if config.name == 'lstm':
+    assert {x.dtype for x in jax.tree.leaves(state.layers)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_parameter_count_is_the_closed_form(name):
+  config = MODELS[name].resolved(VOCAB)
+  model, _ = made(name)
+  assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == config.num_parameters()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_logits_are_hidden_times_the_output_table(name):
+  model, call = made(name)
+  hidden, _ = call(tokens(), None)
+  expected = np.asarray(hidden, np.float64) @ np.asarray(model.output_embedding_VD(), np.float64).T
+  np.testing.assert_allclose(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
