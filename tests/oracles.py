@@ -157,3 +157,63 @@ def cross_entropy(hidden, embedding, targets, weights, z_loss=0.0, label_smoothi
         dhidden[b, t] += dlogits[v] * embedding[v]
         dembedding[v] += dlogits[v] * hidden[b, t]
   return total, nll, dhidden, dembedding
+
+
+# ---- Optimisers and schedules (longctx/training/optim.py) ----
+
+
+def schedule(name, step, num_steps, peak, warmup, final_fraction, decay_fraction):
+  """Learning rate of update number `step` (from 0)."""
+  if step < warmup:
+    return peak * (step + 1) / (warmup + 1)
+  done = min(1.0, (step - warmup) / (num_steps - warmup))
+  final = final_fraction * peak
+  if name == 'constant':
+    return peak
+  if name == 'linear':
+    return peak + done * (final - peak)
+  if name == 'cosine':
+    return final + (peak - final) * (1 + np.cos(np.pi * done)) / 2
+  decay = round(decay_fraction * num_steps)   # wsd
+  return peak + max(0.0, min(1.0, (step - (num_steps - decay)) / decay)) * (final - peak)
+
+
+def optimizer(name, params, grads, rates, decaying, *, weight_decay, beta1, beta2, epsilon,
+              momentum, clip_norm):
+  """Parameters (a dict of arrays) after one update for each of `grads` (a list of such dicts)."""
+  params = {k: np.float64(x) for k, x in params.items()}
+  m = {k: np.zeros_like(x) for k, x in params.items()}
+  v = {k: np.zeros_like(x) for k, x in params.items()}
+  for t, (grad, rate) in enumerate(zip(grads, rates), 1):
+    grad = {k: np.float64(g) for k, g in grad.items()}
+    norm = np.sqrt(sum((g**2).sum() for g in grad.values()))
+    if clip_norm and norm > clip_norm:
+      grad = {k: g * clip_norm / norm for k, g in grad.items()}
+    for k, g in grad.items():
+      if name == 'adamw':
+        m[k] = beta1 * m[k] + (1 - beta1) * g
+        v[k] = beta2 * v[k] + (1 - beta2) * g**2
+        direction = (m[k] / (1 - beta1**t)) / (np.sqrt(v[k] / (1 - beta2**t)) + epsilon)
+      elif name == 'lion':
+        direction = np.sign(beta1 * m[k] + (1 - beta1) * g)
+        m[k] = beta2 * m[k] + (1 - beta2) * g
+      elif name == 'sgd':
+        m[k] = g + momentum * m[k]
+        direction = m[k]
+      else:   # adafactor, whose second moment is whole for matrices this small
+        decay = 1 - t**-0.8
+        v[k] = decay * v[k] + (1 - decay) * (g**2 + 1e-30)
+        direction = g / np.sqrt(v[k])
+        direction = direction / max(1.0, np.sqrt(np.mean(direction**2)))
+      decayed = weight_decay * params[k] if k in decaying else 0.0
+      params[k] = params[k] - rate * (direction + decayed)
+  return params
+
+
+def newton_schulz(matrix):
+  """Muon's five quintic iterations towards the orthogonal factor of a matrix."""
+  x = np.float64(matrix) / np.linalg.norm(matrix)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x

@@ -165,7 +165,7 @@ def _write(part: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> dict
     put(separator)
   num_documents = len(offsets) - 1
   if not num_documents:
-    raise ConfigError(source.explain_empty(split, num_empty))
+    raise ConfigError(source.explain_empty(split))
   with _synced(part / 'offsets.npy') as file:
     np.save(file, np.frombuffer(offsets, np.int64))
   content.update(offsets.tobytes())

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from longctx.errors import ConfigError, check
 
 SPLITS = ('train', 'validation', 'test')
-CHUNK = 1 << 24  # bytes of a document held at once
+CHUNK = 1 << 20  # bytes of a document held at once
 EXCLUDED = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
 
 
@@ -60,8 +60,8 @@ def between_characters(before: bytes, after: bytes) -> int:
     return 0
   for step in range(1, min(3, len(before)) + 1):
     if before[-step] & 0xC0 != 0x80:
-      return step
-  return 0  # not UTF-8
+      return step if before[-step] >= 0xC0 else 0  # ASCII before a later byte is not UTF-8
+  return 0
 
 
 def cut_bytes(data: bytes, rule: SplitRule, split: str) -> bytes:
@@ -82,7 +82,7 @@ def read_chunks(path: pathlib.Path, rule: SplitRule, split: str) -> Iterator[byt
   try:
     with open(path, 'rb') as file:
       start, stop = (_aligned(file, c) for c in rule.bounds(os.fstat(file.fileno()).st_size, split))
-      while start < stop:
+      while start < stop:  # every chunk has at least one byte: CHUNK is more than a character
         file.seek(start)
         chunk = file.read(min(CHUNK, stop - start))
         if not chunk:
@@ -102,11 +102,8 @@ def file_byte(file: BinaryIO, at: int) -> bytes:
   return file.read(1)
 
 
-def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int,
-                  num_empty: int) -> str:
-  """Why a split has no text, and what to do; `num_empty` documents of it are empty."""
-  if num_documents and num_documents == num_empty:
-    return f'{what}: all {num_empty} documents of the {split} split are empty'
+def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int) -> str:
+  """Why a split of a corpus that has text has none, and what to do."""
   fraction = (f'data.{split}_fraction={getattr(rule, split)}' if split != 'train' else
               f'data.validation_fraction={rule.validation}, data.test_fraction={rule.test}')
   remedy = ("cut every document instead with data.split='contiguous'" if rule.kind == 'hash' else
@@ -131,11 +128,13 @@ class FileSource:
   def names(self, split: str) -> list[str]:
     return [n for n in self._paths if self._rule.holds(n, split)]
 
-  def explain_empty(self, split: str, num_empty: int) -> str:
+  def explain_empty(self, split: str) -> str:
+    """Why a split has no text; for the error."""
     what = f'data.corpus={self.label!r}'
-    # with 'hash' a split without documents, with 'contiguous' documents without a split
-    num_files = num_empty if self.names(split) and self._rule.kind == 'hash' else len(self)
-    return explain_empty(self._rule, split, what, num_files, num_empty)
+    names = self.names(split)
+    if names and not any(_stat(self._paths[n])[0] for n in names):
+      return f'{what}: all {len(names)} documents of the {split} split are empty'
+    return explain_empty(self._rule, split, what, len(self))
 
   def fingerprint(self, split: str) -> list:
     """Changes when a file of the split is added, removed, renamed or written."""

@@ -50,12 +50,13 @@ class TfdsSource:
     return [self.label, self._builder.info.full_name, self._feature, name, info.num_examples,
             dataclasses.astuple(self._rule) if self._divide else '', files]
 
-  def explain_empty(self, split: str, num_empty: int) -> str:
+  def explain_empty(self, split: str) -> str:
+    """Why a split has no text; for the error."""
     name, info = self._info(split)
     what = f'data.tfds_name={self._name!r}'
     if not self._divide:
-      return f'{what}: no example of its split {name!r} ({info.num_examples}) has text'
-    return explain_empty(self._rule, split, what, info.num_examples, num_empty)
+      return f'{what}: none of the {info.num_examples} examples of its split {name!r} has text'
+    return explain_empty(self._rule, split, what, info.num_examples)
 
   def documents(self, split: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     name, info = self._info(split)

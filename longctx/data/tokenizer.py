@@ -85,7 +85,7 @@ class SentencePiece:
     check(num_byte_tokens == 256, f'data.tokenizer={path!r}: has no byte tokens, so it cannot write '
           'every text; train one with python -m longctx.data.train_tokenizer')
     probe = ' a  b\t\r\n\n Ａ１ﬁ①\u00a0e\u0301\u00e9\u200b한\u1112\u1161\U0001f600\ufeff\u2581Z '.encode()
-    check(self.decode(self.encode(probe)) == probe, f'data.tokenizer={path!r}: changes the text '
+    check(self.decode(self._ids(probe.decode())) == probe, f'data.tokenizer={path!r}: changes the text '
           '(a normaliser such as nmt_nfkc), so that bits per byte would be wrong; train one with '
           'python -m longctx.data.train_tokenizer')
 
@@ -95,16 +95,18 @@ class SentencePiece:
     except UnicodeDecodeError as e:
       raise ConfigError(f'{name}: byte {e.start} ({data[e.start]:#04x}) is not UTF-8, which a '
                         "SentencePiece tokenizer needs; use data.tokenizer='bytes'") from e
+    ids = self._ids(text)
+    check(self.num_bytes(ids).sum() == len(data), f'{name}: the SentencePiece tokenizer loses part '
+          "of this text; use data.tokenizer='bytes'")
+    return ids
+
+  def _ids(self, text: str) -> np.ndarray:
     first, *rest = text.split(SPACE)
     ids = self._processor.encode(first)
     for part in rest:
       ids += self._space_ids
       ids += self._processor.encode(part)
-    ids = np.array(ids, np.int32)
-    if self.num_bytes(ids).sum() != len(data):
-      raise ConfigError(f'{name}: the SentencePiece tokenizer loses part of this text; '
-                        "use data.tokenizer='bytes'")
-    return ids
+    return np.array(ids, np.int32)
 
   def decode(self, ids: np.ndarray) -> bytes:
     return b''.join(self._bytes[i] for i in np.asarray(ids).tolist())
