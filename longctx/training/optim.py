@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
@@ -109,12 +110,21 @@ def _adam(config):
 
 
 def _muon(config, params):
-  # learning_rate=-1: optax's muon ends in * -learning_rate; decay and schedule come after it here,
-  # because its own decay reaches the norms.
-  return optax.contrib.muon(
-      -1.0, beta=config.momentum, eps=config.epsilon, adam_b1=config.beta1, adam_b2=config.beta2,
-      muon_weight_dimension_numbers=map_params(muon_dims, params),
-      consistent_rms=MUON_RMS)
+  # Put together here, not `optax.contrib.muon`: its Adam is Nesterov's and its decay reaches norms.
+  dims = map_params(lambda *leaf: muon_dims(*leaf) or optax.MaskedNode(), params)
+  labels = map_params(lambda *leaf: 'adam' if muon_dims(*leaf) is None else 'muon', params)
+
+  def to_rms(updates, params):
+    del params
+    size = lambda x, axes: math.prod(x.shape[i] for i in axes)
+    return jax.tree.map(
+        lambda x, d: x * MUON_RMS * max(size(x, d.reduction_axis), size(x, d.output_axis)) ** 0.5,
+        updates, dims)
+
+  orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, eps=config.epsilon,
+                                           weight_dimension_numbers=dims)
+  return optax.partition({'muon': optax.chain(orthogonal, optax.stateless(to_rms)),
+                          'adam': _adam(config)}, labels)
 
 
 # What a parameter is. Parameters are nnx.Params whose `dims` name each dim of their own; a stacked
@@ -172,14 +182,16 @@ def muon_dims(path, param) -> MuonDimensionNumbers | None:
 # Norms, averages, bad gradients.
 
 
+def sum_of_squares(x: jax.Array) -> jax.Array:
+  """float32. A dot product with itself, which a CPU sums in vectors; a plain reduction it sums one
+  number at a time."""
+  dims = tuple(range(x.ndim))
+  return jax.lax.dot_general(x, x, ((dims, dims), ((), ())), preferred_element_type=jnp.float32)
+
+
 def global_norm(tree: Any) -> jax.Array:
-  """sqrt of the sum of all squares, float32. Each leaf is one dot product with itself, which a CPU
-  sums in vectors; a plain reduction it sums one number at a time."""
-  def squares(x):
-    dims = tuple(range(x.ndim))
-    return jax.lax.dot_general(x, x, ((dims, dims), ((), ())),
-                               preferred_element_type=jnp.float32)
-  return jnp.sqrt(sum(squares(x) for x in jax.tree.leaves(tree)))
+  """sqrt of the sum of all squares, float32."""
+  return jnp.sqrt(sum(sum_of_squares(x) for x in jax.tree.leaves(tree)))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -1,0 +1,303 @@
+"""Optimisers equal their definitions, schedules their closed forms, and only matrices decay."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.training import optim
+from longctx.training.optim import Config, make_optimizer, make_schedule
+from tests import oracles
+
+L, D, N, H, F, V = 3, 8, 2, 4, 12, 17
+
+
+def params(seed=0):
+  """A small decoder's parameters with stacked layers, an LSTM cell's, and an unstacked norm."""
+  rng = np.random.default_rng(seed)
+  one = lambda *shape, dims: nnx.Param(jnp.float32(rng.normal(size=shape)), dims=dims)
+  return nnx.State({
+      'embedding': {'table': one(V, D, dims=('vocab', 'embed'))},
+      'layers': {
+          'attention': {'w_q': one(L, D, N, H, dims=('embed', 'heads', None)),
+                        'w_kv': one(L, D, 2, N, H, dims=('embed', None, 'kv_heads', None)),
+                        'w_out': one(L, N, H, D, dims=('heads', None, 'embed')),
+                        'q_norm': {'scale': one(L, H, dims=(None,))}},
+          'mlp': {'w_in': one(L, D, 2, F, dims=('embed', None, 'mlp')),
+                  'w_out': one(L, F, D, dims=('mlp', 'embed'))},
+          'norm': {'scale': one(L, D, dims=(None,))}},
+      'cell': {'w_hidden': one(D, 4, D, dims=('recurrent', None, 'recurrent')),
+               'bias': one(4, D, dims=(None, 'recurrent'))},
+      'norm': {'scale': one(D, dims=(None,))},
+      'head': {'table': one(V, D, dims=('vocab', 'embed'))},
+  })
+
+
+DECAYING = {'embedding/table', 'head/table', 'layers/attention/w_q', 'layers/attention/w_kv',
+            'layers/attention/w_out', 'layers/mlp/w_in', 'layers/mlp/w_out', 'cell/w_hidden'}
+
+
+def named(tree):
+  return {optim.path_name(path): np.asarray(x)
+          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def run(config, grads, steps=4, num_steps=10, start=None):
+  """Parameters after `steps` updates with the given gradients (a list, taken in turn)."""
+  p = params() if start is None else start
+  tx = make_optimizer(config, num_steps, p)
+  state = tx.init(p)
+
+  @jax.jit
+  def update(p, state, g):
+    updates, state = tx.update(g, state, p)
+    return optax.apply_updates(p, updates), state
+
+  for i in range(steps):
+    p, state = update(p, state, grads[i % len(grads)])
+  return p
+
+
+# What decays.
+
+
+def test_matrices_decay_and_norms_and_biases_do_not_though_they_are_stacked():
+  flags = {name: bool(flag) for name, flag in named(optim.map_params(optim.decays, params())).items()}
+  assert flags.keys() >= DECAYING
+  assert {name for name, flag in flags.items() if flag} == DECAYING
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_under_a_zero_gradient_only_matrices_shrink_by_rate_times_decay(name):
+  zeros = jax.tree.map(jnp.zeros_like, params())
+  config = Config(name=name, learning_rate=0.5, weight_decay=0.1, schedule='constant')
+  before, after = named(params()), named(run(config, [zeros], steps=1))
+  for key in before:
+    kept = 1 - 0.5 * 0.1 if key in DECAYING else 1
+    np.testing.assert_allclose(after[key], kept * before[key], rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize('dims', [None, ('embed', 'heads', None, 'mlp', 'x'), ('embed',)])
+def test_a_parameter_that_does_not_name_its_dims_is_refused(dims):
+  metadata = {} if dims is None else {'dims': dims}
+  bad = nnx.State({'mlp': {'w': nnx.Param(jnp.zeros((2, 3, 4)), **metadata)}})
+  with pytest.raises(ValueError, match=re.escape('mlp/w has shape (2, 3, 4)')):
+    make_optimizer(Config(), 10, bad)
+
+
+def test_abstract_parameters_are_enough():
+  tx = make_optimizer(Config(name='muon'), 10, jax.eval_shape(params))
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(jax.eval_shape(tx.init, params())) == shapes(tx.init(params()))
+
+
+# Directions.
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lion', 'sgd', 'adafactor'])
+@pytest.mark.parametrize('clip_norm', [0.0, 0.7])
+def test_four_steps_equal_the_definition(name, clip_norm):
+  config = Config(name=name, learning_rate=0.1, schedule='linear', warmup_steps=2,
+                  weight_decay=0.2, beta1=0.8, beta2=0.9, epsilon=1e-3, momentum=0.6,
+                  clip_norm=clip_norm)
+  grads = [params(seed) for seed in (1, 2, 3, 4)]
+  rates = [oracles.schedule('linear', s, 10, 0.1, 2, 0.1, 0.2) for s in range(4)]
+  want = oracles.optimizer(
+      name, named(params()), [named(g) for g in grads], rates, DECAYING, weight_decay=0.2,
+      beta1=0.8, beta2=0.9, epsilon=1e-3, momentum=0.6, clip_norm=clip_norm)
+  got = named(run(config, grads))
+  for key in want:
+    np.testing.assert_allclose(got[key], want[key], rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+def test_sgd_without_momentum_keeps_no_state():
+  config = Config(name='sgd', momentum=0.0, weight_decay=0.0, clip_norm=0.0, learning_rate=0.5,
+                  schedule='constant')
+  grads = params(1)
+  got, p, g = named(run(config, [grads], steps=1)), named(params()), named(grads)
+  for key in p:
+    np.testing.assert_allclose(got[key], p[key] - 0.5 * g[key], rtol=1e-6)
+  state = make_optimizer(config, 10, params()).init(params())
+  assert max(x.size for x in jax.tree.leaves(state)) == 1
+
+
+MUON = Config(name='muon', learning_rate=1.0, schedule='constant', weight_decay=0.0, clip_norm=0.0,
+              momentum=0.9)
+
+
+def muon_update(grads):
+  p = params()
+  tx = make_optimizer(MUON, 10, p)
+  return named(jax.jit(lambda g: tx.update(g, tx.init(p), p)[0])(grads))
+
+
+def matrices(name, x):
+  """The matrices [rows = in, columns = out] of each layer of a parameter, in order."""
+  if name == 'layers/attention/w_q':
+    return [x[i].reshape(D, N * H) for i in range(L)]
+  if name == 'layers/attention/w_kv':
+    return [x[i, :, j].reshape(D, N * H) for i in range(L) for j in range(2)]
+  if name == 'layers/attention/w_out':
+    return [x[i].reshape(N * H, D) for i in range(L)]
+  if name == 'layers/mlp/w_in':
+    return [x[i, :, j] for i in range(L) for j in range(2)]
+  if name == 'cell/w_hidden':
+    return [x[:, j] for j in range(4)]
+  return list(x)
+
+
+MUONS = DECAYING - {'embedding/table', 'head/table'}
+
+
+def test_muon_takes_each_matrix_of_each_layer_by_itself():
+  grads = named(params(1))
+  updates = muon_update(params(1))
+  for name in MUONS:
+    for update, grad in zip(matrices(name, updates[name]), matrices(name, grads[name])):
+      # The first momentum is the gradient, times a number that orthogonalisation forgets.
+      want = oracles.newton_schulz(grad)
+      np.testing.assert_allclose(update, -optim.MUON_RMS * max(grad.shape) ** 0.5 * want,
+                                 rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_muons_singular_values_are_near_one_and_its_rms_is_adams():
+  updates = muon_update(params(1))
+  for name in MUONS:
+    for update in matrices(name, updates[name]):
+      values = np.linalg.svd(update / (optim.MUON_RMS * max(update.shape) ** 0.5))[1]
+      assert 0.6 < values.min() <= values.max() < 1.25, name   # the quintic's own band
+      assert 0.1 < np.sqrt(np.mean(update**2)) < 0.25, name
+
+
+def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
+  adam = Config(name='adamw', learning_rate=1.0, schedule='constant', weight_decay=0.0,
+                clip_norm=0.0)
+  grads = [params(1), params(2)]
+  muon, adamw, start = named(run(MUON, grads, 2)), named(run(adam, grads, 2)), named(params())
+  for name in start:
+    same = np.allclose(muon[name], adamw[name], rtol=1e-5, atol=1e-6)
+    assert same == (name not in MUONS), name
+
+
+# Clipping.
+
+
+@pytest.mark.parametrize('factor, scale', [(0.5, 2.0), (2.0, 1.0)])
+def test_clipping_is_by_the_norm_of_all_gradients_together(factor, scale):
+  grads = params(1)
+  norm = math.sqrt(sum((np.float64(g) ** 2).sum() for g in named(grads).values()))
+  np.testing.assert_allclose(optim.global_norm(grads), norm, rtol=1e-6)
+  clipped, _ = optim.clip_by_global_norm(factor * norm).update(grads, optax.EmptyState())
+  want = jax.tree.map(lambda g: g * factor if factor < 1 else g, grads)
+  for a, b in zip(jax.tree.leaves(clipped), jax.tree.leaves(want)):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_a_zero_gradient_is_not_divided_by_its_norm():
+  zeros = jax.tree.map(jnp.zeros_like, params())
+  clipped, _ = optim.clip_by_global_norm(1.0).update(zeros, optax.EmptyState())
+  assert all((x == 0).all() for x in jax.tree.leaves(clipped))
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize('name', optim.SCHEDULES)
+@pytest.mark.parametrize('warmup', [0, 1, 7])
+def test_schedules_equal_their_closed_forms(name, warmup):
+  config = Config(schedule=name, learning_rate=0.3, warmup_steps=warmup, final_fraction=0.25,
+                  decay_fraction=0.3)
+  schedule = jax.jit(make_schedule(config, 40))
+  for step in [*range(41), 100]:
+    want = oracles.schedule(name, step, 40, 0.3, warmup, 0.25, 0.3)
+    np.testing.assert_allclose(schedule(jnp.int32(step)), want, rtol=1e-5, err_msg=str(step))
+
+
+def test_corner_points():
+  config = {'learning_rate': 1.0, 'warmup_steps': 4, 'final_fraction': 0.1, 'decay_fraction': 0.5}
+  value = lambda name, step: float(make_schedule(Config(schedule=name, **config), 20)(step))
+  for name in optim.SCHEDULES:
+    assert [value(name, step) for step in (0, 3, 4)] == pytest.approx([0.2, 0.8, 1.0]), name
+    assert value(name, 20) == pytest.approx(1.0 if name == 'constant' else 0.1), name
+  assert value('cosine', 12) == pytest.approx(0.55)   # half way between peak and end
+  assert value('linear', 12) == pytest.approx(0.55)
+  assert [value('wsd', step) for step in (10, 15)] == pytest.approx([1.0, 0.55])
+
+
+@pytest.mark.parametrize('decay_fraction, want', [(0.0, [1, 1, 1]), (1.0, [1, 0.55, 0.145])])
+def test_wsd_without_a_decay_and_with_nothing_else(decay_fraction, want):
+  config = Config(schedule='wsd', learning_rate=1.0, decay_fraction=decay_fraction)
+  schedule = make_schedule(config, 20)
+  assert [float(schedule(step)) for step in (0, 10, 19)] == pytest.approx(want)
+
+
+# Averages and bad gradients.
+
+
+def test_the_average_is_bias_corrected_from_its_first_step():
+  history = [params(seed) for seed in range(1, 6)]
+  ema = params(0)   # the initial parameters, which must not count
+  for step, p in enumerate(history):
+    ema = jax.jit(lambda e, p, s: optim.update_ema(e, p, 0.9, s))(ema, p, jnp.int32(step))
+    weights = [0.9 ** (step - i) for i in range(step + 1)]
+    for name, got in named(ema).items():
+      want = sum(w * np.float64(named(q)[name]) for w, q in zip(weights, history)) / sum(weights)
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_average_with_a_long_memory_keeps_its_digits():
+  ema = jnp.float32(7)
+  for step in range(3):
+    ema = optim.update_ema(ema, jnp.float32(step), 0.99999, jnp.int32(step))
+  assert ema == pytest.approx(1.0, abs=1e-4)   # plain mean of 0, 1, 2
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_the_first_bad_group_is_named(bad):
+  grads = params()
+  assert optim.first_bad_group(grads) == ''
+  assert not any(optim.nonfinite_by_group(grads).values())
+  w_out = grads['layers']['mlp']['w_out']
+  w_out.set_value(w_out.get_value().at[2, 3, 1].set(bad))
+  grads['norm']['scale'].set_value(grads['norm']['scale'].get_value().at[0].set(bad))
+  assert optim.first_bad_group(grads) == 'layers/mlp/w_out'
+  flags = optim.nonfinite_by_group(grads)
+  assert {name for name, flag in flags.items() if flag} == {'layers/mlp/w_out', 'norm/scale'}
+  assert flags.keys() == named(grads).keys()
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize('mistake, message', [
+    ({'name': 'adam'}, "optimizer.name='adam': must be one of adamw, adafactor, lion, muon, sgd "
+                       '(did you mean "adamw"?)'),
+    ({'schedule': 'cosin'}, '(did you mean "cosine"?)'),
+    ({'learning_rate': -1.0}, 'optimizer.learning_rate=-1.0: must be at least 0'),
+    ({'learning_rate': math.nan}, 'optimizer.learning_rate=nan'),
+    ({'learning_rate': math.inf}, 'optimizer.learning_rate=inf: must be finite'),
+    ({'warmup_steps': -1}, 'optimizer.warmup_steps=-1: must be at least 0'),
+    ({'beta1': 1.0}, 'optimizer.beta1=1.0: must be at least 0 and below 1'),
+    ({'beta2': -0.1}, 'optimizer.beta2=-0.1'),
+    ({'momentum': 1.5}, 'optimizer.momentum=1.5'),
+    ({'ema': 1.0}, 'optimizer.ema=1.0'),
+    ({'epsilon': 0.0}, 'optimizer.epsilon=0.0: must be above 0'),
+    ({'final_fraction': 1.5}, 'optimizer.final_fraction=1.5: must be at least 0 and at most 1'),
+    ({'decay_fraction': -0.5}, 'optimizer.decay_fraction=-0.5'),
+    ({'weight_decay': -0.1}, 'optimizer.weight_decay=-0.1'),
+    ({'clip_norm': -1.0}, 'optimizer.clip_norm=-1.0'),
+])
+def test_mistakes_are_named(mistake, message):
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    Config(**mistake)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+  with pytest.raises(ConfigError, match=re.escape('optimizer.warmup_steps=20: must be below')):
+    make_schedule(Config(warmup_steps=20), 20)
