@@ -13,6 +13,7 @@ from flax import nnx
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import perplexity, result, windows
+from longctx.models import decoder, lstm
 from longctx.parallel import mesh
 from tests import oracles, toy_models
 
@@ -92,6 +93,8 @@ def test_whole_documents_when_the_state_does_not_grow():
   check_pass(found.passes['full'], expected(documents, 1000, 1000))
   assert found.passes['sliding'] is found.passes['full']  # the same windows, read once
   assert 'whole document' in found.table()
+  assert 'sliding: the same windows' in found.table()
+  assert found.stride == 0
 
 
 def test_length_zero_is_the_models_max_length():
@@ -129,6 +132,37 @@ def test_context_helps_the_count_model_and_the_bins_show_it():
   assert found.passes['sliding'].total.bits_per_byte < found.passes['full'].total.bits_per_byte
 
 
+@pytest.mark.parametrize('which', ['decoder', 'lstm'])
+def test_segments_of_real_models_add_up_to_the_full_forward_pass(which):
+  """Whole windows without a state, and segments with one, against logits by definition."""
+  documents = make_documents([1, 30, 9, 44])
+  if which == 'decoder':
+    config = decoder.Config(max_length=20, num_layers=1, embed_dim=16, num_heads=2)
+    model = decoder.Decoder(config.resolved(VOCAB), rngs=nnx.Rngs(0))
+  else:
+    model = lstm.LSTM(lstm.Config(vocab_size=VOCAB, num_layers=1, embed_dim=16, hidden_dim=16),
+                      rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  model = nnx.merge(graphdef, jax.tree.map(lambda x: 5 * x, params))
+  forward = jax.jit(lambda tokens_BT: model.logits(model(tokens_BT, None)[0]))
+
+  def nll_of(tokens, targets):
+    padded = np.zeros((1, 20), np.int32)
+    padded[0, :len(tokens)] = tokens
+    logits = np.asarray(forward(padded))[0, :len(tokens)].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(tokens)), targets]
+
+  for segment in (6, 20):
+    found = evaluate(model, documents, length=20, stride=7, segment=segment, batch_size=3)
+    for mode, stride in (('full', 20), ('sliding', 7)):
+      rows = oracles.windowed_scores(documents, 20, stride, nll_of)
+      total = found.passes[mode].total
+      np.testing.assert_allclose(total.nats, sum(row[3] for row in rows), rtol=2e-6)
+      last = found.passes[mode].bins[5]
+      np.testing.assert_allclose(last.nats, sum(row[3] for row in rows if row[2] >= 16), rtol=5e-6)
+
+
 def test_uniform_model_has_the_entropy_of_a_uniform_choice():
   model = toy_models.CountModel(VOCAB)
   model.eye.set_value(jnp.zeros((VOCAB, VOCAB)))
@@ -156,23 +190,19 @@ def test_one_trace_for_all_batches_modes_and_evaluations():
   assert toy_models.TRACES == [(3, 9)]
 
 
-def test_live_memory_does_not_grow_with_the_document():
-  """Between two calls nothing is kept but one state and one strip of scores."""
+def test_live_memory_does_not_grow_with_the_document(monkeypatch):
+  """Between two calls nothing is kept but one state and the scores of two segments."""
+  live, add = [], perplexity._Sums.add
+  def spy(self, *args):
+    live.append(sum(x.nbytes for x in jax.live_arrays()))
+    add(self, *args)
+  monkeypatch.setattr(perplexity._Sums, 'add', spy)
   model, peaks = toy_models.CountModel(VOCAB), []
-  init = toy_models.CountModel.__call__
   for size in (200, 2000):
-    live = []
-    original = perplexity._Sums.add
-    def add(self, *args, live=live, original=original):
-      live.append(sum(x.nbytes for x in jax.live_arrays()))
-      original(self, *args)
-    perplexity._Sums.add = add
-    try:
-      evaluate(model, make_documents([size]), segment=50, batch_size=1)
-    finally:
-      perplexity._Sums.add = original
+    live.clear()
+    evaluate(model, make_documents([size]), segment=50, batch_size=1)
+    assert len(live) == size // 50
     peaks.append(max(live))
-  assert toy_models.CountModel.__call__ is init
   assert peaks[1] == peaks[0]
 
 
@@ -188,6 +218,16 @@ def test_the_mesh_changes_nothing(data, seq):
                               perplexity.Config(length=16, segment=8, batch_size=4), layout=layout)
   check_pass(found.passes['full'], expected(documents, 16, 16))
   check_pass(found.passes['sliding'], expected(documents, 16, 8))
+
+
+def test_a_window_that_the_mesh_cannot_cut_is_padded():
+  layout = mesh.make_layout(mesh.Config(data=1, seq=4, layout='sequence'), jax.devices()[:4])
+  documents = make_documents(LENGTHS)
+  graphdef, params = nnx.split(toy_models.CountModel(VOCAB))
+  found = perplexity.evaluate(
+      graphdef, layout.replicate(params), Documents(documents), Bytes(),
+      perplexity.Config(length=10, segment=64, batch_size=4), layout=layout)
+  check_pass(found.passes['full'], expected(documents, 10, 10))
 
 
 def test_batch_that_the_mesh_does_not_divide_is_refused():

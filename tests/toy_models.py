@@ -37,11 +37,13 @@ class CountModel(nnx.Module):
   def __call__(self, tokens_BT, state, positions_BT=None, segment_ids_BT=None, valid_BT=None,
                dropout_key=None):
     TRACES.append(tokens_BT.shape)
+    counts_BV = self.init_state(len(tokens_BT)) if state is None else state
     seen_BTV = jax.nn.one_hot(tokens_BT, self.config.vocab_size, dtype=jnp.int32)
     if valid_BT is not None:
       seen_BTV *= valid_BT[:, :, None]
-    counts_BTV = jnp.cumsum(seen_BTV, axis=1) + state[:, None]
-    return jnp.log1p(counts_BTV.astype(jnp.float32)), counts_BTV[:, -1]
+    counts_BTV = jnp.cumsum(seen_BTV, axis=1) + counts_BV[:, None]
+    hidden_BTV = jnp.log1p(counts_BTV.astype(jnp.float32))
+    return hidden_BTV, None if state is None else counts_BTV[:, -1]
 
   def output_embedding_VD(self):
     return self.eye.get_value()
@@ -77,8 +79,9 @@ class TailModel(CountModel):
       hidden_BV = jnp.log1p(seen_BSV.sum(1))
       hidden_BV = jnp.where((size_B > buffer_BS.shape[1])[:, None], jnp.nan, hidden_BV)
       return (buffer_BS, size_B), hidden_BV
-    state, hidden_TBV = jax.lax.scan(one, state, (tokens_BT.T, valid_BT.T))
-    return jnp.swapaxes(hidden_TBV, 0, 1), state
+    start = self.init_state(*tokens_BT.shape) if state is None else state
+    end, hidden_TBV = jax.lax.scan(one, start, (tokens_BT.T, valid_BT.T))
+    return jnp.swapaxes(hidden_TBV, 0, 1), None if state is None else end
 
 
 TRACES: list[tuple[int, ...]] = []  # shapes of the tokens, one entry a trace of a toy model

@@ -9,7 +9,9 @@ on `length`, and that of `sliding` on `stride` too: both are part of the result.
 
 Windows are put into the rows of a batch, longest first, and streamed in calls of `segment` tokens
 with the state carried; a row that has ended is padding. Live memory is one state and one segment,
-whatever the documents' length. Sums are float64 on the host; every target is scored exactly once.
+whatever the documents' length. Where a window fits into one segment no state is made: a causal
+model's padding at the end of a row changes nothing before it, and attention without a cache is
+faster. Sums are float64 on the host; every target is scored exactly once.
 Held by: tests/test_perplexity.py (a model whose exact answer is known, counts, layouts).
 
 B batch  T tokens of a segment  D model  V vocab
@@ -41,7 +43,7 @@ SPLITS = ('train', 'validation', 'test')
 class Config:
   """How held-out text is read and scored."""
   length: int = 0  # tokens of context; 0 = the model's max_length, or whole documents
-  segment: int = 256  # tokens a row and call
+  segment: int = 512  # tokens a row and call
   batch_size: int = 8  # rows read at once
   stride: int = 0  # tokens from window to window when sliding; 0 = half of length
   modes: tuple[str, ...] = MODES
@@ -76,7 +78,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
     loss_chunk: tokens whose logits exist at once.
   """
   length = context_length(config, nnx.merge(graphdef, params))
-  stride = config.stride or max(1, length // 2)
+  stride = (config.stride or max(1, length // 2)) if length else 0
   lengths = np.asarray(documents.lengths, np.int64)
   if lengths.sum() != documents.total_tokens:
     raise AssertionError(f'{lengths.sum()} tokens in documents of {documents.total_tokens}')
@@ -84,12 +86,14 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
                'choose another split or a larger corpus')
   scored = windows_lib.prefix(lengths, config.max_tokens)
   plans = {'full': windows_lib.cut(scored, length, length or 1),
-           'sliding': windows_lib.cut(scored, length, stride)}
+           'sliding': windows_lib.cut(scored, length, stride or 1)}
   if layout is not None:
     mesh.check_divides('evaluation.batch_size', config.batch_size, 'batch', layout)
     mesh.check_divides('evaluation.segment', config.segment, 'length', layout)
-  programs = _programs(graphdef, _key(layout), config.batch_size, length, loss_chunk)
-  reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), config, scored)
+  shape = (config.batch_size, segment_size(config, length, layout))
+  carries = not length or length > shape[1]
+  programs = _programs(graphdef, _key(layout), carries, shape[0], length, loss_chunk)
+  reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), shape, scored)
   passes = {}
   for mode in config.modes:
     # Where no document is longer than `length` both passes would read the same windows.
@@ -111,8 +115,14 @@ def context_length(config: Config, model: Any) -> int:
   return config.length or longest
 
 
+def segment_size(config: Config, length: int, layout: mesh.Layout | None) -> int:
+  """Tokens a row and call: no more than a window needs, in equal parts for the mesh."""
+  parts = layout.size('length') if layout else 1
+  return min(config.segment, -(-length // parts) * parts) if length else config.segment
+
+
 class _Programs(NamedTuple):
-  fresh: Any  # params -> state
+  fresh: Any  # params -> state, or None where windows are read in one call
   score: Any  # params, state, tokens, targets, valid -> nll [B, T], state
   put: Any  # host array [B, T] of all rows -> array
 
@@ -122,7 +132,7 @@ def _key(layout: mesh.Layout | None) -> tuple | None:
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(graphdef, layout_key, batch_size, capacity, loss_chunk) -> _Programs:
+def _programs(graphdef, layout_key, carries, batch_size, capacity, loss_chunk) -> _Programs:
   """The compiled parts, shared by all evaluations of one run: compiled once."""
   layout = layout_key and mesh.Layout(layout_key[0], dict(layout_key[1]))
   wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
@@ -136,7 +146,7 @@ def _programs(graphdef, layout_key, batch_size, capacity, loss_chunk) -> _Progra
 
   def score(params, state, tokens_BT, targets_BT, valid_BT):
     model = nnx.merge(graphdef, params)
-    hidden_BTD, state = model(tokens_BT, state, valid_BT=valid_BT)
+    hidden_BTD, state = model(tokens_BT, state, valid_BT=valid_BT if carries else None)
     _, nll_BT = cross_entropy(hidden_BTD, model.output_embedding_VD(), targets_BT,
                               valid_BT.astype(jnp.float32), chunk=loss_chunk, **shards)
     return nll_BT, state
@@ -149,7 +159,7 @@ def _programs(graphdef, layout_key, batch_size, capacity, loss_chunk) -> _Progra
 
   # The state keeps one placement, so that the second call finds the first one's program; the nll
   # is whole on every device, so that every process can fetch it.
-  return _Programs(jax.jit(wrap(fresh), out_shardings=rows),
+  return _Programs(jax.jit(wrap(fresh), out_shardings=rows) if carries else lambda params: None,
                    jax.jit(wrap(score), donate_argnums=1,
                            out_shardings=(whole, rows) if layout else None), put)
 
@@ -169,11 +179,11 @@ class _Reader:
   """Turns windows into segments of a fixed shape."""
   documents: Any
   bytes_V: np.ndarray
-  config: Config
-  scored: np.ndarray
+  shape: tuple[int, int]  # of a segment: rows, tokens
+  scored: np.ndarray  # how many tokens of each document are
 
   def segments(self, windows: windows_lib.Windows) -> Iterator[_Segment]:
-    batch, size = self.config.batch_size, self.config.segment
+    batch, size = self.shape
     windows, held = windows_lib.longest_first(windows), {}
     for i in range(0, len(windows.start), batch):
       rows = [windows_lib.Windows(*one) for one in zip(*(x[i:i + batch] for x in windows))]
@@ -184,7 +194,7 @@ class _Reader:
 
   def _segment(self, rows: list[windows_lib.Windows], held: dict[int, np.ndarray],
                offset: int) -> _Segment:
-    shape = (self.config.batch_size, self.config.segment)
+    shape = self.shape
     tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     valid_BT, scored_BT = np.zeros(shape, bool), np.zeros(shape, bool)
     for row, one in enumerate(rows):
@@ -227,8 +237,7 @@ def _run(programs: _Programs, params: Any, reader: _Reader,
          windows: windows_lib.Windows) -> result.Pass:
   """Reads all windows, a segment at a time; the last one's scores are fetched while the next runs."""
   sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)))
-  put, shape = programs.put, (reader.config.batch_size, reader.config.segment)
-  none = np.zeros(shape, np.int32)
+  put, none = programs.put, np.zeros(reader.shape, np.int32)
   # A call on padding alone compiles, so that the clock measures reading.
   nll_BT, state = programs.score(params, programs.fresh(params), put(none), put(none),
                                  put(none > 0))

@@ -67,7 +67,7 @@ class Result:
   split: str
   documents: int
   length: int  # tokens of context; 0 = whole documents
-  stride: int
+  stride: int  # of the sliding pass; 0 where windows are whole documents
   passes: dict[str, Pass]
   peak_memory_bytes: int
 
@@ -99,7 +99,9 @@ class Result:
     context = f'context {self.length:,} tokens' if self.length else 'context: the whole document'
     lines = [f'{self.split}: {total.tokens:,} tokens, {total.bytes:,} bytes, '
              f'{self.documents:,} documents; {context}']
-    titles = {'full': 'full: disjoint windows', 'sliding': f'sliding by {self.stride:,}'}
+    same = self.passes.get('full') is self.passes.get('sliding')
+    titles = {'full': 'full: disjoint windows' if self.length else 'full',
+              'sliding': 'sliding: the same windows' if same else f'sliding by {self.stride:,}'}
     width, cell = 17, 33
     lines.append(' ' * width + ''.join(f'{titles[mode]:>{cell}}' for mode in self.passes))
     lines.append(f'{"position":<{width}}' +
