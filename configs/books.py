@@ -2,13 +2,14 @@
 
 Command:  python -m longctx.main --config=configs/books.py --workdir=runs/books
           with --config.data.files='GLOB' where the books lie elsewhere
-Debug:    --config=configs/books.py:debug
+Debug:    python -m longctx.main --config=configs/books.py:debug --workdir=runs/debug
 """
 
-from longctx.configuration import base
+from longctx.configuration import base, check_variant
 
 
 def get_config(variant: str = ''):
+  check_variant(variant)
   config = base('decoder')
   config.data.corpus = 'files'
   config.data.files = '../shared/data/books/*.txt'

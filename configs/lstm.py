@@ -6,10 +6,11 @@ Command:  python -m longctx.main --config=configs/lstm.py --workdir=runs/lstm
 Debug:    python -m longctx.main --config=configs/lstm.py:debug --workdir=runs/debug
 """
 
-from longctx.configuration import base
+from longctx.configuration import base, check_variant
 
 
 def get_config(variant: str = ''):
+  check_variant(variant)
   config = base('lstm')
   config.data.form = 'segments'
   config.data.length = 128

@@ -4,10 +4,11 @@ Command:  python -m longctx.main --config=configs/quickstart.py --workdir=runs/q
 Debug:    python -m longctx.main --config=configs/quickstart.py:debug --workdir=runs/debug
 """
 
-from longctx.configuration import base
+from longctx.configuration import base, check_variant
 
 
 def get_config(variant: str = ''):
+  check_variant(variant)
   config = base('decoder')
   config.data.length = 512
   config.data.batch_size = 8

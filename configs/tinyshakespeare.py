@@ -4,13 +4,14 @@ Source:   github.com/karpathy/nanoGPT, README, "I only have a macbook": validati
           per character. The same split: the first 90 % of the file, then the last 10 %.
 Command:  python -m longctx.main --config=configs/tinyshakespeare.py --workdir=runs/shakespeare
           with --config.data.files=PATH where the file lies elsewhere
-Debug:    --config=configs/tinyshakespeare.py:debug
+Debug:    python -m longctx.main --config=configs/tinyshakespeare.py:debug --workdir=runs/debug
 """
 
-from longctx.configuration import base
+from longctx.configuration import base, check_variant
 
 
 def get_config(variant: str = ''):
+  check_variant(variant)
   config = base('decoder')
   config.data.corpus = 'files'
   config.data.files = '../shared/data/tinyshakespeare.txt'

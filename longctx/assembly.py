@@ -17,6 +17,7 @@ from longctx.configuration import MODELS, Parts, parts
 from longctx.data import stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
+from longctx.evaluation import perplexity
 from longctx.parallel import mesh
 from longctx.training import optim, step, workdir
 from longctx.training.checkpoint import Checkpoints
@@ -56,6 +57,7 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   model = nnx.eval_shape(lambda: new_model(jax.random.key(0)))
   graphdef, abstract_params = nnx.split(model, nnx.Param)
   _check_shapes(p, model_config, model.state_grows, layout)
+  _check_evaluation(p, model, layout)
   layout.params_sharding(abstract_params)   # refuses a mesh that does not divide a parameter
 
   make_tx = functools.partial(optim.make_optimizer, p.optimizer, p.run.num_steps)
@@ -92,6 +94,18 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
                      ('hidden_dim', 'recurrent'), ('embed_dim', 'embed')):
     if hasattr(model, field):
       mesh.check_divides(f'model.{field}', getattr(model, field), dim, layout)
+
+
+def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:
+  """What would end the run only after its last step."""
+  e = p.evaluation
+  length = perplexity.context_length(e, model)
+  check(not length or e.stride <= length, f'evaluation.stride={e.stride}: must be at most the '
+        f'evaluation\'s length, which is model.max_length={length}')
+  check(not e.use_ema or p.optimizer.ema > 0, 'evaluation.use_ema=True: no averaged parameters are '
+        'kept with optimizer.ema=0.0; set optimizer.ema=0.999 or so, or evaluation.use_ema=False')
+  mesh.check_divides('evaluation.batch_size', e.batch_size, 'batch', layout)
+  mesh.check_divides('evaluation.segment', e.segment, 'length', layout)
 
 
 def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainState:

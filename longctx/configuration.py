@@ -7,6 +7,7 @@ Held by: tests/test_configs.py, tests/test_mistakes.py.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class Run:
                  'max_bad_steps', 'profile_steps'):
       check_range(f'run.{name}', getattr(self, name), 1)
     check_range('run.eval_every', self.eval_every, 0)
-    check_range('run.profile_start', self.profile_start, -1)
+    check_range('run.profile_start', self.profile_start, -1, self.num_steps - 1)
 
 
 MODELS = {
@@ -72,6 +73,13 @@ class Parts(NamedTuple):
   mesh: mesh.Config
   run: Run
   evaluation: perplexity.Config
+
+
+def check_variant(variant: str, variants: tuple[str, ...] = ('', 'debug')) -> None:
+  """Refuses what follows the colon in --config=FILE:VARIANT unless the file knows it."""
+  named = ', '.join(v or "'' (no colon)" for v in variants)
+  check(variant in variants, f'variant {variant!r}: must be one of {named}'
+        f'{nearest(variant, [v for v in variants if v])}')
 
 
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
@@ -125,8 +133,9 @@ def _typed(field: str, value: Any, kind: Any) -> Any:
                         'such as ' + ('(512, 0)' if inner is int else "('a', 'b')"))
     return tuple(_typed(field, v, inner) for v in value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    value = float(value)
   wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
   check(not wrong, f'{field}={value!r}: must be of type {kind.__name__}, '
         f'not {type(value).__name__}')
+  check(kind is not float or math.isfinite(value), f'{field}={value}: must be a finite number')
   return value

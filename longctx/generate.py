@@ -15,10 +15,11 @@ from typing import Any
 
 from absl import flags
 
-from longctx.errors import ConfigError, check, check_range, nearest
-from longctx.main import complain, set_compilation_cache
+from longctx import command_line
+from longctx.command_line import complain
+from longctx.errors import ConfigError, check, check_range
+from longctx.main import set_compilation_cache
 
-ABSL = ('flagfile', 'undefok')  # flags that every table has
 CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what a terminal may take for a command
 
 
@@ -47,15 +48,7 @@ def define_flags() -> flags.FlagValues:
 def parse(argv: list[str]) -> flags.FlagValues:
   """Flags from a command line; ConfigError names the first mistake."""
   table = define_flags()
-  try:
-    rest = table(argv)[1:]
-  except flags.UnrecognizedFlagError as e:
-    hint = nearest(e.flagname, table)
-    raise ConfigError(f'--{e.flagname}: unknown flag{hint}; see --help') from None
-  except flags.Error as e:
-    raise ConfigError(str(e)) from None
-  check(not rest, f'{"".join(rest[:1])!r}: not a flag; give the prompt as --prompt="..."; '
-        'see --help')
+  command_line.parse_flags(table, argv, stray='give the prompt as --prompt="..."')
   return table
 
 
@@ -156,8 +149,7 @@ def main(argv: list[str]) -> int:
   try:
     f = parse(argv)
     if f.help:
-      print(__doc__, *(f'  --{name}={f[name].value!r}  {f[name].help}'
-                       for name in f if f[name].help and name not in ABSL), sep='\n')
+      print(command_line.help_text(__doc__, f))
       return 0
     run(f)
   except ConfigError as e:

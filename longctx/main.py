@@ -1,69 +1,79 @@
 """python -m longctx.main --config=configs/X.py --workdir=W [--mode=train|eval] [--config.a.b=c]
 
-Flags in, one call. A user's mistake ends in one line on stderr and exit status 2.
-Held by: tests/test_mistakes.py, tests/test_train.py.
+Trains the config's model in the folder W; the same command again carries on from where it ended.
 """
 
+# Flags in, one call. A user's mistake ends in one line on stderr and exit status 2.
+# Held by: tests/test_mistakes.py, tests/test_train.py.
+
 import os
+import re
 import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
-from longctx.errors import ConfigError, nearest
-
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Config file, such as configs/quickstart.py or configs/quickstart.py:debug; '
-    'any leaf can be overridden: --config.model.num_layers=6.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run: checkpoints, metrics, figures.')
-_MODE = flags.DEFINE_string('mode', 'train', 'train: train, resume and evaluate. eval: evaluate '
-                            'the newest checkpoint.')
-_ALLOW = flags.DEFINE_string('allow_config_change', '', 'Keys or sections, with commas between, '
-                             'in which the config may differ from the one that the workdir has.')
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of several processes: call '
-                                 'jax.distributed.initialize (TPU pods and SLURM are detected).')
-_COORDINATOR = flags.DEFINE_string('coordinator_address', '', 'host:port of process 0; implies '
-                                   '--distributed.')
-_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'How many processes, where not detected.')
-_PROCESS = flags.DEFINE_integer('process_id', -1, 'Which of them this is, where not detected.')
+from longctx import command_line
+from longctx.command_line import complain
+from longctx.errors import ConfigError, check, check_choice, check_range
 
 MODES = ('train', 'eval')
 
 
-def complain(error: Exception) -> int:
-  """The one line that a user's mistake ends in; exit status 2."""
-  line = ' '.join(str(error).split()) or type(error).__name__
-  print(f'longctx: {line}', file=sys.stderr, flush=True)
-  return 2
+def define_flags() -> flags.FlagValues:
+  """The flags of this face but for --config, in a table of their own."""
+  table = flags.FlagValues()
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
+  whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
+  text('workdir', '', 'Folder of the run: checkpoints, metrics, figures.')
+  text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate the newest checkpoint.')
+  text('allow_config_change', '', 'Keys or sections, with commas between, in which the config may '
+       'differ from the one that the workdir has.')
+  flags.DEFINE_bool('distributed', False, 'One of several processes: call '
+                    'jax.distributed.initialize (TPU pods and SLURM are detected).',
+                    flag_values=table)
+  text('coordinator_address', '', 'host:port of process 0; implies --distributed.')
+  whole('num_processes', 0, 'How many processes, where not detected.')
+  whole('process_id', -1, 'Which of them this is, where not detected.')
+  flags.DEFINE_bool('help', False, 'Show this help.', flag_values=table)
+  return table
 
 
-def parse(argv: list[str]) -> list[str]:
-  """absl's flags, with each mistake told in one line."""
-  try:
-    return flags.FLAGS(argv, known_only=False)
-  except flags.UnrecognizedFlagError as e:
-    known = [name for name in flags.FLAGS if not name.startswith('config.')]
-    hint = nearest(e.flagname, known)
-    raise ConfigError(f'--{e.flagname}: unknown flag{hint}; see --help') from None
-  except flags.Error as e:
-    raise ConfigError(str(e)) from None
-  except (AttributeError, KeyError, TypeError, ValueError, ImportError, OSError, SyntaxError,
-          NameError) as e:
-    raise ConfigError(f'--config: {e.__class__.__name__}: {e}'
-                      if not isinstance(e, ConfigError) else str(e)) from None
+def help_text() -> str:
+  table = flags.FlagValues()
+  flags.DEFINE_string('config', '', command_line.CONFIG_HELP, flag_values=table)
+  table.append_flag_values(define_flags())
+  return command_line.help_text(__doc__, table)
 
 
-def initialize_distributed() -> None:
+def check_flags(f: flags.FlagValues) -> None:
+  check(bool(f.workdir), '--workdir: missing; give a folder for the run, such as '
+        '--workdir=runs/quickstart')
+  check_choice('--mode', f.mode, MODES)
+  check(not f.coordinator_address or re.fullmatch(r'.+:\d+', f.coordinator_address) is not None,
+        f'--coordinator_address={f.coordinator_address}: must be host:port, such as 10.0.0.1:1234')
+  check_range('--num_processes', f.num_processes, 0)
+  check_range('--process_id', f.process_id, -1)
+  check(not f.num_processes or f.process_id < f.num_processes, f'--process_id={f.process_id}: must '
+        f'be below --num_processes={f.num_processes}; the first process is 0')
+  for name, unset in (('num_processes', 0), ('process_id', -1)):
+    check(f[name].value == unset or f.distributed or bool(f.coordinator_address),
+          f'--{name}={f[name].value}: does nothing alone; give --coordinator_address=host:port too')
+
+
+def initialize_distributed(f: flags.FlagValues) -> None:
   """Joins the other processes of the run, if there are any."""
   import jax
-  if not (_DISTRIBUTED.value or _COORDINATOR.value):
+  if not (f.distributed or f.coordinator_address):
     return
   if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  given = dict(coordinator_address=_COORDINATOR.value or None,
-               num_processes=_PROCESSES.value or None,
-               process_id=_PROCESS.value if _PROCESS.value >= 0 else None)
-  jax.distributed.initialize(**given)
+  try:
+    jax.distributed.initialize(
+        coordinator_address=f.coordinator_address or None, num_processes=f.num_processes or None,
+        process_id=f.process_id if f.process_id >= 0 else None)
+  except ValueError as e:   # what it needs was neither given nor detected
+    raise ConfigError(f'--distributed: {e}; give --coordinator_address=host:port, --num_processes '
+                      'and --process_id') from e
 
 
 def set_compilation_cache(folder: str) -> None:
@@ -78,27 +88,32 @@ def set_compilation_cache(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+def run(argv: list[str]) -> None:
+  """Reads the command line, checks it and does what it says."""
+  f, config = command_line.parse_with_config(define_flags, argv)
+  check(config is not None, '--config: missing; give a config file, such as '
+        '--config=configs/quickstart.py')
+  check_flags(f)
+  logging.set_verbosity(logging.WARNING)
+  from longctx import configuration
+  parts = configuration.parts(config)   # before other processes, or a compiler, are waited for
+  initialize_distributed(f)
+  set_compilation_cache(parts.run.compilation_cache)
+  from longctx import train
+  train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change)
+
+
 def main(argv: list[str]) -> int:
   try:
-    rest = parse(argv)[1:]
-    if rest:
-      raise ConfigError(f'{rest[0]!r}: not a flag; flags begin with --, see --help')
-    if _CONFIG.value is None:
-      raise ConfigError('--config: missing; give a config file, such as configs/quickstart.py')
-    if not _WORKDIR.value:
-      raise ConfigError('--workdir: missing; give a folder for the run, such as runs/quickstart')
-    if _MODE.value not in MODES:
-      raise ConfigError(f'--mode={_MODE.value}: must be one of {", ".join(MODES)}'
-                        f'{nearest(_MODE.value, MODES)}')
-    logging.set_verbosity(logging.WARNING)
-    initialize_distributed()
-    set_compilation_cache(str(_CONFIG.value.get('run', {}).get('compilation_cache', '')))
-    from longctx import train
-    train.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, allow_config_change=_ALLOW.value)
+    if command_line.HELP & set(argv[1:]):
+      print(help_text())
+      return 0
+    run(argv)
   except ConfigError as e:
     return complain(e)
   except KeyboardInterrupt:
-    return complain(KeyboardInterrupt('interrupted'))
+    complain(KeyboardInterrupt('interrupted; the same command carries on from the last checkpoint'))
+    return 130
   return 0
 
 

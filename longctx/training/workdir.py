@@ -127,7 +127,8 @@ def leaves(config: dict, prefix: str = '') -> dict[str, Any]:
   return found
 
 
-def agree(workdir: str | os.PathLike, config: Any, allow: str = '') -> None:
+def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
+          record: bool = True) -> None:
   """Holds this run to the config of the runs before it in W; the first run writes it.
 
   Args:
@@ -135,6 +136,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '') -> None:
     config: a ConfigDict or dict.
     allow: keys (`run.num_steps`) or sections (`run`), with commas between, that may differ; W then
       has the new values from here on.
+    record: write W/config.json; False only compares.
   """
   import jax
 
@@ -149,7 +151,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '') -> None:
           f'--allow_config_change={key}: no such key{nearest(key, known | sections)}')
   if old is not None:
     _compare(path, old, new, allowed)
-  if old != new and jax.process_index() == 0:
+  if record and old != new and jax.process_index() == 0:
     try:
       atomic_write(path, (json.dumps(given, indent=2, sort_keys=True) + '\n').encode())
     except OSError as e:
