@@ -194,7 +194,7 @@ def test_failure_while_building_leaves_nothing(tmp_path, monkeypatch):
       raise OSError(28, 'No space left on device')
   from longctx.data import corpus
   source = corpus.open_source(config_of(tmp_path))
-  with pytest.raises(ConfigError, match=r"^data\.cache_dir='.*': No space left on device: free some"):
+  with pytest.raises(ConfigError, match=r"^data\.cache_dir='.*': No space left on device: free"):
     cache.open_cache(source, 'train', Full(), str(tmp_path / 'cache'))
   assert folders(tmp_path) == []
 

@@ -62,8 +62,8 @@ def test_hash_split_is_the_hash_of_the_name():
 
 def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
   names = [f'{i}.txt' for i in range(60)]
-  write(tmp_path / 'few', {n: b'x' for n in names[::3]})
-  write(tmp_path / 'many', {n: b'x' for n in names})
+  write(tmp_path / 'few', dict.fromkeys(names[::3], b'x'))
+  write(tmp_path / 'many', dict.fromkeys(names, b'x'))
   for split in corpus.SPLITS:
     few = corpus.files_source(str(tmp_path / 'few/*.txt'), HASH).names(split)
     many = corpus.files_source(str(tmp_path / 'many/*.txt'), HASH).names(split)
@@ -101,6 +101,13 @@ def test_contiguous_is_nanogpts_split(tmp_path):
   assert len(train) == len(validation) == 1
   with pytest.raises(ConfigError, match=r'data\.test_fraction=0\.0: the test split'):
     stream.open_documents(config, 'test')
+
+
+def test_contiguous_cuts_are_exact():
+  rule = corpus.SplitRule(kind='contiguous', validation=0.05, test=0.05)
+  assert [rule.bounds(100, s) for s in corpus.SPLITS] == [(0, 90), (90, 95), (95, 100)]
+  rule = corpus.SplitRule(kind='contiguous', validation=0.1, test=0.2)
+  assert [rule.bounds(10, s) for s in corpus.SPLITS] == [(0, 7), (7, 8), (8, 10)]
 
 
 @given(st.text(max_size=60), st.floats(0, 0.5), st.floats(0, 0.49))
@@ -147,7 +154,8 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
   config = files_config(tmp_path / '*.txt', tmp_path, validation_fraction=0, test_fraction=0,
                         length=2, batch_size=1)
   documents = stream.open_documents(config, 'train')
-  assert [documents.tokenizer.decode(documents.document(i)) for i in range(len(documents))] == [b'hello']
+  assert len(documents) == 1
+  assert documents.tokenizer.decode(documents.document(0)) == b'hello'
   assert (documents.total_tokens, documents.total_bytes) == (6, 5)
   account = stream.open_stream(config, seed=0).accounting
   assert (account['documents'], account['empty_documents']) == (1, 2)
@@ -156,11 +164,12 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize('pattern, files, split, message', [
     ('none/*.txt', {}, 'train', r"^data\.files='.*none/\*\.txt': matches no file"),
     ('d*', {'d1/a.txt': b'x'}, 'train', r'matches only folders; write .*\*\*/\*\.txt'),
-    ('*.txt', {'b.txt': b'', 'c.txt': b''}, 'train', r'all 2 documents of the train split are empty'),
+    ('*.txt', {'b.txt': b'', 'c.txt': b''}, 'train',
+     r'all 2 documents of the train split are empty'),
     ('b.txt', {'b.txt': b'x'}, 'validation',
      r"^data\.validation_fraction=0\.05: the validation split .*split='contiguous'"),
     ('b.txt', {'b.txt': b'x'}, 'test', r"^data\.test_fraction=0\.05: the test split"),
-    ('b.txt', {'b.txt': b'x'}, 'tests', r"^split='tests': must be one of .* \(did you mean \"test\""),
+    ('b.txt', {'b.txt': b'x'}, 'tests', r"^split='tests': must be one of .*did you mean \"test\""),
 ])
 def test_mistakes(tmp_path, pattern, files, split, message):
   write(tmp_path, files)

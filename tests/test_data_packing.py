@@ -1,6 +1,7 @@
 """Packing: every pair of every document is in an epoch once, or counted as left out."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_split_rows_hold_each_pair_once(lengths, length, seed):
     return
   rows = packing.SplitRows(np.array(lengths), length, seed)
   pieces = [rows.pieces(r) for r in range(rows.num_rows)]
-  count = covered(sum(pieces, []))
+  count = covered(p for row in pieces for p in row)
   assert max(count.values()) == 1
   assert set(count) <= set(whole(lengths))
   account = rows.accounting()
@@ -58,7 +59,7 @@ def test_whole_rows_keep_or_count(lengths, length, trim, seed):
     return
   rows = packing.WholeRows(np.array(lengths), length, seed, trim=trim)
   pieces = [rows.pieces(r) for r in range(rows.num_rows)]
-  count = covered(sum(pieces, []))
+  count = covered(p for row in pieces for p in row)
   kept = [min(n, length) if trim else (n if n <= length else 0) for n in lengths]
   assert count == whole(kept)
   account = rows.accounting()
@@ -106,7 +107,7 @@ def test_lanes_carry_on(lengths, length, batch_size, seed):
     assert account['tail_tokens'] < length * batch_size
   for b in range(batch_size):
     walk = [p for i in range(3 * lanes.num_batches) for p in lanes.pieces(i, b)]
-    for before, after in zip(walk, walk[1:]):
+    for before, after in itertools.pairwise(walk):
       carries_on = after.position != 0
       assert carries_on == (before.segment == after.segment)
       if carries_on:

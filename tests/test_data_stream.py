@@ -279,7 +279,8 @@ def test_documents_for_evaluation(corpus_dir):
     ({'split': 'hashed'}, r"^data\.split='hashed': .* \(did you mean \"hash\"\?\)"),
     ({'form': 'segment'}, r"^data\.form='segment': .* \(did you mean \"segments\"\?\)"),
     ({'long_documents': 'cut'}, r"^data\.long_documents='cut': must be one of split, trim, drop"),
-    ({'form': 'segments', 'long_documents': 'trim'}, r"^data\.long_documents='trim': must be 'split'"),
+    ({'form': 'segments', 'long_documents': 'trim'},
+     r"^data\.long_documents='trim': must be 'split' with data\.form='segments'"),
     ({'validation_fraction': -0.1}, r'^data\.validation_fraction=-0\.1: must be at least 0'),
     ({'test_fraction': float('nan')}, r'^data\.test_fraction=nan: must be'),
     ({'validation_fraction': 0.5, 'test_fraction': 0.5}, r'= 1\.0: must be below 1'),
@@ -296,7 +297,7 @@ def test_config_mistakes(kwargs, message):
 
 @pytest.mark.parametrize('kwargs, message', [
     ({'length': 1000}, r'^data\.length=1000: the split has only 272 tokens'),
-    ({'form': 'segments', 'batch_size': 40}, r'^data\.batch_size=40: the split has only 272 tokens'),
+    ({'form': 'segments', 'batch_size': 40}, r'^data\.batch_size=40: .* has only 272 tokens'),
     ({'length': 1, 'long_documents': 'drop'}, r"^data\.long_documents='drop': all 9 documents"),
     ({'batch_size': 5, 'num_hosts': 2}, r'^data\.batch_size=5: must be a multiple of .*, 2'),
     ({'host_index': 2, 'num_hosts': 2}, r'^host_index=2: must be in 0\.\.1'),
@@ -312,6 +313,7 @@ def test_config_import_is_light():
   """Reading a config must not pay for Grain or TFDS: --help answers in seconds."""
   import subprocess
   code = ("import sys; import longctx.data.stream as s; s.Config(); "
-          "print([m for m in ('grain', 'tensorflow_datasets', 'sentencepiece', 'jax') if m in sys.modules])")
+          "heavy = 'grain', 'tensorflow_datasets', 'sentencepiece', 'jax'; "
+          "print([m for m in heavy if m in sys.modules])")
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == '[]'

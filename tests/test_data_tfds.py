@@ -1,5 +1,6 @@
 """TensorFlow Datasets: read in array_record form, without TensorFlow, its splits as it has them."""
 
+import itertools
 import json
 import sys
 
@@ -38,7 +39,8 @@ def make_builder(splits):
 def prepared(tmp_path_factory):
   """Folders of array_record files: one with train and test, one with train alone."""
   folders = {}
-  for key, splits in {'two': {'train': TEXTS[:20], 'test': TEXTS[20:]}, 'one': {'train': TEXTS}}.items():
+  for key, splits in {'two': {'train': TEXTS[:20], 'test': TEXTS[20:]},
+                      'one': {'train': TEXTS}}.items():
     folder = tmp_path_factory.mktemp(key)
     make_builder(splits)(data_dir=str(folder), file_format='array_record').download_and_prepare()
     folders[key] = folder
@@ -75,7 +77,7 @@ def test_train_alone_is_divided_by_the_hash_of_the_index(prepared, tmp_path):
   config = config_of(prepared['one'], tmp_path, validation_fraction=0.2, test_fraction=0.2)
   rule = corpus.SplitRule(kind='hash', validation=0.2, test=0.2)
   found = {split: texts(config, split) for split in corpus.SPLITS}
-  assert sorted(sum(found.values(), [])) == sorted(TEXTS)
+  assert sorted(itertools.chain(*found.values())) == sorted(TEXTS)
   for split in corpus.SPLITS:
     assert found[split] == [t for i, t in enumerate(TEXTS) if rule.holds(f'train/{i}', split)]
     assert found[split]
@@ -96,7 +98,8 @@ def test_splits_in_the_words_of_tfds(prepared, tmp_path):
   assert texts(config, 'test') == TEXTS[20:23]
 
 
-@pytest.mark.parametrize('name', ['huggingface:wikitext/wikitext-2-v1', 'robotics:tiny', 'a/b:1.0.0'])
+@pytest.mark.parametrize('name', ['huggingface:wikitext/wikitext-2-v1', 'robotics:tiny',
+                                  'a/b:1.0.0'])
 def test_names_pass_through(monkeypatch, name):
   import tensorflow_datasets as tfds
   asked = []
@@ -105,7 +108,7 @@ def test_names_pass_through(monkeypatch, name):
     raise ImportError('no', name='datasets')
   monkeypatch.setattr(tfds, 'builder', builder)
   config = stream.Config(corpus='tfds', tfds_name=name)
-  with pytest.raises(ConfigError, match=rf"^data\.tfds_name='{name}': .* needs the package 'datasets'"):
+  with pytest.raises(ConfigError, match=rf"^data\.tfds_name='{name}': .*the package 'datasets'"):
     stream.open_documents(config, 'train')
   assert asked == [((name,), {'data_dir': None})]
 
@@ -132,12 +135,12 @@ def test_a_changed_dataset_is_another_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('kwargs, split, message', [
-    ({}, 'validation', r"^validation split 'validation' of data\.tfds_name='tiny_texts': it has train, "
-     r"test; say which .*data\.tfds_splits="),
+    ({}, 'validation', r"^validation split 'validation' of data\.tfds_name='tiny_texts': it has "
+     r"train, test; say which .*data\.tfds_splits="),
     ({'tfds_splits': ('train', 'trian', 'test')}, 'validation', "'trian'.*it has train, test"),
     ({'text_feature': 'titel'}, 'train', r"^data\.text_feature='titel': .*text, title "
      r'\(did you mean "title"\?\)'),
-    ({'tfds_name': 'tiny_text'}, 'train', r'^data\.tfds_name=\'tiny_text\': .*did you mean "tiny_texts"'),
+    ({'tfds_name': 'tiny_text'}, 'train', r'^data\.tfds_name=.*did you mean "tiny_texts"'),
     ({'tfds_name': 'imdb_review'}, 'train', r'did you mean "imdb_reviews"'),
     ({'tfds_name': 'nobody:tiny'}, 'train', r'Namespace nobody not found'),
 ])

@@ -15,8 +15,9 @@ from longctx.errors import ConfigError
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = ('def encode(self, text):\n    return [self.ids[c] for c in text]  # über 32 größer\n\n'
         'class Tokenizer:\n\t"""The quick brown fox jumps over the lazy dog."""\n') * 40
-NASTY = ['', ' ', '  a', 'a  ', '\n\n \n', '<s>', '</s>', '<unk>', '<0x41>', '\u2581', '\u2581\u2581 x',
-         'a\u2581b', '\0', 'ﬁ①Ａ', 'e\u0301 \u00e9', '\u2047\u2585', '\ufeff', '\U0001f600', '\r\n\t']
+NASTY = ['', ' ', '  a', 'a  ', '\n\n \n', '<s>', '</s>', '<unk>', '<0x41>', '\u2581',
+         '\u2581\u2581 x', 'a\u2581b', '\0', 'ﬁ①Ａ', 'e\u0301 \u00e9', '\u2047\u2585', '\ufeff',
+         '\U0001f600', '\r\n\t']
 
 
 def train(**kwargs):
@@ -24,7 +25,8 @@ def train(**kwargs):
 
   import sentencepiece
   model = io.BytesIO()
-  defaults = {'vocab_size': 400, 'model_type': 'bpe', 'byte_fallback': True, 'minloglevel': 2}
+  defaults = {'vocab_size': 400, 'model_type': 'bpe', 'byte_fallback': True, 'minloglevel': 2,
+              'normalization_rule_name': 'identity'}
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(TEXT.splitlines()), model_writer=model, **(defaults | kwargs))
   return model.getvalue()
@@ -90,7 +92,8 @@ def test_sentencepiece_learns_words_lines_and_indents(sentencepiece):
 
 def test_fingerprint_is_of_the_file(model_path, sentencepiece):
   import hashlib
-  assert sentencepiece.fingerprint == hashlib.sha256(pathlib.Path(model_path).read_bytes()).hexdigest()
+  content = pathlib.Path(model_path).read_bytes()
+  assert sentencepiece.fingerprint == hashlib.sha256(content).hexdigest()
 
 
 def test_training_is_deterministic():
@@ -100,15 +103,15 @@ def test_training_is_deterministic():
 
 def test_dummy_prefix_and_squeezed_spaces_of_foreign_models_are_undone(tmp_path):
   path = tmp_path / 'llama-like.model'
-  path.write_bytes(train(normalization_rule_name='identity', add_dummy_prefix=True))
+  path.write_bytes(train(add_dummy_prefix=True))
   for text in NASTY:
     hold(tokenizer.load_tokenizer(str(path)), text.encode())
 
 
 @pytest.mark.parametrize('kwargs, message', [
     ({'normalization_rule_name': 'nmt_nfkc'}, 'changes the text'),
-    ({'normalization_rule_name': 'identity', 'byte_fallback': False, 'vocab_size': 100}, 'no byte tokens'),
-    ({'normalization_rule_name': 'identity', 'bos_id': -1, 'eos_id': -1}, 'neither a begin nor an end'),
+    ({'byte_fallback': False, 'vocab_size': 100}, 'no byte tokens'),
+    ({'bos_id': -1, 'eos_id': -1}, 'neither a begin nor an end'),
 ])
 def test_models_that_lose_text_are_refused(tmp_path, kwargs, message):
   path = tmp_path / 'lossy.model'
@@ -164,7 +167,7 @@ def test_documents_that_are_not_text_are_named(tmp_path, model_path):
   (tmp_path / 'b.txt').write_bytes(b'abc\xff')
   config = stream.Config(corpus='files', files=str(tmp_path / '*.txt'), tokenizer=model_path,
                          cache_dir=str(tmp_path / 'cache'), validation_fraction=0, test_fraction=0)
-  with pytest.raises(ConfigError, match=r"^b\.txt: byte 3 \(0xff\) is not UTF-8.*tokenizer='bytes'"):
+  with pytest.raises(ConfigError, match=r"^b\.txt: byte 3 \(0xff\) is not UTF-8.*='bytes'"):
     stream.open_documents(config, 'train')
 
 

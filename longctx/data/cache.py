@@ -7,8 +7,8 @@ split's rule, the tokenizer and FORMAT, so that a change of any of them is anoth
     offsets.npy  where each document begins, and the end   int64 [documents + 1]
     meta.json    counts, file sizes and the hash of the content
 
-The SEP at the end makes `tokens[i + 1]` the target of every token i. It is built in a folder beside,
-under a lock, and renamed when whole, so that a half-written cache is never seen.
+The SEP at the end makes `tokens[i + 1]` the target of every token i. A cache is built in a folder
+beside, under a lock, and renamed when whole, so that a half-written one is never seen.
 Held by: tests/test_data_cache.py.
 """
 
@@ -169,8 +169,9 @@ def _write(part: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> dict
   with _synced(part / 'offsets.npy') as file:
     np.save(file, np.frombuffer(offsets, np.int64))
   content.update(offsets.tobytes())
-  return dict(
-      format=FORMAT, label=source.label, split=split, dtype=dtype.name,
-      vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint, documents=num_documents,
-      empty_documents=num_empty, tokens=offsets[-1], bytes=num_bytes, content=content.hexdigest(),
-      sizes={name: (part / name).stat().st_size for name in ('tokens.bin', 'offsets.npy')})
+  return {
+      'format': FORMAT, 'label': source.label, 'split': split, 'dtype': dtype.name,
+      'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.fingerprint,
+      'documents': num_documents, 'empty_documents': num_empty, 'tokens': offsets[-1],
+      'bytes': num_bytes, 'content': content.hexdigest(),
+      'sizes': {name: (part / name).stat().st_size for name in ('tokens.bin', 'offsets.npy')}}

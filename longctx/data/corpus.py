@@ -44,7 +44,7 @@ class SplitRule:
     return split == ('validation' if u < self.test + self.validation else 'train')
 
   def bounds(self, size: int, split: str) -> tuple[int, int]:
-    """The part [start, stop) of a document of `size` bytes that is in `split` (if it `holds` it)."""
+    """The part [start, stop), in bytes, of a document that is in `split` (if it `holds` it)."""
     if self.kind == 'hash':
       return 0, size
     # rounded, so that 1 - 0.05 - 0.05 is 0.9 and not 0.8999...
@@ -162,8 +162,8 @@ def stdlib_source(rule: SplitRule) -> FileSource:
   for folder, folders, files in os.walk(root):
     folders[:] = [f for f in folders if f not in EXCLUDED]
     paths += [pathlib.Path(folder) / f for f in files if f.endswith('.py')]
-  check(bool(paths), f"data.corpus='stdlib': {str(root)!r} holds no .py file (a Python shipped without "
-        "its sources); use data.corpus='files'")
+  check(bool(paths), f"data.corpus='stdlib': {str(root)!r} holds no .py file (a Python shipped "
+        "without its sources); use data.corpus='files'")
   return FileSource('stdlib', root, paths, rule)
 
 

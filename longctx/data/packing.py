@@ -87,8 +87,8 @@ class SplitRows:
     self.length = length
     self.total = int(self.line.ends[-1])
     self.num_rows = self.total // length
-    check(self.num_rows > 0, f'data.length={length}: the split has only {self.total} tokens, not one '
-          'row; choose a shorter length or a larger split')
+    check(self.num_rows > 0, f'data.length={length}: the split has only {self.total} tokens, not '
+          'one row; choose a shorter length or a larger split')
 
   def pieces(self, row: int) -> list[Piece]:
     span = self.line.span(row * self.length, (row + 1) * self.length)
@@ -115,17 +115,18 @@ class WholeRows:
     order = order[np.argsort(-self._kept[order], kind='stable')]
     row_of = best_fit(self._kept[order], length)
     self.num_rows = int(row_of.max()) + 1 if len(order) else 0
-    check(self.num_rows > 0, f"data.long_documents='drop': all {len(lengths)} documents of the split are "
-          f"longer than data.length={length}; choose 'split', 'trim' or a longer length")
+    check(self.num_rows > 0, f"data.long_documents='drop': all {len(lengths)} documents of the "
+          f"split are longer than data.length={length}; choose 'split', 'trim' or a longer length")
     self._documents = order[np.argsort(row_of, kind='stable')]
     self._ends = np.cumsum(np.bincount(row_of))
     trained = int(self._kept[order].sum())
     lost = int(lengths[long].sum()) - int(long.sum()) * length * trim
+    counts = (('trimmed_tokens', 'documents_cut') if trim else
+              ('dropped_tokens', 'dropped_documents'))
     self._accounting = _accounting(
         tokens_per_epoch=trained, rows_per_epoch=self.num_rows,
         padding_fraction=1 - trained / (self.num_rows * length),
-        **(dict(trimmed_tokens=lost, documents_cut=int(long.sum())) if trim else
-           dict(dropped_tokens=lost, dropped_documents=int(long.sum()))))
+        **dict(zip(counts, (lost, int(long.sum())))))
 
   def pieces(self, row: int) -> list[Piece]:
     low = self._ends[row - 1] if row else 0
@@ -175,8 +176,9 @@ class Lanes:
     self.batch_size = batch_size
     self.total = int(np.sum(lengths))
     self.num_batches = self.total // batch_size // length
-    check(self.num_batches > 0, f'data.batch_size={batch_size}: the split has only {self.total} tokens, '
-          f'less than one batch of {batch_size} x {length}; choose a smaller batch or length')
+    check(self.num_batches > 0, f'data.batch_size={batch_size}: the split has only {self.total} '
+          f'tokens, less than one batch of {batch_size} x {length}; choose a smaller batch or '
+          'length')
     self.line = PerEpoch(lambda e: Line(lengths, shuffled(len(lengths), seed, e)))
 
   def pieces(self, batch: int, lane: int) -> list[Piece]:
@@ -201,6 +203,6 @@ class Lanes:
 
 
 def _accounting(**values) -> dict:
-  zero = dict(tokens_per_epoch=0, rows_per_epoch=0, trimmed_tokens=0, dropped_tokens=0,
-              dropped_documents=0, tail_tokens=0, documents_cut=0, padding_fraction=0.0)
+  zero = {'tokens_per_epoch': 0, 'rows_per_epoch': 0, 'trimmed_tokens': 0, 'dropped_tokens': 0,
+          'dropped_documents': 0, 'tail_tokens': 0, 'documents_cut': 0, 'padding_fraction': 0.0}
   return zero | values

@@ -27,6 +27,8 @@ from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import ConfigError, check, check_choice, check_range
 
 Batch = dict[str, np.ndarray]
+DTYPES = {'tokens': np.int32, 'targets': np.int32, 'loss_mask': np.float32,
+          'positions': np.int32, 'segment_ids': np.int32, 'document_start': np.bool_}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,28 +55,29 @@ class Config:
     check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds'))
     for field, owner in (('files', 'files'), ('tfds_name', 'tfds')):
       value = getattr(self, field)
-      check(bool(value) or self.corpus != owner, f"data.{field}='': data.corpus={owner!r} needs it")
+      check(bool(value) or self.corpus != owner,
+            f"data.{field}='': data.corpus={owner!r} needs it")
       check(not value or self.corpus == owner, f'data.{field}={value!r}: is not read with '
             f'data.corpus={self.corpus!r}; set data.corpus={owner!r}')
-    check(len(self.tfds_splits) in (0, 3), f'data.tfds_splits={self.tfds_splits}: must be empty or '
-          'three names, of train, validation and test')
+    check(len(self.tfds_splits) in (0, 3), f'data.tfds_splits={self.tfds_splits}: must be empty '
+          'or three names, of train, validation and test')
     check_choice('data.split', self.split, ('hash', 'contiguous'))
     check_range('data.validation_fraction', self.validation_fraction, 0, 1)
     check_range('data.test_fraction', self.test_fraction, 0, 1)
     held_out = self.validation_fraction + self.test_fraction
-    check(held_out < 1, f'data.validation_fraction + data.test_fraction = {held_out}: must be below '
-          '1, the rest is the train split')
+    check(held_out < 1, f'data.validation_fraction + data.test_fraction = {held_out}: must be '
+          'below 1, the rest is the train split')
     check_choice('data.form', self.form, ('packed', 'segments'))
     check_choice('data.long_documents', self.long_documents, ('split', 'trim', 'drop'))
     check(self.form == 'packed' or self.long_documents == 'split',
-          f"data.long_documents={self.long_documents!r}: must be 'split' with data.form='segments', "
-          'whose rows carry a document on')
+          f"data.long_documents={self.long_documents!r}: must be 'split' with "
+          "data.form='segments', whose rows carry a document on")
     check_range('data.length', self.length, 1)
     check_range('data.batch_size', self.batch_size, 1)
     check_range('data.prefetch', self.prefetch, 0)
     check_range('data.threads', self.threads, 0)
-    check(self.prefetch == 0 or self.prefetch >= self.threads, f'data.prefetch={self.prefetch}: must '
-          f'be 0 or at least data.threads={self.threads}, or threads would idle')
+    check(self.prefetch == 0 or self.prefetch >= self.threads, f'data.prefetch={self.prefetch}: '
+          f'must be 0 or at least data.threads={self.threads}, or threads would idle')
 
 
 class Documents:
@@ -140,10 +143,7 @@ class BatchSource:
 
   def __getitem__(self, i: int) -> Batch:
     shape = (len(self._rows), self._config.length)
-    batch = dict(
-        tokens=np.zeros(shape, np.int32), targets=np.zeros(shape, np.int32),
-        loss_mask=np.zeros(shape, np.float32), positions=np.zeros(shape, np.int32),
-        segment_ids=np.zeros(shape, np.int32), document_start=np.zeros(shape, bool))
+    batch = {name: np.zeros(shape, dtype) for name, dtype in DTYPES.items()}
     for local, row in enumerate(self._rows):
       self._fill({k: v[local] for k, v in batch.items()}, self._pieces(i, row))
     return batch
@@ -171,8 +171,8 @@ class BatchSource:
   def accounting(self) -> dict:
     """What an epoch trains on and what it leaves out; see packing.py."""
     meta = self._store.meta
-    return dict(documents=meta['documents'], empty_documents=meta['empty_documents'],
-                bytes=meta['bytes'], tokens=meta['tokens'], **self._layout.accounting())
+    counts = {k: meta[k] for k in ('documents', 'empty_documents', 'bytes', 'tokens')}
+    return counts | self._layout.accounting()
 
 
 class Stream:
@@ -206,8 +206,8 @@ class Stream:
     """Goes to where a stream of the same data, seed and shape was."""
     differing = [f'{k} was {state.get(k)!r} and is {v!r}' for k, v in self._identity.items()
                  if state.get(k) != v]
-    check(not differing, f'the saved data stream is another one: {"; ".join(differing)}; resume with '
-          'the settings and data that it was saved with')
+    check(not differing, f'the saved data stream is another one: {"; ".join(differing)}; resume '
+          'with the settings and data that it was saved with')
     self._iterator.set_state({'next_index': int(state['next_index'])})
 
   def close(self) -> None:
@@ -219,13 +219,13 @@ def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: 
                 num_hosts: int = 1) -> Stream:
   """The batches of a split; tokenises the corpus first if no cache of it is there."""
   check_range('seed', seed, 0)
-  check(config.batch_size % num_hosts == 0, f'data.batch_size={config.batch_size}: must be a multiple '
-        f'of the number of hosts, {num_hosts}; each reads an equal share of the rows')
+  check(config.batch_size % num_hosts == 0, f'data.batch_size={config.batch_size}: must be a '
+        f'multiple of the number of hosts, {num_hosts}; each reads an equal share of the rows')
   if not 0 <= host_index < num_hosts:
     raise ConfigError(f'host_index={host_index}: must be in 0..{num_hosts - 1}')
   store, tokenizer = _open(config, split)
   source = BatchSource(config, store, seed=seed, host_index=host_index, num_hosts=num_hosts)
-  identity = dict(content=store.content, tokenizer=tokenizer.fingerprint, split=split, seed=seed,
-                  form=config.form, length=config.length, batch_size=config.batch_size,
-                  long_documents=config.long_documents)
+  identity = {'content': store.content, 'tokenizer': tokenizer.fingerprint, 'split': split,
+              'seed': seed, 'form': config.form, 'length': config.length,
+              'batch_size': config.batch_size, 'long_documents': config.long_documents}
   return Stream(config, source, identity, tokenizer)

@@ -29,7 +29,7 @@ class TfdsSource:
     self._divide = not config.tfds_splits and set(self._builder.info.splits) == {'train'}
     self.label = 'tfds-' + re.sub(r'\W+', '-', config.tfds_name)
     features = self._builder.info.features
-    known = list(features) if hasattr(features, 'keys') else []
+    known = sorted(features) if hasattr(features, 'keys') else []
     check(self._feature in known, f'data.text_feature={self._feature!r}: {self._name!r} has the '
           f'features {", ".join(known) or "of no name"}{nearest(self._feature, known)}')
 
@@ -119,7 +119,7 @@ def _open_builder(name: str, folder: str):
       builder.download_and_prepare()
   formats = builder.info.available_file_formats()
   readable = tfds.core.file_adapters.FileFormat.with_random_access()
-  check(bool(formats & readable), f'{what}: is stored as {", ".join(f.value for f in formats)}, which '
-        "only TensorFlow reads; prepare it again with file_format='array_record' or move it away "
-        'so that it is downloaded so')
+  stored = ', '.join(f.value for f in formats)
+  check(bool(formats & readable), f'{what}: is stored as {stored}, which only TensorFlow reads; '
+        "prepare it again with file_format='array_record', or move it away to have that done")
   return builder

@@ -1,8 +1,8 @@
 """Tokenizers: bytes <-> token ids, without loss, with the bytes that each token stands for.
 
-Both promise: `decode(encode(x)) == x`, `num_bytes(encode(x)).sum() == len(x)` (so that losses can be
-given in bits per byte, exactly), and that no text whatever produces the `separator` id, which stands
-between documents.
+Both promise: `decode(encode(x)) == x`, `num_bytes(encode(x)).sum() == len(x)` (so that losses can
+be given in bits per byte, exactly), and that no text whatever produces the `separator` id, which
+stands between documents.
 
 SentencePiece: Kudo and Richardson 2018, arXiv:1808.06226. Differs from the library: ids are decoded
 by a table of bytes, and U+2581, with which SentencePiece writes a space, is spelt in byte tokens
@@ -82,12 +82,14 @@ class SentencePiece:
 
   def _check_lossless(self, path: str) -> None:
     num_byte_tokens = sum(self._processor.is_byte(i) for i in range(self.vocab_size))
-    check(num_byte_tokens == 256, f'data.tokenizer={path!r}: has no byte tokens, so it cannot write '
-          'every text; train one with python -m longctx.data.train_tokenizer')
-    probe = ' a  b\t\r\n\n Ａ１ﬁ①\u00a0e\u0301\u00e9\u200b한\u1112\u1161\U0001f600\ufeff\u2581Z '.encode()
-    check(self.decode(self._ids(probe.decode())) == probe, f'data.tokenizer={path!r}: changes the text '
-          '(a normaliser such as nmt_nfkc), so that bits per byte would be wrong; train one with '
-          'python -m longctx.data.train_tokenizer')
+    check(num_byte_tokens == 256, f'data.tokenizer={path!r}: has no byte tokens, so it cannot '
+          'write every text; train one with python -m longctx.data.train_tokenizer')
+    # what NFKC, case folding and cleaning of white space would change
+    probe = (' a  b\t\r\n\n Ａ１ﬁ①\u00a0e\u0301\u00e9\u200b한\u1112\u1161'
+             '\U0001f600\ufeff\u2581Z ')
+    check(self.decode(self._ids(probe)) == probe.encode(), f'data.tokenizer={path!r}: changes the '
+          'text (a normaliser such as nmt_nfkc), so that bits per byte would be wrong; train one '
+          'with python -m longctx.data.train_tokenizer')
 
   def encode(self, data: bytes, name: str = 'the text') -> np.ndarray:
     try:
@@ -130,7 +132,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def _sentences(texts: Iterable[bytes], max_bytes: int) -> Iterator[str]:
-  """Pieces of at most 4096 bytes that end after a line where they can; what is not UTF-8 is left out."""
+  """Pieces of at most 4096 bytes, that end after a line where they can; drops what is not UTF-8."""
   total = 0
   for text in texts:
     start = 0

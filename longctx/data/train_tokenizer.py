@@ -1,6 +1,6 @@
 """Trains a SentencePiece tokenizer on the train split of a corpus.
 
-    python -m longctx.data.train_tokenizer --files='books/**/*.txt' --vocab_size=8000 --output=b.model
+    python -m longctx.data.train_tokenizer --files='books/**/*.txt' --output=books.model
 
 It loses nothing: no normalisation, and bytes for characters that it does not know. Give its file as
 data.tokenizer; its hash goes into caches and checkpoints.
@@ -45,7 +45,8 @@ def train(config: stream.Config, *, vocab_size: int, max_bytes: int, output: str
 
 def main(argv: list[str]) -> None:
   try:
-    check(len(argv) == 1, f'{" ".join(argv[1:])!r}: is not a flag; quote a glob, or the shell opens it')
+    check(len(argv) == 1,
+          f'{" ".join(argv[1:])!r}: is not a flag; quote a glob, or the shell opens it')
     named = 'files' if FLAGS.files else 'tfds' if FLAGS.tfds_name else 'stdlib'
     config = stream.Config(
         corpus=FLAGS.corpus or named, files=FLAGS.files, tfds_name=FLAGS.tfds_name,
