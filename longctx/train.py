@@ -6,11 +6,15 @@ state, seeds and the position in the data are saved together.
 Held by: tests/test_train.py, tests/test_faults.py, tests/test_distributed.py.
 """
 
+import contextlib
 import functools
+import importlib
 import json
 import math
 import os
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from longctx.errors import ConfigError, check
 from longctx.evaluation import perplexity, result
 from longctx.parallel import mesh
 from longctx.training import metrics as metrics_lib
-from longctx.training import optim, step, workdir
+from longctx.training import optim, processes, step, workdir
 from longctx.training.checkpoint import Checkpoints
 
 MODES = ('train', 'eval')
@@ -34,10 +38,13 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
   """Trains, or evaluates the newest checkpoint of, the workdir `folder`."""
   if mode == 'eval':
     return evaluate_workdir(config, folder)
-  a = assembly.assemble(config)
-  with workdir.lock(folder), workdir.StopSignal() as stop:
-    workdir.agree(folder, config, allow_config_change)
-    Trainer(a, folder, stop).run()
+  a = processes.together(lambda: assembly.assemble(config))
+  with contextlib.ExitStack() as exits:
+    processes.together(lambda: exits.enter_context(workdir.lock(folder)))
+    stop = exits.enter_context(workdir.StopSignal())
+    agree = functools.partial(workdir.agree, folder, config, allow_config_change)
+    processes.together(lambda: agree(record=False))
+    Trainer(a, folder, stop, agree).run()
 
 
 def evaluate_workdir(config: Any, folder: str) -> None:
@@ -45,13 +52,13 @@ def evaluate_workdir(config: Any, folder: str) -> None:
   workdir.load_config(folder)   # a workdir without a run is refused by name
   a = assembly.assemble(config)
   at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema)
-  publish(evaluate(a, params), folder, at)
+  publish(evaluate(a, params, assembly.open_documents(a)), folder, at)
 
 
-def evaluate(a: Assembly, params: Any) -> result.Result:
+def evaluate(a: Assembly, params: Any, documents: stream.Documents) -> result.Result:
   """Bits per byte of the held-out split by context position."""
   return perplexity.evaluate(
-      a.graphdef, params, assembly.open_documents(a), a.tokenizer, a.parts.evaluation,
+      a.graphdef, params, documents, a.tokenizer, a.parts.evaluation,
       layout=a.layout, loss_chunk=a.parts.loss.chunk)
 
 
@@ -72,14 +79,12 @@ def publish(found: result.Result, folder: str, at: int) -> None:
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
-  def __init__(self, a: Assembly, folder: str, stop: workdir.StopSignal):
-    self.a, self.folder, self.stop = a, folder, stop
+  def __init__(self, a: Assembly, folder: str, stop: workdir.StopSignal,
+               record: Callable[[], None]):
+    self.a, self.folder, self.stop, self.record = a, folder, stop, record
     self.config = a.parts.run
     self.main = jax.process_index() == 0
-    host, hosts = assembly.host_share(a)
-    self.stream = stream.open_stream(a.parts.data, seed=a.parts.seed, host_index=host,
-                                     num_hosts=hosts)
-    self.checkpoints: Checkpoints = assembly.open_checkpoints(a.parts, folder, read_only=False)
+    self.progress: metrics_lib.Progress | None = None
     update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
                                a.parts.run.accumulate, a.parts.optimizer.ema)
     shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
@@ -87,6 +92,25 @@ class Trainer:
                         out_shardings=(shardings, a.layout.sharding()))
 
   # The state, and where it goes.
+
+  def open(self, exits: contextlib.ExitStack) -> step.TrainState:
+    """Opens what a run reads and writes, `exits` closes it; the state to begin with."""
+    closing = lambda thing: exits.enter_context(contextlib.closing(thing))
+    host, hosts = assembly.host_share(self.a)
+    self.stream = closing(stream.open_stream(self.a.parts.data, seed=self.a.parts.seed,
+                                             host_index=host, num_hosts=hosts))
+    self.documents = assembly.open_documents(self.a)
+    self.checkpoints: Checkpoints = closing(
+        assembly.open_checkpoints(self.a.parts, self.folder, read_only=False))
+    state = self.begin()
+    # Not before: a config that cannot run must not be what the next run has to agree with.
+    processes.together(self.record)
+    done = int(state.step)
+    self.describe(state)
+    self.writer = closing(metrics_lib.MetricsWriter(self.folder, enabled=self.main))
+    self.writer.truncate_after(done)
+    self.progress = closing(metrics_lib.Progress(self.config.num_steps, done, enabled=self.main))
+    return state
 
   def begin(self) -> step.TrainState:
     """The newest readable checkpoint's state, or a fresh one."""
@@ -112,43 +136,46 @@ class Trainer:
 
   def say(self, line: str) -> None:
     if self.main:
-      self.progress.say(line) if hasattr(self, 'progress') else print(line, flush=True)
+      self.progress.say(line) if self.progress else print(line, flush=True)
+
+  def tell_failures(self) -> None:
+    """What went wrong with saving since the last call, of every process."""
+    for failure in self.checkpoints.poll():
+      self.say(failure) if self.main else logging.warning('%s', failure)
 
   # The loop.
 
   def run(self) -> None:
     began = time.perf_counter()
-    state = self.begin()
-    done = int(state.step)
-    self.describe(state)
-    self.writer = metrics_lib.MetricsWriter(self.folder, enabled=self.main)
-    self.writer.truncate_after(done)
-    self.progress = metrics_lib.Progress(self.config.num_steps, done, enabled=self.main)
-    try:
-      state, done, found = self.loop(state, done, began)
-    finally:
-      self.progress.close()
-      self.checkpoints.close()
-      self.stream.close()
-      self.writer.close()
-    if self.stop.requested:
-      self.say(f'{self.stop.name}: saved step {done}; the same command carries on from there')
+    with contextlib.ExitStack() as exits:
+      state = self.open(exits)
+      state, done, found = self.loop(state, int(state.step), began)
+    self.tell_failures()   # of the last save, which ended as the checkpoints were closed
+    if done < self.config.num_steps:
+      newest = max(self.checkpoints.steps(), default=None)
+      kept = f'saved step {done}' if newest == done else f'step {done} could not be saved'
+      self.say(f'{self.stop.name or "another process was stopped"}: {kept}; the same command '
+               f'carries on from {"there" if newest == done else f"step {newest or 0}"}')
       return
-    if found is None:
-      found = self.evaluate(state)
-    publish(found, self.folder, done)
+    publish(found or self.evaluate(state), self.folder, done)
 
   def loop(self, state: step.TrainState, done: int, began: float):
     """(state, steps done, evaluation after the last step or None)."""
     c, found, waiting = self.config, None, None
     clock = Clock(self.a.parts.data.batch_size * self.a.parts.data.length)
-    profiling = False
-    while done < c.num_steps and not self.stopping(done):
+    profiling = stopped = False
+    # While the step compiles.
+    threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
+    while done < c.num_steps and not (stopped := self.stopping(done)):
       batch = self.a.layout.place(next(self.stream), self.a.parts.data.batch_size)
+      if self.first_step_seconds is None:
+        # Compiled apart, so that the first step's time is a step's; a second program is an error.
+        update = self.step.lower(state, batch).compile()
+        clock.start(done)
       if done == c.profile_start:
         jax.profiler.start_trace(f'{self.folder}/profile')
         profiling = True
-      state, metrics = self.step(state, batch)
+      state, metrics = update(state, batch)
       done += 1
       if profiling and done == c.profile_start + c.profile_steps:
         jax.block_until_ready(metrics)
@@ -159,13 +186,12 @@ class Trainer:
       if waiting is not None:
         self.account(*waiting, clock)
       waiting = (done, metrics)
-      if done == 1 or (self.first_step_seconds is None):
+      if self.first_step_seconds is None:
         jax.block_until_ready(metrics['loss'])
         self.first_step_seconds = time.perf_counter() - began
         self.say(f'first step after {self.first_step_seconds:.1f} s')
-        clock.start(done)
-      evaluates = c.eval_every and done % c.eval_every == 0 or done == c.num_steps
-      saves = done % c.checkpoint_every == 0 or done == c.num_steps
+      evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps
+      saves = done % c.checkpoint_every == 0 or (evaluates and c.keep_best) or done == c.num_steps
       if evaluates or saves:
         self.account(*waiting, clock)
         waiting, paused = None, time.perf_counter()
@@ -175,13 +201,12 @@ class Trainer:
         if saves:
           self.save(done, state, found)
         clock.skip(time.perf_counter() - paused)
-      for failure in self.checkpoints.poll():
-        self.say(failure)
+      self.tell_failures()
     if waiting is not None:
       self.account(*waiting, clock)
     if profiling:
       jax.profiler.stop_trace()
-    if self.stop.requested:
+    if stopped:
       self.save(done, state)
     return state, done, found if done == c.num_steps else None
 
@@ -194,10 +219,7 @@ class Trainer:
     if done % self.config.log_every:
       return False
     from jax.experimental import multihost_utils
-    asked = multihost_utils.process_allgather(np.asarray(self.stop.requested))
-    if asked.any():
-      self.stop.requested = True
-    return bool(asked.any())
+    return bool(multihost_utils.process_allgather(np.asarray(self.stop.requested)).any())
 
   def account(self, at: int, metrics: dict, clock: 'Clock') -> None:
     """Looks at one step's scalars: stops after too many bad steps, logs every so often."""
@@ -212,13 +234,14 @@ class Trainer:
     if at % self.config.log_every and at != self.config.num_steps:
       return
     rate = clock.rate(at)
-    loss = float(metrics['loss'])
+    loss, skipped = float(metrics['loss']), int(metrics['skipped'])
+    updates = at - skipped - int(metrics['finite'])   # before this step
     bytes_per_token = self.bytes_per_token
     self.writer.write(at, dict(
         loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token,
-        grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(at - 1)),
+        grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(updates)),
         tokens_per_second=rate, **self.utilization(rate, float(metrics['keys'])),
-        seconds=clock.seconds, skipped_steps=int(metrics['skipped'])))
+        seconds=clock.seconds, skipped_steps=skipped))
     self.progress.update(at, loss, rate)
 
   def first_bad(self, metrics: dict) -> str:
@@ -244,7 +267,7 @@ class Trainer:
     use_ema = self.a.parts.evaluation.use_ema
     check(not use_ema or state.ema is not None,
           'evaluation.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
-    return evaluate(self.a, state.ema if use_ema else state.params)
+    return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
 
   def log_evaluation(self, at: int, found: result.Result) -> None:
     total = found.first.total
@@ -279,6 +302,13 @@ class Trainer:
     if self.config.expect:
       print(f'expect: {self.config.expect}')
     print(end='', flush=True)
+
+
+def _import_slow_packages(writes: bool) -> None:
+  """What the first save and the first logged step would wait for."""
+  importlib.import_module('orbax.checkpoint')
+  if writes:
+    importlib.import_module('tensorboardX.event_file_writer')
 
 
 class Clock:

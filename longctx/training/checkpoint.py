@@ -135,8 +135,7 @@ class Checkpoints:
            metrics: dict | None = None, force: bool = False) -> bool:
     """Starts to save; returns when the state's buffers may be donated.
 
-    Waits for the save before. A failure (no room, no permission) is logged, here or by the next
-    call, and never raised.
+    Waits for the save before. A failure (no room, no permission) is never raised: `poll` tells it.
 
     Args:
       step: its name.
@@ -226,7 +225,6 @@ class Checkpoints:
       steps = self.steps()
       message = (f'could not save step {step}: {_reason(error)}; the last good checkpoint is '
                  f'{f"step {steps[-1]}" if steps else "none yet"}; training goes on')
-    logging.warning('%s', message)
     self._failures.append(message)
     # Orbax has forgotten the steps that it meant to delete after this one.
     self.manager.reload()

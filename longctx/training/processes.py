@@ -1,13 +1,16 @@
 """What the processes of one distributed run must agree on; of a single process nothing is asked.
 
-Held by: tests/test_checkpoint.py (two processes).
+Held by: tests/test_checkpoint.py, tests/test_distributed.py (two processes).
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+from longctx.errors import ConfigError
 
 
 def gather(value: Any) -> list:
@@ -31,6 +34,18 @@ def of_first(value: Any) -> Any:
 def first_fault(fault: str) -> str:
   """The first process's fault that has one: all must turn to the same checkpoint."""
   return next(filter(None, gather(fault)), '')
+
+
+def together(call: Callable[[], Any]) -> Any:
+  """call(); a ConfigError of one process is raised in all, so that none waits for it in vain."""
+  result, fault = None, ''
+  try:
+    result = call()
+  except ConfigError as e:
+    fault = str(e)
+  if fault := first_fault(fault):
+    raise ConfigError(fault)
+  return result
 
 
 def barrier(name: str) -> None:

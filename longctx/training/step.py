@@ -98,7 +98,8 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
   grad_norm = jnp.sqrt(grad_squares.sum())
   updates, opt = tx.update(grads, state.opt, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema = optim.update_ema(state.ema, params, ema_decay, state.step) if ema_decay else None
+  updates_before = state.step - state.skipped
+  ema = optim.update_ema(state.ema, params, ema_decay, updates_before) if ema_decay else None
 
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
