@@ -24,6 +24,7 @@ def params(seed=0):
   one = lambda *shape, dims: nnx.Param(jnp.float32(rng.normal(size=shape)), dims=dims)
   return nnx.State({
       'embedding': {'table': one(V, D, dims=('vocab', 'embed'))},
+      'positions': one(L, D, dims=(None, 'embed')),
       'layers': {
           'attention': {'w_q': one(L, D, N, H, dims=('embed', 'heads', None)),
                         'w_kv': one(L, D, 2, N, H, dims=('embed', None, 'kv_heads', None)),
@@ -40,7 +41,7 @@ def params(seed=0):
   })
 
 
-DECAYING = {'embedding/table', 'head/table', 'layers/attention/w_q', 'layers/attention/w_kv',
+DECAYING = {'embedding/table', 'head/table', 'positions', 'layers/attention/w_q', 'layers/attention/w_kv',
             'layers/attention/w_out', 'layers/mlp/w_in', 'layers/mlp/w_out', 'cell/w_hidden'}
 
 
@@ -153,7 +154,7 @@ def matrices(name, x):
   return list(x)
 
 
-MUONS = DECAYING - {'embedding/table', 'head/table'}
+MUONS = DECAYING - {'embedding/table', 'head/table', 'positions'}
 
 
 def test_muon_takes_each_matrix_of_each_layer_by_itself():

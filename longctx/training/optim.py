@@ -169,8 +169,8 @@ def muon_dims(path, param) -> MuonDimensionNumbers | None:
   the gates of a cell): each is taken by itself, as each layer is.
   """
   dims = own_dims(path, param)
-  if not decays(path, param) or 'vocab' in dims:
-    return None
+  if not decays(path, param) or 'vocab' in dims or dims == (None, 'embed'):
+    return None   # the last two are tables: of symbols, of positions
   first, n = len(param.get_value().shape) - len(dims), len(dims)
   if dims[-1] == 'embed':
     rows, columns = range(n - 1), [n - 1]
