@@ -41,8 +41,8 @@ def params(seed=0):
   })
 
 
-DECAYING = {'embedding/table', 'head/table', 'positions', 'layers/attention/w_q', 'layers/attention/w_kv',
-            'layers/attention/w_out', 'layers/mlp/w_in', 'layers/mlp/w_out', 'cell/w_hidden'}
+DECAYING = {'embedding/table', 'head/table', 'positions', 'layers/attention/w_q',
+            'layers/attention/w_kv', 'layers/attention/w_out', 'layers/mlp/w_in', 'layers/mlp/w_out', 'cell/w_hidden'}
 
 
 def named(tree):
