@@ -11,6 +11,7 @@ from flax import nnx
 from longctx.errors import ConfigError
 from longctx.inference import sampling
 from longctx.inference.sampling import ENDED, Sampling, filter_logits, generate, generate_batch
+from longctx.models import decoder, lstm
 from tests import oracles, toy_models
 
 VOCAB = 11
@@ -145,20 +146,20 @@ def build_toy(which):
 
 
 def build_real(which):
-  from longctx.models import decoder, lstm
-  rngs = nnx.Rngs(0)
-  if which == 'lstm':
-    config = lstm.Config(vocab_size=VOCAB, num_layers=2, embed_dim=16, hidden_dim=16)
-    model = lstm.LSTM(config, rngs=rngs)
-  else:
+  def build():
+    if which == 'lstm':
+      config = lstm.Config(vocab_size=VOCAB, num_layers=2, embed_dim=16, hidden_dim=16)
+      return lstm.LSTM(config, rngs=nnx.Rngs(0))
+    window = which == 'window'
     config = decoder.Config(
         vocab_size=VOCAB, max_length=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1,
-        window=(4, 0) if which == 'window' else (0,),
-        position='learned' if which == 'window' else 'rope')
-    model = decoder.Decoder(config.resolved(VOCAB), rngs=rngs)
+        window=(4, 0) if window else (0,), position='learned' if window else 'rope',
+        layer_loop='unrolled' if window else 'scan')
+    return decoder.Decoder(config.resolved(VOCAB), rngs=nnx.Rngs(0))
+  graphdef = nnx.split(nnx.eval_shape(build))[0]
   # Larger weights than at birth: the largest logit leads by more than rounding.
-  graphdef, params = nnx.split(model)
-  return nnx.merge(graphdef, jax.tree.map(lambda x: 6 * x, params))
+  params = jax.jit(lambda: jax.tree.map(lambda x: 6 * x, nnx.state(build())))()
+  return nnx.merge(graphdef, params)
 
 
 BUILDS = [(build_toy, 'count'), (build_toy, 'tail'), (build_real, 'lstm'), (build_real, 'decoder'),
@@ -228,6 +229,18 @@ def test_a_row_that_stopped_does_not_disturb_the_others():
   rows = np.stack(list(generate_batch(graphdef, params, prompts, max_new_tokens=6,
                                       sampling=GREEDY, stop_token=4)))
   assert rows.T.tolist() == [[1] * 6, [2] * 6, [ENDED] * 6]
+
+
+def test_a_row_that_stopped_stays_stopped():
+  prompts = [[1, 2, 3, 4, 5, 6, 7, 8]] * 8
+  rows = np.stack(list(generate_batch(*nnx.split(build_toy('count')), prompts, max_new_tokens=40,
+                                      stop_token=7))).T
+  ends = [int(np.argmax(row == ENDED)) for row in rows if (row == ENDED).any()]
+  assert len(set(ends)) > 2  # rows stop at different times
+  for row in rows:
+    ended = row == ENDED
+    assert (ended == np.maximum.accumulate(ended)).all()
+    assert 7 not in row
 
 
 def test_banned_tokens_are_never_chosen():

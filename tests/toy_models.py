@@ -3,7 +3,7 @@
 `CountModel` is the adaptive order-0 model with Laplace's rule: after the tokens seen so far,
 p(v) = (1 + times v was seen) / (V + tokens seen). What it answers depends on every token of the
 context and on nothing else, so a window that starts wrongly, a state that is not carried, or a
-padding token that is counted changes its loss. `TailModel` keeps the tokens themselves in a state
+padding token that is counted changes its loss. What it says at padding is NaN. `TailModel` keeps the tokens themselves in a state
 that grows, and says NaN when it was given too little capacity.
 
 B batch  T tokens  S slots  V vocab
@@ -43,6 +43,8 @@ class CountModel(nnx.Module):
       seen_BTV *= valid_BT[:, :, None]
     counts_BTV = jnp.cumsum(seen_BTV, axis=1) + counts_BV[:, None]
     hidden_BTV = jnp.log1p(counts_BTV.astype(jnp.float32))
+    if valid_BT is not None:
+      hidden_BTV = jnp.where(valid_BT[:, :, None], hidden_BTV, jnp.nan)
     return hidden_BTV, None if state is None else counts_BTV[:, -1]
 
   def output_embedding_VD(self):
@@ -77,7 +79,8 @@ class TailModel(CountModel):
       recent_BS = jnp.arange(buffer_BS.shape[1]) >= size_B[:, None] - self.tail
       seen_BSV = jax.nn.one_hot(jnp.where(recent_BS, buffer_BS, -1), self.config.vocab_size)
       hidden_BV = jnp.log1p(seen_BSV.sum(1))
-      hidden_BV = jnp.where((size_B > buffer_BS.shape[1])[:, None], jnp.nan, hidden_BV)
+      spoilt_B = (size_B > buffer_BS.shape[1]) | ~valid_B
+      hidden_BV = jnp.where(spoilt_B[:, None], jnp.nan, hidden_BV)
       return (buffer_BS, size_B), hidden_BV
     start = self.init_state(*tokens_BT.shape) if state is None else state
     end, hidden_TBV = jax.lax.scan(one, start, (tokens_BT.T, valid_BT.T))
