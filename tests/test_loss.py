@@ -53,7 +53,8 @@ def test_the_oracles_gradients_are_difference_quotients(options):
 
 
 @pytest.mark.parametrize('options, chunk', [
-    *((options, 3) for options in OPTIONS), *((ALL, chunk) for chunk in (0, 1, 4, 7, 100))], ids=str)
+    *((options, 3) for options in OPTIONS),
+    *((ALL, chunk) for chunk in (0, 1, 4, 7, 100))], ids=str)
 def test_values_and_gradients_equal_the_definition(options, chunk):
   args = inputs()
   assert_equal_oracle(value_and_grad(*args, chunk=chunk, **options),

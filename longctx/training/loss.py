@@ -1,6 +1,7 @@
 """Cross entropy in chunks along the sequence: the [B, T, V] logits never exist.
 
-    loss_t = (1 - s) nll_t + s mean_v(lse_t - logits_tv) + z lse_t^2        nll_t = lse_t - logits_t,y
+    nll_t  = lse_t - logits_t,y
+    loss_t = (1 - s) nll_t + s mean_v(lse_t - logits_tv) + z lse_t^2
     total  = sum_t weight_t loss_t
 
 `total` is linear in its cotangent, so the differentiated forward pass makes the gradients chunk by
@@ -12,7 +13,7 @@ Sources: label smoothing, Szegedy et al. 2016, arXiv:1512.00567; z-loss, Chowdhe
 arXiv:2204.02311, section 5.
 Held by: tests/test_loss.py.
 
-B batch  T tokens  C tokens of a chunk  D model  V vocab  X shards of the batch  R shards of the length
+B batch  T tokens  C tokens of a chunk  D model  V vocab  X shards of the batch  R of the length
 """
 
 import dataclasses
@@ -58,8 +59,8 @@ def cross_entropy(hidden_BTD, embedding_VD, targets_BT, weights_BT, *, chunk: in
   """
   B, T, _ = hidden_BTD.shape
   if B % batch_shards or T % length_shards:
-    raise ValueError(f'hidden has shape {hidden_BTD.shape}: batch_shards={batch_shards} must divide '
-                     f'its batch and length_shards={length_shards} its length.')
+    raise ValueError(f'hidden has shape {hidden_BTD.shape}: batch_shards={batch_shards} must '
+                     f'divide its batch and length_shards={length_shards} its length.')
   X, R = batch_shards, length_shards
   options = (chunk, float(z_loss), float(label_smoothing))
   cut = lambda x: x.reshape(X, B // X, R, T // R, *x.shape[2:])
@@ -118,7 +119,7 @@ def _walk(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, *, gr
   if grad:
     gradients = (jnp.zeros_like(hidden_XBRTD),
                  jnp.zeros((X, R, *embedding_VD.shape[::-1]), jnp.float32))
-  carry = (jnp.zeros((X, R), jnp.float32), jnp.zeros(hidden_XBRTD.shape[:4], jnp.float32), gradients)
+  carry = (jnp.zeros((X, R), jnp.float32), jnp.zeros(targets_XBRT.shape, jnp.float32), gradients)
   num_chunks, rest = divmod(T, chunk)
   if num_chunks == 1:
     carry = visit(0, chunk, carry)

@@ -256,7 +256,7 @@ def largest_arrays(tree: Any, n: int = 10) -> list[str]:
 
 
 def peak_memory_bytes() -> int:
-  """Most memory ever in use: the fullest local device's, or the process's where devices don't say."""
+  """Most memory ever in use: the fullest local device's, or the process's if devices don't say."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
   if peaks:

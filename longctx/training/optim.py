@@ -5,10 +5,10 @@
 for every optimiser: the name chooses the direction alone, so learning rate, decay and clipping mean
 the same thing under all of them. Directions are optax's.
 
-    adamw      m / (sqrt(v) + epsilon), bias-corrected           Loshchilov & Hutter 2019, arXiv:1711.05101
-    adafactor  factored v, update clipped to rms 1, no momentum  Shazeer & Stern 2018, arXiv:1804.04235
-    lion       sign(beta1 m + (1 - beta1) g)                     Chen et al. 2023, arXiv:2302.06675
-    muon       orthogonalised momentum, rms 0.2 as Adam's        Jordan 2024; Liu et al. 2025, arXiv:2502.16982
+    adamw      m / (sqrt(v) + epsilon), bias-corrected           arXiv:1711.05101
+    adafactor  factored v, update clipped to rms 1, no momentum  arXiv:1804.04235
+    lion       sign(beta1 m + (1 - beta1) g)                     arXiv:2302.06675
+    muon       orthogonalised momentum, rms 0.2 as Adam's        Jordan 2024, arXiv:2502.16982
     sgd        g + momentum * trace
 
 Differs from the papers: adafactor's learning rate is absolute, not times the parameter's rms. Muon
@@ -165,8 +165,8 @@ def muon_dims(path, param) -> MuonDimensionNumbers | None:
   """Which dims make the rows and columns of the matrix that Muon orthogonalises; None: adamw.
 
   (..., 'embed') maps all else to embed; anything else maps its first dim to all else. A nameless
-  dim behind the first, as in ('embed', None, 'mlp'), counts matrices (gate and input, key and value,
-  the gates of a cell): each is taken by itself, as each layer is.
+  dim behind the first, as in ('embed', None, 'mlp'), counts matrices (gate and input, key and
+  value, the gates of a cell): each is taken by itself, as each layer is.
   """
   dims = own_dims(path, param)
   if not decays(path, param) or 'vocab' in dims or dims == (None, 'embed'):
