@@ -89,7 +89,8 @@ class Trainer:
                                a.parts.run.accumulate, a.parts.optimizer.ema)
     shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
     self.step = jax.jit(mesh.under(a.layout, update), donate_argnums=0,
-                        out_shardings=(shardings, a.layout.sharding()))
+                        out_shardings=(shardings, a.layout.sharding()),
+                        compiler_options=mesh.compiler_options(a.layout))
 
   # The state, and where it goes.
 

@@ -166,7 +166,7 @@ def test_the_work_is_three_products_and_one_exponential_and_loops_only_when_cut(
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8), (1, 8, 1)], ids=str)
-def test_eight_devices_equal_one_and_move_no_token(sizes):
+def test_eight_devices_equal_one_and_move_no_token(sizes, optimized):
   args = inputs(B=8, T=64, D=8, V=32)
   mesh = jax.make_mesh(sizes, ('data', 'seq', 'model'), axis_types=(AxisType.Auto,) * 3)
   sharding = lambda *axes: NamedSharding(mesh, P(*axes))
@@ -191,7 +191,7 @@ def test_eight_devices_equal_one_and_move_no_token(sizes):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_memory_is_a_twentieth_of_the_logits_at_vocabulary_128k_and_length_64k(dtype):
+def test_memory_is_a_twentieth_of_the_logits_at_vocabulary_128k_and_length_64k(dtype, optimized):
   T, V, D = 65536, 131072, 64
   shape = jax.ShapeDtypeStruct
   f = lambda h, e, t, w: cross_entropy(h, e, t, w, chunk=Config().chunk)[0]

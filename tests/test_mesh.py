@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx import assembly
 from longctx.errors import ConfigError
 from longctx.models import decoder, lstm
 from longctx.parallel import mesh
@@ -15,9 +16,9 @@ from longctx.training import loss, optim, step
 
 B, T, V = 8, 32, 64
 DECODER = decoder.Config(vocab_size=V, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=8,
-                         mlp_dim=64, max_length=T, init_std=0.2, window=(0, 9)).resolved(V)
-GROUPED = decoder.Config(vocab_size=V, num_layers=2, embed_dim=32, num_heads=8, num_kv_heads=2,
-                         mlp_dim=64, max_length=T, init_std=0.2, layer_loop='unrolled').resolved(V)
+                         mlp_dim=64, max_length=T, init_std=0.2, window=(9,)).resolved(V)
+GROUPED = decoder.Config(vocab_size=V, num_layers=1, embed_dim=32, num_heads=8, num_kv_heads=2,
+                         mlp_dim=64, max_length=T, init_std=0.2, attention='blockwise').resolved(V)
 LSTM = lstm.Config(vocab_size=V, embed_dim=32, hidden_dim=32, init_std=0.3)
 CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
 
@@ -35,8 +36,8 @@ def batch():
               document_start=starts)
 
 
-def three_steps(config, layout, accumulate=1):
-  """Losses of three updates, the last one's gradient norm, and the parameters after them."""
+def two_steps(config, layout, accumulate=1):
+  """Losses of two updates, the last one's gradient norm, and the parameters after them."""
   settings = optim.Config(learning_rate=3e-3)
   new_model = lambda key: CLASSES[config.name](config, rngs=nnx.Rngs(key))
   graphdef, abstract = nnx.split(nnx.eval_shape(lambda: new_model(jax.random.key(0))), nnx.Param)
@@ -45,37 +46,43 @@ def three_steps(config, layout, accumulate=1):
                            carries=False, ema=0.0)
   update = functools.partial(step.train_step, graphdef, make_tx(abstract), loss.Config(chunk=8),
                              accumulate, 0.0)
+  shardings = assembly.state_shardings(layout, jax.eval_shape(init))
+  state = jax.device_put(fresh(config), shardings)
+  update = jax.jit(mesh.under(layout, update), out_shardings=(shardings, layout.sharding()))
   placed = layout.place(batch(), B)
-  shardings = layout.params_sharding(jax.eval_shape(init).params)
-  state = jax.jit(mesh.under(layout, init))()
-  state = state._replace(params=jax.device_put(state.params, shardings))
-  update = jax.jit(mesh.under(layout, update))
   losses = []
-  for _ in range(3):
+  for _ in range(2):
     state, metrics = update(state, placed)
     losses.append(float(metrics['loss']))
   return losses, float(metrics['grad_norm']), jax.device_get(jax.tree.leaves(state.params))
 
 
 @functools.lru_cache(maxsize=None)
+def fresh(config):
+  new_model = lambda key: CLASSES[config.name](config, rngs=nnx.Rngs(key))
+  make_tx = functools.partial(optim.make_optimizer, optim.Config(learning_rate=3e-3), 10)
+  return jax.jit(lambda: step.init_state(new_model, make_tx, seed=0, batch_size=B, carries=False,
+                                         ema=0.0))()
+
+
+@functools.lru_cache(maxsize=None)
 def alone(name):
-  return three_steps({'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name],
+  return two_steps({'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name],
                      mesh.make_layout(mesh.Config(layout='single')))
 
 
 MESHES = [('decoder', 'sequence', (8, 1, 1)), ('decoder', 'sequence', (2, 2, 2)),
           ('decoder', 'sequence', (1, 4, 2)), ('decoder', 'sequence', (1, 1, 8)),
-          ('decoder', 'fsdp', (8, 1, 1)), ('decoder', 'data', (8, 1, 1)),
-          ('decoder', 'tensor', (2, 1, 4)), ('grouped', 'sequence', (2, 2, 2)),
-          ('grouped', 'sequence', (1, 8, 1)),
-          ('lstm', 'tensor', (2, 1, 4)), ('lstm', 'fsdp', (8, 1, 1))]
+          ('decoder', 'fsdp', (8, 1, 1)), ('grouped', 'sequence', (2, 2, 2)),
+          ('grouped', 'data', (8, 1, 1)),
+          ('lstm', 'tensor', (2, 1, 4))]
 
 
 @pytest.mark.parametrize('name,layout,sizes', MESHES)
 def test_the_loss_does_not_depend_on_the_layout(name, layout, sizes):
   config = {'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name]
   cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
-  losses, norm, params = three_steps(config, cut)
+  losses, norm, params = two_steps(config, cut)
   expected_losses, expected_norm, expected_params = alone(name)
   np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
   np.testing.assert_allclose(norm, expected_norm, rtol=1e-4)
@@ -85,10 +92,10 @@ def test_the_loss_does_not_depend_on_the_layout(name, layout, sizes):
     np.testing.assert_allclose(a, b, atol=3e-4)
 
 
-@pytest.mark.parametrize('layout,sizes', [('single', (1, 1, 1)), ('sequence', (2, 2, 2))])
+@pytest.mark.parametrize('layout,sizes', [('sequence', (2, 2, 2))])
 def test_accumulated_gradients_equal_the_large_batch(layout, sizes):
   cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
-  losses, norm, _ = three_steps(DECODER, cut, accumulate=4)
+  losses, norm, _ = two_steps(DECODER, cut, accumulate=4)
   np.testing.assert_allclose(losses, alone('decoder')[0], rtol=1e-5)
   np.testing.assert_allclose(norm, alone('decoder')[1], rtol=1e-4)
 
@@ -97,9 +104,9 @@ def test_parameters_are_cut_as_the_table_says():
   layout = mesh.make_layout(mesh.Config(data=2, seq=1, model=4, layout='tensor'))
   shapes = nnx.state(nnx.eval_shape(lambda: decoder.Decoder(DECODER, rngs=nnx.Rngs(0))))
   shardings = layout.params_sharding(shapes)
-  spec = shardings['blocks'][0]['attention']['w_q'].get_value().spec
+  spec = shardings['blocks'][0]['attention']['w_q'].spec
   assert spec == jax.sharding.PartitionSpec(None, 'data', 'model', None)
-  spec = shardings['embedding']['table'].get_value().spec
+  spec = shardings['embedding']['table'].spec
   assert spec == jax.sharding.PartitionSpec('model', 'data')
 
 
@@ -126,7 +133,7 @@ def test_a_parameter_that_the_mesh_does_not_divide_is_named():
   config = decoder.Config(vocab_size=V, embed_dim=36, num_heads=6, mlp_dim=64).resolved(V)
   layout = mesh.make_layout(mesh.Config(data=2, model=4))
   shapes = nnx.state(nnx.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0))))
-  with pytest.raises(ConfigError, match=r'mesh.model=4: must divide heads=6'):
+  with pytest.raises(ConfigError, match=r'mesh.model=4: must divide (kv_)?heads=6'):
     layout.params_sharding(shapes)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from longctx.attention import attend, merge
 from longctx.models.context import Context
-from longctx.models.layers import RMSNorm, normal, param, rotary_angles, rotate
+from longctx.models.layers import RMSNorm, linear, normal, param, rotate
 from longctx.parallel.mesh import constrain
 
 
@@ -54,11 +54,9 @@ class Attention(nnx.Module):
   """Grouped-query self-attention; `window` = 0 sees the whole document."""
 
   def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int,
-               position: str, rope_base: float, qk_norm: bool, norm_epsilon: float,
-               implementation: str, std: float, out_std: float, rngs: nnx.Rngs):
+               qk_norm: bool, norm_epsilon: float, implementation: str, std: float,
+               out_std: float, rngs: nnx.Rngs):
     self.head_dim = head_dim
-    self.position = position
-    self.rope_base = rope_base
     self.implementation = implementation
     self.w_q = param(rngs, normal(std), (dim, num_heads, head_dim), ('embed', 'heads', None))
     self.w_kv = param(rngs, normal(std), (dim, 2, num_kv_heads, head_dim),
@@ -71,13 +69,14 @@ class Attention(nnx.Module):
   def __call__(self, x_BTD: jax.Array, cache: Cache | None, context: Context, window: int
                ) -> tuple[jax.Array, Cache | None]:
     dtype = x_BTD.dtype
-    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.w_q.get_value().astype(dtype))
-    kv_BTCKH = jnp.einsum('BTD,DCKH->BTCKH', x_BTD, self.w_kv.get_value().astype(dtype))
-    k_BTKH, v_BTKH = kv_BTCKH[:, :, 0], kv_BTCKH[:, :, 1]
+    heads = lambda w_DNH: linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(
+        *x_BTD.shape[:2], *w_DNH.shape[1:])
+    w_kv = self.w_kv.get_value()
+    q_BTNH, k_BTKH, v_BTKH = heads(self.w_q.get_value()), heads(w_kv[:, 0]), heads(w_kv[:, 1])
     if self.q_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    if self.position == 'rope':
-      angles = rotary_angles(context.position_BT, self.head_dim, self.rope_base)
+    if context.angles is not None:
+      angles = context.angles
       q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
     k_BTKH = constrain(k_BTKH, 'batch', 'length', 'kv_heads', None)
@@ -99,5 +98,6 @@ class Attention(nnx.Module):
         here = merge(before, here)
       cache = write(cache, k_BTKH, v_BTKH, context.index_BT)
     out_BTNH = here[0].astype(dtype)
-    y_BTD = jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.w_out.get_value().astype(dtype))
+    w_out = self.w_out.get_value()
+    y_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]))
     return constrain(y_BTD, 'batch', 'length', None), cache

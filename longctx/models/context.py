@@ -40,6 +40,7 @@ class Context(NamedTuple):
   valid_BT: jax.Array | None   # False for padding; None: no padding
   whole: bool                  # static: one document a row, index == arange(T)
   dense: bool                  # static: index == arange(T) (documents may begin anywhere)
+  angles: tuple[jax.Array, jax.Array] | None = None   # of rotary positions, made once a call
 
 
 def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,

@@ -24,7 +24,16 @@ from longctx.attention import IMPLEMENTATIONS
 from longctx.errors import check, check_choice, check_range
 from longctx.models.attention_layer import Attention, Cache, empty_cache
 from longctx.models.context import Clock, Context, new_clock, place_tokens
-from longctx.models.layers import DTYPES, MLP, Embedding, RMSNorm, dropout, normal, param
+from longctx.models.layers import (
+    DTYPES,
+    MLP,
+    Embedding,
+    RMSNorm,
+    dropout,
+    normal,
+    param,
+    rotary_angles,
+)
 
 REMAT = {
     'none': None,                                                     # keep every activation
@@ -147,8 +156,7 @@ class Block(nnx.Module):
     self.attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
     self.attention = Attention(
         dim=config.embed_dim, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim, position=config.position, rope_base=config.rope_base,
-        qk_norm=config.qk_norm, norm_epsilon=config.norm_epsilon,
+        head_dim=config.head_dim, qk_norm=config.qk_norm, norm_epsilon=config.norm_epsilon,
         implementation=config.attention, std=config.init_std, out_std=out_std, rngs=rngs)
     self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
     self.mlp = MLP(config.embed_dim, config.mlp_dim, config.mlp, config.init_std, out_std,
@@ -224,6 +232,9 @@ class Decoder(nnx.Module):
     if self.positions is not None:
       table = self.positions.get_value().astype(x_BTD.dtype)
       x_BTD += jnp.take(table, context.position_BT, axis=0, mode='fill', fill_value=jnp.nan)
+    if config.position == 'rope':
+      context = context._replace(
+          angles=rotary_angles(context.position_BT, config.head_dim, config.rope_base))
     key = None
     if dropout_key is not None and config.dropout:
       first, key = jax.random.split(dropout_key)

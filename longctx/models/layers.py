@@ -62,6 +62,33 @@ def _lookup_backward(residuals, grad_BTD):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+@jax.custom_vjp
+def linear(x: jax.Array, w_DF: jax.Array) -> jax.Array:
+  """x [..., D] @ w [D, F] in x's type."""
+  return x @ w_DF.astype(x.dtype)
+
+
+def _linear_forward(x, w_DF):
+  return linear(x, w_DF), (x, w_DF)
+
+
+def _linear_backward(residuals, grad):
+  x, w_DF = residuals
+  dx = grad @ w_DF.astype(grad.dtype).T
+  x_MD, grad_MF = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+  # A CPU transposes the left operand of this product: let it be the narrow one.
+  D, F = w_DF.shape
+  if D <= F:
+    dw_DF = jnp.einsum('MD,MF->DF', x_MD, grad_MF, preferred_element_type=jnp.float32)
+  else:
+    dw_FD = jnp.einsum('MF,MD->FD', grad_MF, x_MD, preferred_element_type=jnp.float32)
+    dw_DF = jax.lax.optimization_barrier(dw_FD).T
+  return dx, dw_DF.astype(w_DF.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class Embedding(nnx.Module):
   """A table [V, D]: tokens to vectors, and, where tied, vectors to logits."""
 
@@ -91,7 +118,11 @@ def rotary_angles(position_BT: jax.Array, head_dim: int, base: float
   """cos and sin of the angles position * base^(-2j / H), each [B, T, 1, H/2] float32."""
   frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle = position_BT[..., None, None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+  # The product by 1 is never fused: XLA:CPU would else compute every cosine again for every head,
+  # layer and pass (5 ms instead of 0.3 for 3072 tokens).
+  eye = jnp.eye(head_dim // 2, dtype=jnp.float32)
+  kept = lambda x: jnp.einsum('BTNH,HJ->BTNJ', x, eye, precision=jax.lax.Precision.HIGHEST)
+  return kept(jnp.cos(angle)), kept(jnp.sin(angle))
 
 
 def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -122,11 +153,10 @@ class MLP(nnx.Module):
     self.w_out = param(rngs, normal(out_std), (mlp_dim, dim), ('mlp', 'embed'))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    w_in = self.w_in.get_value().astype(x_BTD.dtype)
+    w_in = self.w_in.get_value()
     if self.kind == 'swiglu':
-      h_BTCF = jnp.einsum('BTD,DCF->BTCF', x_BTD, w_in)
-      h_BTF = jax.nn.silu(h_BTCF[:, :, 0]) * h_BTCF[:, :, 1]
+      h_BTF = jax.nn.silu(linear(x_BTD, w_in[:, 0])) * linear(x_BTD, w_in[:, 1])
     else:
-      h_BTF = jax.nn.gelu(x_BTD @ w_in)
+      h_BTF = jax.nn.gelu(linear(x_BTD, w_in))
     h_BTF = constrain(h_BTF, 'batch', 'length', 'mlp')
-    return h_BTF @ self.w_out.get_value().astype(x_BTD.dtype)
+    return linear(h_BTF, self.w_out.get_value())
