@@ -217,3 +217,101 @@ def newton_schulz(matrix):
     a = x @ x.T
     x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
   return x
+
+
+# --- Attention -------------------------------------------------------------------------------
+
+
+def seen_keys(start, end, k_index, b, t):
+  return [s for s in range(k_index.shape[1]) if start[b, t] <= k_index[b, s] < end[b, t]]
+
+
+def attention(q, k, v, start, end, k_index, scale):
+  """(out [B, T, N, H], lse [B, T, N]): softmax over the keys seen; none seen: 0 and -inf."""
+  (batch, length, heads, dim), group = q.shape, q.shape[2] // k.shape[2]
+  out, lse = np.zeros((batch, length, heads, dim)), np.full((batch, length, heads), -np.inf)
+  for b in range(batch):
+    for t in range(length):
+      keys = seen_keys(start, end, k_index, b, t)
+      for n in range(heads):
+        if not keys:
+          continue
+        scores = [scale * float(np.dot(q[b, t, n], k[b, s, n // group])) for s in keys]
+        top = max(scores)
+        total = sum(np.exp(x - top) for x in scores)
+        lse[b, t, n] = top + np.log(total)
+        for x, s in zip(scores, keys):
+          out[b, t, n] += np.exp(x - top) / total * v[b, s, n // group]
+  return out, lse
+
+
+def attention_gradients(q, k, v, start, end, k_index, scale, dout, dlse):
+  """Gradients in q, k, v of sum(out * dout) + sum(lse * dlse), by the softmax's Jacobian."""
+  group = q.shape[2] // k.shape[2]
+  dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+  for b in range(q.shape[0]):
+    for t in range(q.shape[1]):
+      keys = seen_keys(start, end, k_index, b, t)
+      for n in range(q.shape[2]):
+        if not keys:
+          continue
+        head = n // group
+        scores = np.array([scale * np.dot(q[b, t, n], k[b, s, head]) for s in keys])
+        p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+        jacobian = np.diag(p) - np.outer(p, p)                        # d p / d scores
+        dp = np.array([np.dot(dout[b, t, n], v[b, s, head]) for s in keys])
+        dscores = jacobian @ dp + dlse[b, t, n] * p                   # d lse / d scores = p
+        for i, s in enumerate(keys):
+          dq[b, t, n] += scale * dscores[i] * k[b, s, head]
+          dk[b, s, head] += scale * dscores[i] * q[b, t, n]
+          dv[b, s, head] += p[i] * dout[b, t, n]
+  return dq, dk, dv
+
+
+# Models. Written from the papers named in longctx/models and longctx/recurrence.
+
+
+def lstm_cell(x, w_in, w_hidden, bias, h, c):
+  """One step: x [I], w_in [I, 4, E], w_hidden [E, 4, E], bias [4, E]; gates i, f, g, o."""
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+  i, f, g, o = (x @ w_in[:, n] + h @ w_hidden[:, n] + bias[n] for n in range(4))
+  c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+  return sigmoid(o) * np.tanh(c), c
+
+
+def rms_norm(x, scale, epsilon):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def rope(x, positions, base):
+  """x [T, H]: pair (j, j + H/2) turned by position * base^(-2j/H), one number at a time."""
+  length, width = x.shape
+  y = np.empty_like(x)
+  for t in range(length):
+    for j in range(width // 2):
+      angle = positions[t] * base ** (-2 * j / width)
+      a, b = x[t, j], x[t, j + width // 2]
+      y[t, j] = a * np.cos(angle) - b * np.sin(angle)
+      y[t, j + width // 2] = b * np.cos(angle) + a * np.sin(angle)
+  return y
+
+
+def decoder_block(x, p, *, num_heads, num_kv_heads, positions, base, epsilon, window):
+  """One pre-norm block over one document, x [T, D], in loops over heads and queries."""
+  silu = lambda z: z / (1 + np.exp(-z))
+  h = rms_norm(x, p['attention_norm'], epsilon)
+  q = np.einsum('td,dnh->nth', h, p['w_q'])
+  k = np.einsum('td,dkh->kth', h, p['w_kv'][:, 0])
+  v = np.einsum('td,dkh->kth', h, p['w_kv'][:, 1])
+  out = np.zeros_like(x)
+  for n in range(num_heads):
+    group = n // (num_heads // num_kv_heads)
+    queries, keys = rope(q[n], positions, base), rope(k[group], positions, base)
+    for t in range(len(x)):
+      first = max(0, t - window + 1) if window else 0
+      scores = keys[first:t + 1] @ queries[t] / np.sqrt(q.shape[-1])
+      weights = np.exp(scores - scores.max())
+      out[t] += (weights / weights.sum()) @ v[group][first:t + 1] @ p['w_attention_out'][n]
+  x = x + out
+  h = rms_norm(x, p['mlp_norm'], epsilon)
+  return x + (silu(h @ p['w_in'][:, 0]) * (h @ p['w_in'][:, 1])) @ p['w_out']
