@@ -38,6 +38,7 @@ def get_config(variant: str = ''):
     config.model.num_layers = 3
     config.model.embed_dim = 48
     config.model.window = (32, 32, 0)
+    config.optimizer.warmup_steps = 5
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.eval_every = 10

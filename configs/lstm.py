@@ -29,6 +29,7 @@ def get_config(variant: str = ''):
     config.data.length = 32
     config.data.batch_size = 8
     config.model.embed_dim = config.model.hidden_dim = 32
+    config.optimizer.warmup_steps = 5
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10

@@ -35,7 +35,9 @@ def get_config(variant: str = ''):
   if variant == 'debug':
     config.model.num_layers = 1
     config.model.embed_dim = 32
+    config.optimizer.warmup_steps = 5
     config.run.num_steps = 20
+    config.run.log_every = 5
     config.run.checkpoint_every = 10
     config.evaluation.max_tokens = 4096
   return config

@@ -9,12 +9,13 @@ Held by: tests/test_mistakes.py, tests/test_configs.py.
 import glob
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_collections
@@ -63,8 +64,15 @@ def parse_flags(table: flags.FlagValues, argv: list[str], more: Iterable[str] = 
   except flags.IllegalFlagValueError as e:
     raise ConfigError(_illegal_value(e, table)) from None
   except flags.Error as e:
-    raise ConfigError(str(e)) from None
+    raise ConfigError(_other_fault(e)) from None
   check(not rest, f'{"".join(rest[:1])!r}: not a flag; {stray}; see --help')
+
+
+def _other_fault(e: flags.Error) -> str:
+  name = str(e).removeprefix('Missing value for flag ')
+  if name != str(e):
+    return f'{name}: has no value; write {name}=VALUE'
+  return f'--flagfile: {str(e).removeprefix("ERROR:: ")}' if 'flagfile' in str(e) else str(e)
 
 
 def _illegal_value(e: flags.IllegalFlagValueError, table: flags.FlagValues) -> str:
@@ -77,7 +85,7 @@ def _illegal_value(e: flags.IllegalFlagValueError, table: flags.FlagValues) -> s
   return f'{field}={value}: must be {KINDS.get(kind, kind)}'
 
 
-def parse_with_config(define: Any, argv: list[str]
+def parse_with_config(define: Callable[[], flags.FlagValues], argv: list[str]
                       ) -> tuple[flags.FlagValues, ml_collections.ConfigDict | None]:
   """(flags, config), with the config's leaves overridden; config is None where none was given.
 
@@ -87,7 +95,7 @@ def parse_with_config(define: Any, argv: list[str]
   try:
     argv = table.read_flags_from_files(argv, force_gnu=False)
   except flags.Error as e:
-    raise ConfigError(str(e)) from None
+    raise ConfigError(_other_fault(e)) from None
   given, argv = _take_config(argv)
   if given is None:
     check(not any(OVERRIDE.match(arg) for arg in argv),
@@ -161,6 +169,8 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
     loader.exec_module(module)
     get_config = getattr(module, 'get_config', None)
     check(callable(get_config), 'has no function get_config; see configs/quickstart.py')
+    check(not colon or len(inspect.signature(get_config).parameters) > 0, f'variant {variant!r}: '
+          'get_config of this file takes no variant; give the file without a colon')
     config = get_config(*([variant] if colon else []))
   except ConfigError as e:
     raise ConfigError(f'{flag}: {e}') from e

@@ -131,7 +131,11 @@ def _typed(field: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, (tuple, list)):
       raise ConfigError(f'{field}={value!r}: must be a tuple of {inner.__name__}, '
                         'such as ' + ('(512, 0)' if inner is int else "('a', 'b')"))
-    return tuple(_typed(field, v, inner) for v in value)
+    wrong = [v for v in value if not isinstance(v, inner) or isinstance(v, bool)]
+    if wrong:
+      raise ConfigError(f'{field}={value}: must hold {inner.__name__} alone, not '
+                        f'{type(wrong[0]).__name__}')
+    return tuple(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)

@@ -18,7 +18,7 @@ from absl import flags
 from longctx import command_line
 from longctx.command_line import complain
 from longctx.errors import ConfigError, check, check_range
-from longctx.main import set_compilation_cache
+from longctx.main import check_devices, set_compilation_cache
 
 CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what a terminal may take for a command
 
@@ -121,6 +121,7 @@ def run(f: flags.FlagValues) -> None:
   """Loads, generates, writes."""
   settings = check_flags(f)
   prompt, name = read_prompt(f)
+  check_devices()
   set_compilation_cache('')
   from longctx import assembly
   from longctx.inference import sampling

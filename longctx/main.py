@@ -76,6 +76,16 @@ def initialize_distributed(f: flags.FlagValues) -> None:
                       'and --process_id') from e
 
 
+def check_devices() -> None:
+  """Starts JAX's backend; a platform that is not there is told as what it is."""
+  import jax
+  try:
+    jax.devices()
+  except RuntimeError as e:
+    raise ConfigError(f'JAX_PLATFORMS={jax.config.jax_platforms or ""}: {e}; set it to cpu, or to '
+                      'the accelerator that this machine has') from e
+
+
 def set_compilation_cache(folder: str) -> None:
   """Keeps compiled programs on disk, so that the next start does not compile."""
   import jax
@@ -98,6 +108,7 @@ def run(argv: list[str]) -> None:
   from longctx import configuration
   parts = configuration.parts(config)   # before other processes, or a compiler, are waited for
   initialize_distributed(f)
+  check_devices()
   set_compilation_cache(parts.run.compilation_cache)
   from longctx import train
   train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change)

@@ -1,0 +1,177 @@
+"""Every shipped config: each leaf can be overridden, it builds, it is told how to run, it runs."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import shlex
+
+import jax
+import ml_collections
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from longctx import assembly, command_line, configuration, main
+from longctx.errors import ConfigError
+from longctx.training.workdir import leaves
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
+
+# Parameters of each config, counted by hand from its shapes: a change of a model is seen here.
+PARAMETERS = {
+    'books': 2_485_248,
+    'books:debug': 88_752,
+    'lstm': 1_018_240,
+    'lstm:debug': 33_088,
+    'quickstart': 824_576,
+    'quickstart:debug': 20_864,
+    'tinyshakespeare': 824_576,
+    'tinyshakespeare:debug': 20_864,
+}
+CONFIGS = sorted(PARAMETERS)
+
+
+def flag(name: str) -> str:
+  """--config=FILE[:VARIANT] of 'quickstart:debug'."""
+  stem, colon, variant = name.partition(':')
+  return f'--config={ROOT}/configs/{stem}.py{colon}{variant}'
+
+
+def parse(*args: str) -> ml_collections.ConfigDict:
+  """The config of a command line, by the parser that longctx.main has."""
+  return command_line.parse_with_config(main.define_flags, ['main', *args])[1]
+
+
+def docstring(stem: str) -> str:
+  path = ROOT / 'configs' / f'{stem}.py'
+  spec = importlib.util.spec_from_file_location(stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.__doc__
+
+
+DEFAULTS = {name: leaves(parse(flag(name)).to_dict()) for name in CONFIGS}
+LEAVES = [(name, leaf) for name in CONFIGS for leaf in DEFAULTS[name]]
+
+
+def another(value):
+  """(a literal as a user would write it, the value it stands for); never `value` itself."""
+  if isinstance(value, bool):
+    return str(not value).lower(), not value
+  if isinstance(value, int):
+    return str(value + 3), value + 3
+  if isinstance(value, float):
+    return repr(value / 2 + 0.125), value / 2 + 0.125
+  if isinstance(value, str):
+    return f'{value}/other, *.txt=1', f'{value}/other, *.txt=1'
+  assert isinstance(value, tuple), value
+  new = (64, 0, 64) if value and isinstance(value[0], int) else ('a', 'b c', 'd')
+  return repr(new), new
+
+
+def test_every_config_file_is_in_the_table():
+  assert sorted([*FILES, *(f'{stem}:debug' for stem in FILES)]) == CONFIGS
+
+
+@pytest.mark.parametrize('name, leaf', LEAVES, ids=[f'{n}-{leaf}' for n, leaf in LEAVES])
+def test_every_leaf_can_be_overridden(name, leaf):
+  before = DEFAULTS[name]
+  assert type(before[leaf]) in (bool, int, float, str, tuple)   # no None, no list
+  literal, value = another(before[leaf])
+  after = leaves(parse(flag(name), f'--config.{leaf}={literal}').to_dict())
+  assert after == before | {leaf: value}
+  assert after[leaf] != before[leaf]
+  assert type(after[leaf]) is type(before[leaf])
+
+
+def test_overrides_in_every_form_a_user_writes():
+  given = parse(flag('books'), '--config.model.window=(7,0,7)', '--config.seed', '5', '--noconfig.'
+                'model.tied', '--config.model.qk_norm', '-config.optimizer.learning_rate=1',
+                '--config.evaluation.modes=full', '--config.run.num_steps=3',
+                '--config.run.num_steps=4', '--workdir=w')
+  assert (given.model.window, given.seed, given.model.tied, given.model.qk_norm) == (
+      (7, 0, 7), 5, False, True)
+  assert (given.optimizer.learning_rate, given.evaluation.modes, given.run.num_steps) == (
+      1.0, ('full',), 4)
+  assert parse(flag('books'), '--config.model.window=[7,0,7]').model.window == (7, 0, 7)
+  assert parse(*flag('books:debug').split('=')).model.embed_dim == 48
+  assert parse(flag('lstm'), flag('books:debug')).model.embed_dim == 48   # the last one counts
+
+
+def test_overrides_may_stand_in_a_flagfile(tmp_path):
+  (tmp_path / 'flags').write_text(f'{flag("lstm")}\n# a comment\n--config.seed=9\n')
+  assert parse(f'--flagfile={tmp_path}/flags').seed == 9
+
+
+def test_configs_share_nothing():
+  """A run's overrides are not seen by the next call of the parser, nor by the defaults."""
+  parse(flag('books'), '--config.seed=9', '--config.model.window=(1,)')
+  assert parse(flag('books')).seed == 0
+  assert configuration.base().model.window == (0,)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_builds_with_its_number_of_parameters(name):
+  """Nothing is allocated and no corpus is looked for."""
+  a = assembly.assemble(parse(flag(name)), jax.devices()[:1])
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(a.abstract.params))
+  assert count == a.model_config.num_parameters() == PARAMETERS[name]
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(a.abstract))
+
+
+@pytest.mark.parametrize('stem', FILES)
+def test_a_variant_that_is_not_there_is_refused(stem):
+  for variant in ('debgu', 'Debug', ' '):
+    with pytest.raises(ConfigError, match=r'variant .* must be one of'):
+      parse(flag(f'{stem}:{variant}'))
+  assert parse(flag(f'{stem}:')) == parse(flag(stem))
+
+
+@pytest.mark.parametrize('stem', FILES)
+def test_every_file_tells_how_to_run_it(stem):
+  lines = [line.strip() for line in docstring(stem).splitlines()]
+  for label, name in (('Command:', stem), ('Debug:', f'{stem}:debug')):
+    commands = [line.removeprefix(label) for line in lines if line.startswith(label)]
+    assert len(commands) == 1, label
+    python, dash_m, module, *args = shlex.split(commands[0])
+    assert (python, dash_m, module) == ('python', '-m', 'longctx.main')
+    table, config = command_line.parse_with_config(main.define_flags, ['main', *args])
+    main.check_flags(table)
+    assert config == parse(flag(name))
+  assert len((ROOT / 'configs' / f'{stem}.py').read_text().splitlines()) <= 60
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+  monkeypatch.chdir(ROOT)   # commands in docstrings are written for the root
+
+
+@pytest.fixture
+def no_compilation_cache():
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize('stem', FILES)
+def test_the_debug_variant_runs_from_end_to_end(stem, tmp_path, no_compilation_cache):
+  """On a small corpus in place of its own; the learning is the config's."""
+  for i in range(12):
+    (tmp_path / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog\n' * 60)
+  args = ['--config.data.corpus=files', f'--config.data.files={tmp_path}/*.txt',
+          '--config.data.split=contiguous', '--config.data.validation_fraction=0.1',
+          f'--config.data.cache_dir={tmp_path}/cache', '--config.mesh.layout=single',
+          f'--config.run.compilation_cache={tmp_path}/programs']
+  folder = tmp_path / 'w'
+  assert main.main(['main', flag(f'{stem}:debug'), f'--workdir={folder}', *args]) == 0
+  rows = [json.loads(row) for row in (folder / 'metrics.jsonl').read_text().splitlines()]
+  losses = [row['loss'] for row in rows if 'loss' in row]
+  assert rows[-1]['step'] == 20
+  assert losses[-1] < losses[0]
+  assert losses[-1] < math.log(257)   # better than no idea
+  found = json.loads((folder / 'evaluation.json').read_text())
+  assert found['step'] == 20
+  assert 0 < found['bits_per_byte'] < 8
+  assert (folder / 'figures' / 'loss_by_position.png').stat().st_size > 1000
+  assert (folder / 'checkpoints' / '20' / 'manifest.json').exists()
