@@ -6,7 +6,6 @@ held to it.
 
 import numpy as np
 
-
 # --- Evaluation and sampling -----------------------------------------------------------------
 
 
