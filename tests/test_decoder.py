@@ -20,7 +20,7 @@ CONFIG = decoder.Config(vocab_size=19, num_layers=4, embed_dim=16, num_heads=4, 
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 19)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unrolled():
   return decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
 
@@ -54,7 +54,7 @@ def as_scan(params):
   return nnx.State({**{k: v for k, v in params.items() if k != 'blocks'}, 'blocks': stacked})
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gradients(remat, loop):
   config = dataclasses.replace(CONFIG, remat=remat, layer_loop=loop)
   graphdef, params = nnx.split(unrolled())

@@ -57,7 +57,7 @@ def two_steps(config, layout, accumulate=1):
   return losses, float(metrics['grad_norm']), jax.device_get(jax.tree.leaves(state.params))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fresh(config):
   new_model = lambda key: CLASSES[config.name](config, rngs=nnx.Rngs(key))
   make_tx = functools.partial(optim.make_optimizer, optim.Config(learning_rate=3e-3), 10)
@@ -65,7 +65,7 @@ def fresh(config):
                                          ema=0.0))()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def alone(name):
   return two_steps({'decoder': DECODER, 'grouped': GROUPED, 'lstm': LSTM}[name],
                      mesh.make_layout(mesh.Config(layout='single')))

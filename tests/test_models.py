@@ -4,6 +4,7 @@ A new model joins by one line in MODELS.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ MODELS = {
 CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def made(name):
   config = MODELS[name]
   model = CLASSES[config.name](config, rngs=nnx.Rngs(0))
@@ -38,7 +39,7 @@ def made(name):
   return model, functools.partial(call, params)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tokens():
   return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, VOCAB)
 
@@ -49,7 +50,7 @@ SEGMENTS = np.array([[1] * 7 + [2] * 1 + [3] * 16, [5] * 15 + [6] * 9])
 def run_split(call, state, edges, **arrays):
   """The hidden states of a row read in pieces, and the state after it."""
   pieces = []
-  for a, b in zip(edges[:-1], edges[1:]):
+  for a, b in itertools.pairwise(edges):
     hidden, state = call(tokens()[:, a:b], state, **{k: v[:, a:b] for k, v in arrays.items()})
     pieces.append(hidden)
   return np.concatenate(pieces, axis=1), state

@@ -11,7 +11,6 @@ import functools
 import jax
 
 from longctx.attention import blockwise, reference
-from longctx.attention.merge import merge
 from longctx.parallel import mesh
 from longctx.parallel.sequence import gathered
 

@@ -176,7 +176,7 @@ def stack(trees: list[Any]) -> Any:
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
-  return [jax.tree.map(lambda x: x[i], tree) for i in range(count)]
+  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
 
 
 class Decoder(nnx.Module):
