@@ -1,0 +1,27 @@
+"""Quick compilation, for tests whose programs are many and small: hardly optimised, and kept.
+
+A module asks for it with `pytestmark = pytest.mark.usefixtures('quick_compilation')` and the
+fixture's import.
+"""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+QUICK = {'jax_disable_most_optimizations': True, 'jax_persistent_cache_min_compile_time_secs': 0.0}
+DEFAULTS = {'jax_disable_most_optimizations': False, 'jax_compilation_cache_dir': None,
+            'jax_persistent_cache_min_compile_time_secs': 1.0}
+
+
+def _set(settings):
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='module')
+def quick_compilation(tmp_path_factory):
+  """Programs compiled in a third of the time, and each one once a module."""
+  _set(QUICK | {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla'))})
+  yield
+  _set(DEFAULTS)
