@@ -77,13 +77,16 @@ def initialize_distributed(f: flags.FlagValues) -> None:
 
 
 def check_devices() -> None:
-  """Starts JAX's backend; a platform that is not there is told as what it is."""
+  """Starts JAX's backend, with what a CPU's memory needs; a platform that is not there is named."""
   import jax
   try:
     jax.devices()
   except RuntimeError as e:
     raise ConfigError(f'JAX_PLATFORMS={jax.config.jax_platforms or ""}: {e}; set it to cpu, or to '
                       'the accelerator that this machine has') from e
+  if jax.default_backend() == 'cpu':
+    from longctx.parallel import host_memory
+    host_memory.keep_freed_memory()
 
 
 def set_compilation_cache(folder: str) -> None:

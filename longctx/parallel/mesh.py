@@ -136,8 +136,11 @@ class Layout:
 
 def make_layout(config: Config, devices: list | None = None) -> Layout:
   """Builds the mesh over all devices (or those given); ConfigError where sizes do not fit."""
-  devices = devices if devices is not None else jax.devices()
+  given = devices is not None
+  devices = devices if given else jax.devices()
   if config.layout == 'single':
+    check(given or jax.process_count() == 1, "mesh.layout='single': one device cannot serve the "
+          f"{jax.process_count()} processes of this run; set mesh.layout='data', or start one")
     devices = devices[:1]
   rest = config.seq * config.model
   data = config.data if config.data > 0 else max(1, len(devices) // rest)
@@ -192,12 +195,13 @@ def compiler_options(layout: Layout) -> dict[str, str] | None:
   """What a training step is compiled with besides the defaults; None where nothing is to gain.
 
   On CPU: full-width vectors, which make exp and silu 1.5 to 2 times as fast where the processor
-  has AVX-512, and Eigen's matrix products, a fifth faster than YNNPACK's at these sizes
-  (experiments/00_speed_of_one_device).
+  has AVX-512, and Eigen's matrix products, a fifth faster than YNNPACK's at these sizes, which
+  keeps the reductions (experiments/00_speed_of_one_device).
   """
   if layout.mesh.devices.flat[0].platform != 'cpu':
     return None
-  return {'xla_cpu_prefer_vector_width': '512', 'xla_cpu_experimental_ynn_fusion_type': ''}
+  return {'xla_cpu_prefer_vector_width': '512',
+          'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 
 
 def check_divides(field: str, value: int, dim: str, layout: Layout) -> None:
