@@ -1,0 +1,435 @@
+"""A whole run: what it writes, and that stopping it, crashing it or moving it changes nothing."""
+
+import functools
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from longctx import assembly, train
+from longctx.data import stream
+from longctx.errors import ConfigError
+from longctx.training import step as step_lib
+from longctx.training.checkpoint import Checkpoints
+from tests.compilation import quick_compilation  # noqa: F401
+from tests.programs import tiny
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  return {'files': tiny.write_corpus(folder / 'text'), 'cache_dir': str(folder / 'cache')}
+
+
+@pytest.fixture(autouse=True)
+def on_devices(monkeypatch):
+  """on_devices(n): runs from here on have the first n devices."""
+  real = assembly.assemble
+  def choose(count):
+    monkeypatch.setattr(assembly, 'assemble',
+                        functools.partial(real, devices=jax.devices()[:count]))
+  choose(1)
+  return choose
+
+
+@pytest.fixture
+def at_batch(monkeypatch):
+  """at_batch(n, do): `do` is called before the n-th batch of the next run is read."""
+  real = stream.Stream.__next__
+  def arrange(n, do):
+    calls = []
+    def next_batch(self):
+      calls.append(1)
+      if len(calls) == n:
+        do()
+      return real(self)
+    monkeypatch.setattr(stream.Stream, '__next__', next_batch)
+  return arrange
+
+
+def make_config(text, variant='packed', **changes):
+  config = tiny.get_config(variant)
+  config.data.update(text)
+  for name, value in changes.items():
+    section, _, field = name.partition('_')
+    config[section][field] = value
+  return config
+
+
+def lines(folder):
+  return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def logged(folder):
+  """What the run computed at each step, without what the clock says of it."""
+  clock = ('tokens_per_second', 'seconds')
+  return [{k: v for k, v in line.items() if k not in clock} for line in lines(folder)]
+
+
+def evaluation(folder):
+  """evaluation.json without what it says of time and memory."""
+  text = (Path(folder) / 'evaluation.json').read_text()
+  drop = ('seconds', 'tokens_per_second', 'peak_memory_bytes')
+  return json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs
+                                                           if k not in drop})
+
+
+def table(out):
+  """The printed result, up to what the clock says."""
+  return out.split('\nposition  ')[1].split('\ntokens/s')[0]
+
+
+def saved(config, folder):
+  """{step: every byte of the state} of the checkpoints on disk."""
+  a = assembly.assemble(config)
+  data = lambda x: (jax.random.key_data(x) if jax.dtypes.issubdtype(
+      x.dtype, jax.dtypes.prng_key) else x)
+  with Checkpoints(Path(folder) / 'checkpoints', read_only=True) as checkpoints:
+    found = {at: checkpoints.restore_step(at, a.abstract) for at in checkpoints.steps()}
+  return {at: (one.stream_state, [np.asarray(data(x)).tobytes() for x in
+                                  jax.tree.leaves(one.state)]) for at, one in found.items()}
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+class CrashError(Exception):
+  """Stands for a kill: what is not on disk is lost."""
+
+
+def crash():
+  raise CrashError
+
+
+# What a run writes.
+
+
+def test_what_a_run_writes(text, tmp_path, capsys, monkeypatch):
+  traces, real = [], step_lib.train_step
+  monkeypatch.setattr(step_lib, 'train_step', lambda *a: (traces.append(1), real(*a))[1])
+  config = make_config(text, run_profile_start=3, run_profile_steps=2, run_expect='2.3 at the end')
+  train.run(config, str(tmp_path))
+  out = capsys.readouterr().out
+  assert len(traces) == 1
+
+  steps = [line for line in lines(tmp_path) if 'loss' in line]
+  assert [line['step'] for line in steps] == [2, 4, 6, 8, 10, 12]
+  for line in steps:
+    assert list(line) == ['step', 'loss', 'bits_per_byte', 'grad_norm', 'learning_rate',
+                          'tokens_per_second', 'seconds', 'skipped_steps']   # of a CPU: no MFU
+    assert all(math.isfinite(x) for x in line.values())
+    assert line['tokens_per_second'] > 0
+    counts = (3443, 3437)   # tokens with a separator a document, and bytes
+    assert line['bits_per_byte'] == pytest.approx(
+        line['loss'] / math.log(2) * counts[0] / counts[1])
+  assert steps[-1]['loss'] < 0.7 * steps[0]['loss']
+  cosine = lambda at: 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * (at - 1) / 12)) / 2)
+  assert [line['learning_rate'] for line in steps] == pytest.approx(
+      [cosine(line['step']) for line in steps])
+  seconds = [line['seconds'] for line in steps]
+  assert seconds == sorted(seconds)
+  # tokens/s is of the steps between two lines, without the pauses for evaluation and saving.
+  for before, line in zip([0, *seconds], steps):
+    assert line['tokens_per_second'] == pytest.approx(
+        2 * 8 * 16 / (line['seconds'] - before), rel=1e-6)
+
+  scores = [line for line in lines(tmp_path) if 'validation_loss' in line]
+  assert [line['step'] for line in scores] == [6, 12]
+  assert scores[1]['validation_loss'] < scores[0]['validation_loss'] < math.log(257)
+  for line in scores:
+    assert f'step {line["step"]}: validation {line["validation_bits_per_byte"]:.4f}' in out
+  total = evaluation(tmp_path)
+  assert total['step'] == 12
+  assert f'{scores[1]["validation_bits_per_byte"]:.4f}' in table(out)
+  assert len(list(tmp_path.glob('tensorboard/events*'))) == 1
+  assert (tmp_path / 'figures' / 'loss_by_position.png').stat().st_size > 1000
+  assert f'figure: {tmp_path}/figures/loss_by_position.png' in out
+  assert any((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert out.count(f'profile: {tmp_path}/profile') == 1
+  for told in ('decoder: 7,104 parameters', 'largest arrays:', 'params/embedding/table',
+               'tokens_per_epoch 3,440', 'expect: 2.3 at the end', 'first step after',
+               'step 12/12  loss'):
+    assert told in out
+
+  # The last two checkpoints and the best; here the best is the last.
+  assert Checkpoints(tmp_path / 'checkpoints', read_only=True).steps() == [8, 12]
+
+  # Again: nothing is trained, the result is printed.
+  before, at_end = logged(tmp_path), evaluation(tmp_path)
+  train.run(config, str(tmp_path))
+  again = capsys.readouterr().out
+  assert logged(tmp_path) == before
+  assert 'first step' not in again
+  assert table(again) == table(out)
+  assert len(traces) == 1
+
+  # And by --mode=eval.
+  (tmp_path / 'evaluation.json').unlink()
+  train.run(config, str(tmp_path), mode='eval')
+  assert evaluation(tmp_path) == at_end
+  assert logged(tmp_path) == before
+
+
+def test_tokens_per_second_of_the_very_first_step(text, tmp_path):
+  """A line after every step, and after a resumed one, has a rate, compilation not counted in."""
+  config = make_config(text, run_log_every=1, run_num_steps=2, run_eval_every=0)
+  train.run(config, str(tmp_path))
+  rates = [line['tokens_per_second'] for line in lines(tmp_path) if 'loss' in line]
+  assert len(rates) == 2
+  assert min(rates) > 8 * 16 / 2   # a step of these takes milliseconds, its compilation seconds
+
+
+def test_the_pauses_do_not_count(text, tmp_path, monkeypatch):
+  import time
+  real = train.evaluate
+  monkeypatch.setattr(train, 'evaluate', lambda *a: (time.sleep(1.5), real(*a))[1])
+  train.run(make_config(text, run_num_steps=8), str(tmp_path))
+  assert lines(tmp_path)[-2]['seconds'] < 1.5   # 1.5 s each at steps 6 and 8
+  real_next = stream.Stream.__next__
+  monkeypatch.setattr(stream.Stream, '__next__', lambda s: (time.sleep(0.1), real_next(s))[1])
+  train.run(make_config(text, run_num_steps=8), str(tmp_path / 'slow'))
+  assert lines(tmp_path / 'slow')[-2]['seconds'] > 0.7   # but waiting for the input does
+
+
+# Stopped, crashed, carried on.
+
+
+@pytest.mark.parametrize('variant,changes', [
+    ('packed', {'model_dropout': 0.2}),
+    ('lstm', {'optimizer_ema': 0.9, 'evaluation_use_ema': True}),
+    ('windowed', {'run_accumulate': 2, 'model_dropout': 0.2}),
+])
+def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, monkeypatch, variant, changes):
+  config = make_config(text, variant, **changes)
+  straight, broken = str(tmp_path / 'straight'), str(tmp_path / 'broken')
+  with monkeypatch.context():
+    train.run(config, straight)
+  capsys.readouterr()
+
+  at_batch(5, terminate)   # the batch under way is still trained on
+  train.run(config, broken)
+  out = capsys.readouterr().out
+  assert out.endswith('SIGTERM: saved step 5; the same command carries on from there\n')
+  assert [line['step'] for line in lines(broken)] == [2, 4]
+  assert max(saved(config, broken)) == 5
+
+  at_batch(6, crash)   # in step 11: what came after step 8 is lost
+  with pytest.raises(CrashError):
+    train.run(config, broken)
+  assert f'resumed at step 5 from {broken}/checkpoints' in capsys.readouterr().out
+  assert lines(broken)[-1]['step'] == 8   # the tenth step was under way
+
+  at_batch(99, crash)
+  train.run(config, broken)
+  assert 'resumed at step 8' in capsys.readouterr().out
+  assert logged(broken) == logged(straight)
+  assert evaluation(broken) == evaluation(straight)
+  ours, theirs = saved(config, broken), saved(config, straight)
+  assert ours[12] == theirs[12]
+  assert ours.keys() == theirs.keys()
+
+
+def test_terminated_before_the_first_step_and_while_it_evaluates(text, tmp_path, capsys,
+                                                                 monkeypatch):
+  config, real = make_config(text), train.Trainer.describe
+  monkeypatch.setattr(train.Trainer, 'describe', lambda *a: (terminate(), real(*a))[1])
+  train.run(config, str(tmp_path))
+  assert 'SIGTERM: saved step 0; the same' in capsys.readouterr().out
+  monkeypatch.setattr(train.Trainer, 'describe', real)
+
+  evaluate = train.evaluate
+  with monkeypatch.context() as m:
+    m.setattr(train, 'evaluate', lambda *a: (terminate(), evaluate(*a))[1])
+    train.run(config, str(tmp_path))
+    assert 'SIGTERM: saved step 6; the same' in capsys.readouterr().out
+    assert lines(tmp_path)[-1]['step'] == 6
+    assert 'validation_loss' in lines(tmp_path)[-1]
+    # At the last evaluation there is nothing to carry on with.
+    train.run(config, str(tmp_path))
+  assert 'carries on' not in capsys.readouterr().out
+  assert evaluation(tmp_path)['step'] == 12
+  assert len([line for line in lines(tmp_path) if 'loss' in line]) == 6
+
+
+def test_from_eight_devices_to_one_to_four(text, tmp_path, on_devices, at_batch):
+  config = make_config(text, 'windowed')
+  alone, moved = str(tmp_path / 'alone'), str(tmp_path / 'moved')
+  train.run(config, alone)
+  for devices, batches in ((8, 4), (1, 5), (4, 99)):
+    on_devices(devices)
+    at_batch(batches, terminate)
+    train.run(config, moved)
+  loss = lambda folder: [line['loss'] for line in lines(folder) if 'loss' in line]
+  assert len(loss(moved)) == 6
+  np.testing.assert_allclose(loss(moved), loss(alone), rtol=1e-5)
+  score = lambda folder: [line['validation_loss'] for line in lines(folder)
+                          if 'validation_loss' in line]
+  np.testing.assert_allclose(score(moved), score(alone), rtol=1e-5)
+  assert max(saved(config, moved)) == 12
+
+
+# Refused.
+
+
+def test_another_tokenizer_is_refused(text, tmp_path, at_batch, monkeypatch):
+  config = make_config(text)
+  at_batch(5, terminate)
+  train.run(config, str(tmp_path))
+  before = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+  from longctx.data import tokenizer
+  real = tokenizer.load_tokenizer('bytes')
+  class Other(type(real)):
+    fingerprint = 'f' * 64
+  for module in (stream, assembly):
+    monkeypatch.setattr(module, 'load_tokenizer', lambda name: Other())
+  with pytest.raises(ConfigError, match=r'data\.tokenizer: the checkpoint was trained with'):
+    train.run(config, str(tmp_path))
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == before
+  assert lines(tmp_path)[-1]['step'] == 4
+  with pytest.raises(ConfigError, match=r'data\.tokenizer: the checkpoint was trained with'):
+    train.run(config, str(tmp_path), mode='eval')
+
+
+def test_fewer_steps_than_were_done_is_refused(text, tmp_path):
+  config = make_config(text)
+  train.run(config, str(tmp_path))
+  config.run.num_steps = 10
+  with pytest.raises(ConfigError, match=r'run\.num_steps: W has 12, you gave 10'):
+    train.run(config, str(tmp_path))
+  with pytest.raises(ConfigError, match=r'num_steps=10: the workdir has already done 12 steps'):
+    train.run(config, str(tmp_path), allow_config_change='run.num_steps')
+  assert lines(tmp_path)[-1]['step'] == 12
+  config.run.num_steps = 12
+  train.run(config, str(tmp_path))   # the refused config was not written down
+
+
+def poison(monkeypatch, first, last=math.inf):
+  """Batches first..last of a run (from 1) have a NaN among their weights."""
+  real, count = stream.Stream.__next__, []
+  def bad(self):
+    batch = real(self)
+    count.append(1)
+    if first <= len(count) <= last:
+      batch = batch | {'loss_mask': np.where(np.arange(16) == 3, np.nan, batch['loss_mask'])}
+    return batch
+  monkeypatch.setattr(stream.Stream, '__next__', bad)
+
+
+def test_too_many_bad_steps_stop_the_run(text, tmp_path, capsys, monkeypatch):
+  config = make_config(text, run_max_bad_steps=3)
+  with monkeypatch.context() as m:
+    poison(m, 6)
+    with pytest.raises(ConfigError, match=re.escape(
+        'run.max_bad_steps=3: 3 steps in a row up to step 8 were not finite, first in the '
+        'gradient of blocks/0/attention/w_kv; lower optimizer.learning_rate=0.03')):
+      train.run(config, str(tmp_path))
+  out = capsys.readouterr().out
+  assert [f'step {at} was skipped' in out for at in range(5, 10)] == [False, True, True, True,
+                                                                      False]
+  # What is on disk is good, and goes on.
+  assert max(saved(config, tmp_path)) == 6
+  train.run(config, str(tmp_path))
+  found = [line for line in lines(tmp_path) if 'loss' in line]
+  assert [line['step'] for line in found] == [2, 4, 6, 8, 10, 12]
+  assert found[2]['loss'] is None
+  assert [line['skipped_steps'] for line in found] == [0, 0, 1, 1, 1, 1]
+  assert found[3]['loss'] < found[0]['loss']
+  # The schedule goes by updates: the skipped step's rate comes with the next one.
+  cosine = lambda updates: 0.03 * (0.1 + 0.9 * (1 + math.cos(math.pi * updates / 12)) / 2)
+  assert [line['learning_rate'] for line in found] == pytest.approx(
+      [cosine(updates) for updates in (1, 3, 5, 6, 8, 10)])
+
+
+def test_bad_steps_in_between_do_not_stop_it(text, tmp_path, monkeypatch):
+  poison(monkeypatch, 3, 4)
+  train.run(make_config(text, run_max_bad_steps=3), str(tmp_path))
+  assert [line for line in lines(tmp_path) if 'loss' in line][-1]['skipped_steps'] == 2
+
+
+# Checkpoints.
+
+
+def test_the_best_is_kept_and_a_full_disk_is_survived(text, tmp_path, capfd, monkeypatch):
+  """Validation gets worse from step 3 on; the saves of steps 4 and 12 meet a full disk."""
+  from longctx.training import manifest
+  config = make_config(text, run_keep_last=1, run_eval_every=3)
+  real, write = train.evaluate, manifest.write
+  count = []
+  def worse(*args):
+    found = real(*args)
+    count.append(1)
+    total = found.first.total
+    worse_total = type(total)(total.nats * len(count), total.tokens, total.bytes)
+    first = next(iter(found.passes))
+    passes = found.passes | {first: found.passes[first].__class__(
+        **(vars(found.passes[first]) | {'total': worse_total}))}
+    return type(found)(**(vars(found) | {'passes': passes}))
+  monkeypatch.setattr(train, 'evaluate', worse)
+  def full(folder):
+    if folder.name.split('.')[0] in ('4', '12'):
+      raise OSError(28, 'No space left on device')
+    write(folder)
+  monkeypatch.setattr(manifest, 'write', full)
+  train.run(config, str(tmp_path))
+  out, err = capfd.readouterr()
+  told = 'could not save step {}: No space left on device (OSError); the last good checkpoint is '
+  for step, good in ((4, 3), (12, 9)):
+    assert (out + err).count(told.format(step) + f'step {good}; training goes on') == 1
+  assert 'step 12/12' in out
+  checkpoints = Checkpoints(tmp_path / 'checkpoints', read_only=True)
+  assert checkpoints.steps() == [3, 9]   # saved where it was evaluated, too
+  assert checkpoints.best_step() == 3
+
+  monkeypatch.setattr(manifest, 'write', write)
+  monkeypatch.setattr(train, 'evaluate', real)
+  train.run(config, str(tmp_path))   # carries on from step 9
+  assert [line['step'] for line in lines(tmp_path) if 'loss' in line] == [2, 4, 6, 8, 10, 12]
+  assert Checkpoints(tmp_path / 'checkpoints', read_only=True).steps()[-1] == 12
+
+
+def test_a_stop_whose_save_fails_says_where_it_carries_on(text, tmp_path, capsys, monkeypatch,
+                                                          at_batch):
+  from longctx.training import manifest
+  def full(folder):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(manifest, 'write', full)
+  at_batch(3, terminate)
+  train.run(make_config(text), str(tmp_path))
+  out = capsys.readouterr().out
+  assert out.count('could not save step 3') == 1
+  assert out.endswith('SIGTERM: step 3 could not be saved; the same command carries on from '
+                      'step 0\n')
+
+
+def test_everything_is_closed_however_it_ends(text, tmp_path, monkeypatch, at_batch):
+  closed = []
+  for cls in (stream.Stream, Checkpoints, train.metrics_lib.MetricsWriter,
+              train.metrics_lib.Progress):
+    def close(self, real=cls.close, name=cls.__name__):
+      closed.append(name)
+      real(self)
+    monkeypatch.setattr(cls, 'close', close)
+  config, before = make_config(text), signal.getsignal(signal.SIGTERM)
+  at_batch(5, crash)
+  with pytest.raises(CrashError):
+    train.run(config, str(tmp_path))
+  assert sorted(closed) == ['Checkpoints', 'MetricsWriter', 'Progress', 'Stream']
+  closed.clear()
+  def torn(self, *args):
+    raise ConfigError('run.x=1: no')
+  monkeypatch.setattr(train.Trainer, 'begin', torn)
+  with pytest.raises(ConfigError):
+    train.run(config, str(tmp_path))
+  assert sorted(closed) == ['Checkpoints', 'Stream']
+  assert signal.getsignal(signal.SIGTERM) == before
+  from longctx.training import workdir
+  workdir.lock(tmp_path).release()   # the workdir was let go
