@@ -35,9 +35,9 @@ def get_config(variant: str = ''):
   config.evaluation.use_ema = True
   if variant == 'debug':
     config.data.length = config.model.max_length = 128
-    config.model.num_layers = 3
+    config.model.num_layers = 2
     config.model.embed_dim = 48
-    config.model.window = (32, 32, 0)
+    config.model.window = (32, 0)
     config.optimizer.warmup_steps = 5
     config.run.num_steps = 20
     config.run.log_every = 5
