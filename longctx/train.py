@@ -172,6 +172,7 @@ class Trainer:
       if self.first_step_seconds is None:
         # Compiled apart, so that the first step's time is a step's; a second program is an error.
         update = self.step.lower(state, batch).compile()
+        processes.barrier('compiled')
         clock.start(done)
       if done == c.profile_start:
         jax.profiler.start_trace(f'{self.folder}/profile')

@@ -3,6 +3,7 @@
 Held by: tests/test_checkpoint.py, tests/test_distributed.py (two processes).
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 
 from longctx.errors import ConfigError
+
+_barriers = itertools.count()   # a barrier's name serves once; all processes make the same calls
 
 
 def gather(value: Any) -> list:
@@ -48,9 +51,14 @@ def together(call: Callable[[], Any]) -> Any:
   return result
 
 
-def barrier(name: str) -> None:
-  """Returns when every process is here."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
+def barrier(name: str, minutes: float = 60) -> None:
+  """Returns when every process is here.
 
-    multihost_utils.sync_global_devices(name)
+  It asks the coordinator, who has patience; a collective of CPUs gives up after 30 seconds, which
+  is less than one process may compile or read longer than another.
+  """
+  if jax.process_count() > 1:
+    from orbax.checkpoint import multihost
+
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f'longctx {next(_barriers)} {name}', timeout_ms=int(minutes * 60_000))

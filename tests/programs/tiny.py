@@ -26,6 +26,7 @@ def get_config(variant: str = 'packed'):
     config.model.hidden_dim = 16
   else:
     config.model.num_heads = 2
+    config.model.attention, config.model.layer_loop = 'reference', 'unrolled'   # compile soonest
     config.model.max_length = 16 if variant == 'packed' else 512
     config.model.window = (0,) if variant == 'packed' else (12,)
   config.optimizer.learning_rate = 0.03

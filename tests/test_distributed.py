@@ -1,0 +1,138 @@
+"""Two processes with four devices each are one run: as one process with eight, bit for bit resumed."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from longctx import train
+from longctx.errors import ConfigError
+from longctx.parallel import mesh
+from longctx.training import workdir
+from longctx.training.checkpoint import Checkpoints
+from tests.compilation import quick_compilation  # noqa: F401
+from tests.programs import launch, tiny
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+LIMIT = 900   # seconds for a run, on a machine that does much else
+CHANGES = {'run_num_steps': 30, 'run_log_every': 2, 'run_eval_every': 15,
+           'run_checkpoint_every': 10, 'optimizer_ema': 0.9}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+  return tmp_path_factory.mktemp('distributed')
+
+
+@pytest.fixture(scope='module')
+def text(home):
+  return {'files': tiny.write_corpus(home / 'text'), 'cache_dir': str(home / 'cache')}
+
+
+def run_pair(home, name, text, variant='windowed', stop=None, limit=LIMIT, **changes):
+  """Runs two processes to their end; `stop`: the process that gets SIGTERM once steps are made."""
+  arguments = launch.command(home / name, text, variant,
+                             run_compilation_cache=str(home / 'xla'), **changes)
+  with launch.several(arguments, home / f'{name}.out') as (children, files):
+    deadline = time.monotonic() + limit
+    if stop is not None:
+      while 'step  4/30' not in files[0].read_text():
+        assert time.monotonic() < deadline, files[0].read_text()
+        time.sleep(0.005)
+      children[stop].send_signal(signal.SIGTERM)
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    codes = [child.poll() for child in children]
+  return codes, [file.read_text() for file in files]
+
+
+def run_alone(folder, text, variant='windowed', **changes):
+  """The same in this process, on its eight devices."""
+  config = tiny.get_config(variant)
+  config.data.update(text)
+  for name, value in changes.items():
+    section, _, field = name.partition('_')
+    config[section][field] = value
+  train.run(config, str(folder), allow_config_change='run.compilation_cache')
+
+
+def logged(folder):
+  clock = ('tokens_per_second', 'seconds')
+  return [{k: v for k, v in json.loads(line).items() if k not in clock}
+          for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def assert_close(ours, theirs):
+  """To rounding: sums over devices are made in another order, and a gradient's norm shows it."""
+  assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+  for a, b in zip(ours, theirs):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-3 if name == 'grad_norm' else 1e-5,
+                                 err_msg=f'{name} of step {a["step"]}')
+
+
+@pytest.fixture(scope='module')
+def pair(home, text):
+  codes, outputs = run_pair(home, 'pair', text, **CHANGES)
+  assert codes == [0, 0], '\n'.join(outputs)
+  return home / 'pair', outputs
+
+
+def test_two_processes_are_as_one(home, text, pair):
+  folder, outputs = pair
+  run_alone(home / 'alone', text, **CHANGES)
+  assert_close(logged(folder), logged(home / 'alone'))
+  assert [line['step'] for line in logged(folder) if 'loss' in line] == list(range(2, 31, 2))
+  # The first process alone speaks and writes.
+  assert 'on data 8 x seq 1 x model 1' in outputs[0]
+  assert 'step 30/30' in outputs[0]
+  assert [line for line in outputs[1].splitlines() if line and '[Gloo]' not in line] == []
+  assert len(list(folder.glob('tensorboard/events*'))) == 1
+  assert json.loads((folder / 'evaluation.json').read_text())['step'] == 30
+
+
+def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
+  codes, outputs = run_pair(home, 'stopped', text, stop=1, **CHANGES)
+  assert codes == [0, 0], '\n'.join(outputs)
+  at, = Checkpoints(home / 'stopped' / 'checkpoints', read_only=True).steps()[-1:]
+  assert 4 <= at < 30
+  assert f'saved step {at}; the same command carries on from there' in outputs[0]
+  shutil.copytree(home / 'stopped', home / 'one')
+  codes, outputs = run_pair(home, 'stopped', text, **CHANGES)
+  assert codes == [0, 0], '\n'.join(outputs)
+  assert f'resumed at step {at}' in outputs[0]
+  assert logged(home / 'stopped') == logged(pair[0])   # bit for bit
+  run_alone(home / 'one', text, **CHANGES)             # one process carries on what two began
+  assert_close(logged(home / 'one'), logged(pair[0]))
+
+
+def test_the_sequence_cut_over_processes(home, text):
+  changes = {'mesh_layout': 'sequence', 'mesh_data': 1, 'mesh_seq': 8}
+  codes, outputs = run_pair(home, 'sequence', text, 'packed', **changes)
+  assert codes == [0, 0], '\n'.join(outputs)
+  assert 'on data 1 x seq 8 x model 1' in outputs[0]
+  run_alone(home / 'whole', text, 'packed')
+  assert_close(logged(home / 'sequence'), logged(home / 'whole'))
+
+
+def test_a_held_workdir_is_refused_by_all(home, text):
+  """The one that finds it held tells the others, which would wait for it."""
+  with workdir.lock(home / 'held'):
+    codes, outputs = run_pair(home, 'held', text)
+  assert codes == [2, 2], '\n'.join(outputs)
+  for output in outputs:
+    assert 'held by a run that is still going' in output
+    assert 'Traceback' not in output
+  assert not (home / 'held' / 'config.json').exists()
+
+
+def test_one_device_is_not_for_several_processes(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ConfigError, match=r"mesh\.layout='single': .* 2 processes"):
+    mesh.make_layout(mesh.Config(layout='single'))

@@ -1,0 +1,115 @@
+"""SIGKILL at random instants: the run that carries on is the run that was never killed."""
+
+import collections
+import contextlib
+import json
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from longctx import assembly
+from longctx.training.checkpoint import TEMPORARY, Checkpoints
+from tests.programs import launch, tiny
+
+LIMIT = 600   # seconds for one process, on a machine that does much else
+
+
+def started(child, output):
+  """Waits for the first step; seconds it took."""
+  began = time.monotonic()
+  while 'first step after' not in output.read_text():
+    assert child.poll() is None, output.read_text()
+    assert time.monotonic() < began + LIMIT, 'the run hangs'
+    time.sleep(0.005)
+  return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def running(arguments, output):
+  child = launch.start(arguments, output)
+  try:
+    yield child
+  finally:
+    child.kill()
+    child.wait()
+
+
+def phase(workdir, output):
+  """What the process did as it was killed, from what it left."""
+  if 'first step after' not in output.read_text():
+    return 'start-up'
+  if list((workdir / 'checkpoints').glob(f'*{TEMPORARY}*')):
+    return 'saving'
+  steps = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  last = steps[-1] if steps else {}
+  return ('evaluation' if last and last['step'] % 100 == 0 and 'validation_loss' not in last
+          else 'steps')
+
+
+def logged(workdir):
+  clock = ('tokens_per_second', 'seconds')
+  return [{k: v for k, v in json.loads(line).items() if k not in clock}
+          for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def every_bit(config, workdir):
+  """{step: the bytes of its state}: all checkpoints on disk can be read."""
+  a = assembly.assemble(config, jax.devices()[:1])
+  data = lambda x: (jax.random.key_data(x) if jax.dtypes.issubdtype(
+      x.dtype, jax.dtypes.prng_key) else x)
+  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+    found = {at: checkpoints.restore_step(at, a.abstract) for at in checkpoints.steps()}
+  return {at: (one.stream_state, [np.asarray(data(x)).tobytes()
+                                  for x in jax.tree.leaves(one.state)])
+          for at, one in found.items()}
+
+
+@pytest.mark.parametrize('kills,steps', [
+    (2, 200), pytest.param(20, 2000, marks=pytest.mark.slow)])
+def test_killed_is_straight(tmp_path, kills, steps):
+  text = {'files': tiny.write_corpus(tmp_path / 'text'), 'cache_dir': str(tmp_path / 'cache')}
+  changes = {'model_dropout': 0.1, 'optimizer_ema': 0.99, 'run_num_steps': steps,
+             'run_log_every': 5, 'run_eval_every': 100, 'run_checkpoint_every': 20,
+             'run_compilation_cache': str(tmp_path / 'xla')}
+  arguments = lambda folder: launch.command(folder, text, 'windowed', **changes)
+  straight, killed = tmp_path / 'straight', tmp_path / 'killed'
+
+  # Undisturbed; how long its parts take scales the instants of the kills.
+  output = tmp_path / 'straight.out'
+  with running(arguments(straight), output) as child:
+    starting, began = started(child, output), time.monotonic()
+    assert child.wait(LIMIT) == 0, output.read_text()
+    training = time.monotonic() - began
+
+  chance, phases, reached = random.Random(1), collections.Counter(), []
+  while sum(phases.values()) < kills:
+    early = chance.random() < 0.2 if kills > 2 else not phases
+    output = tmp_path / f'killed{sum(phases.values())}.out'
+    with running(arguments(killed), output) as child:
+      if not early:
+        started(child, output)
+      time.sleep(chance.uniform(0, starting if early else training / max(kills, 4)))
+      assert child.poll() is None, f'it ended before it was killed: {output.read_text()}'
+    phases[phase(killed, output)] += 1
+    saved = Checkpoints(killed / 'checkpoints', read_only=True).steps()
+    reached.append(max(saved, default=0))
+
+  output = tmp_path / 'last.out'
+  with running(arguments(killed), output) as child:
+    assert child.wait(LIMIT) == 0, output.read_text()
+  print(f'{kills} kills {dict(phases)}, carried on from {reached}; undisturbed {starting:.1f} s to '
+        f'the first step and {training:.1f} s of training')
+  assert reached == sorted(reached)
+  assert logged(killed) == logged(straight)   # each step exactly once, bit for bit
+  assert [line['step'] for line in logged(killed) if 'loss' in line] == list(
+      range(5, steps + 1, 5))
+  config = tiny.get_config('windowed')
+  for name, value in changes.items():
+    section, _, field = name.partition('_')
+    config[section][field] = value
+  ours, theirs = every_bit(config, killed), every_bit(config, straight)
+  assert ours[steps] == theirs[steps]
+  assert ours.keys() == theirs.keys()
