@@ -28,8 +28,8 @@ from longctx.training.workdir import leaves
 
 ABSL = ('flagfile', 'undefok')   # flags that every table has
 HELP = {'--help', '-help', '-h', '--helpfull', '--helpshort'}
-CONFIG_HELP = ('Config file, such as configs/quickstart.py or configs/quickstart.py:debug; any leaf '
-               'can be overridden: --config.model.num_layers=6.')
+CONFIG_HELP = ('Config file, such as configs/quickstart.py or configs/quickstart.py:debug; any '
+               'leaf can be overridden: --config.model.num_layers=6.')
 KINDS = {'int': 'a whole number', 'float': 'a number', 'bool': 'true or false',
          'tuple': "a tuple, such as '(512, 0)' or \"('a', 'b')\""}
 OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)')
