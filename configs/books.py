@@ -26,6 +26,7 @@ def get_config(variant: str = ''):
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 100
   config.optimizer.ema = 0.999
+  config.mesh.layout = 'single'
   config.run.num_steps = 2000
   config.run.log_every = 20
   config.run.eval_every = 500

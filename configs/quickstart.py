@@ -21,6 +21,7 @@ def get_config(variant: str = ''):
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 60
   config.optimizer.beta2 = 0.99
+  config.mesh.layout = 'single'
   config.run.num_steps = 1000
   config.run.expect = ('loss 2.4 by step 100, 2.0 by 500, 1.7 at the end, each +-0.3; '
                        'held out 2.5 bits per byte')

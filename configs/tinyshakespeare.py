@@ -27,6 +27,7 @@ def get_config(variant: str = ''):
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 100
   config.optimizer.beta2 = 0.99
+  config.mesh.layout = 'single'
   config.run.num_steps = 2000
   config.run.log_every = 50
   config.run.checkpoint_every = 500
