@@ -142,7 +142,7 @@ def test_a_bad_parameter_is_named():
   trainer = train.Trainer(a, '', None, None)
   state = a.init()
   state.params['blocks'][0]['mlp']['w_in'].set_value(
-      state.params['blocks'][0]['mlp']['w_in'].get_value().at[0, 3, 1, 2].set(jnp.inf))
+      state.params['blocks'][0]['mlp']['w_in'].get_value().at[..., 3, 1, 2].set(jnp.inf))
   before = bits(state.params)
   state, (metrics,) = run(a, [make_batch()], state)
   assert bits(state.params) == before

@@ -192,6 +192,8 @@ class Checkpoints:
         self.manager.wait_until_finished()
         self._saving = None
         self._settle_replaced()
+        if self._torn:  # and once more, now that no save is under way
+          self._remove_torn()
       except Exception as e:
         self._failed(e)
 
