@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import functools
 import json
 import random
+import re
 import time
 
 import jax
@@ -17,19 +19,23 @@ from tests.programs import launch, tiny
 LIMIT = 600   # seconds for one process, on a machine that does much else
 
 
-def started(child, output):
-  """Waits for the first step; seconds it took."""
+def wait_for(done, child, output):
+  """Until done(what the process has said); seconds it took."""
   began = time.monotonic()
-  while 'first step after' not in output.read_text():
-    assert child.poll() is None, output.read_text()
+  while not done(output.read_text()):
+    assert child.poll() is None, f'it ended too soon: {output.read_text()}'
     assert time.monotonic() < began + LIMIT, 'the run hangs'
     time.sleep(0.005)
   return time.monotonic() - began
 
 
+def last_step(said):
+  return int(([0, *re.findall(r'^step +(\d+)/', said, re.MULTILINE)])[-1])
+
+
 @contextlib.contextmanager
-def running(arguments, output):
-  child = launch.start(arguments, output)
+def running(arguments, output, quick):
+  child = launch.start(arguments, output, quick=quick)
   try:
     yield child
   finally:
@@ -75,30 +81,34 @@ def test_killed_is_straight(tmp_path, kills, steps):
              'run_log_every': 5, 'run_eval_every': 100, 'run_checkpoint_every': 20,
              'run_compilation_cache': str(tmp_path / 'xla')}
   arguments = lambda folder: launch.command(folder, text, 'windowed', **changes)
+  run = functools.partial(running, quick=kills <= 2)   # the many kills are of the real program
   straight, killed = tmp_path / 'straight', tmp_path / 'killed'
 
   # Undisturbed; how long its parts take scales the instants of the kills.
   output = tmp_path / 'straight.out'
-  with running(arguments(straight), output) as child:
-    starting, began = started(child, output), time.monotonic()
+  with run(arguments(straight), output) as child:
+    starting = wait_for(lambda said: 'first step after' in said, child, output)
+    began = time.monotonic()
     assert child.wait(LIMIT) == 0, output.read_text()
     training = time.monotonic() - began
 
   chance, phases, reached = random.Random(1), collections.Counter(), []
-  while sum(phases.values()) < kills:
-    early = chance.random() < 0.2 if kills > 2 else not phases
-    output = tmp_path / f'killed{sum(phases.values())}.out'
-    with running(arguments(killed), output) as child:
+  for k in range(kills):
+    target = (k + chance.random()) * steps / (kills + 1)
+    early = chance.random() < 0.2 if kills > 2 else k == 0
+    output = tmp_path / f'killed{k}.out'
+    with run(arguments(killed), output) as child:
       if not early:
-        started(child, output)
-      time.sleep(chance.uniform(0, starting if early else training / max(kills, 4)))
+        wait_for(lambda said, target=target: last_step(said) >= target, child, output)
+      # Started again it compiles nothing, and a fifth of the first start is all it takes.
+      time.sleep(chance.uniform(0, starting / 5 if early else training * 20 / steps))
       assert child.poll() is None, f'it ended before it was killed: {output.read_text()}'
     phases[phase(killed, output)] += 1
     saved = Checkpoints(killed / 'checkpoints', read_only=True).steps()
     reached.append(max(saved, default=0))
 
   output = tmp_path / 'last.out'
-  with running(arguments(killed), output) as child:
+  with run(arguments(killed), output) as child:
     assert child.wait(LIMIT) == 0, output.read_text()
   print(f'{kills} kills {dict(phases)}, carried on from {reached}; undisturbed {starting:.1f} s to '
         f'the first step and {training:.1f} s of training')

@@ -235,6 +235,12 @@ def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost
   ours, theirs = saved(config, broken), saved(config, straight)
   assert ours[12] == theirs[12]
   assert ours.keys() == theirs.keys()
+  if config.evaluation.use_ema:
+    train.run(config, broken, mode='eval')
+    assert evaluation(broken) == evaluation(straight)
+    config.evaluation.use_ema = False   # and these were the averaged parameters
+    train.run(config, broken, mode='eval')
+    assert evaluation(broken) != evaluation(straight)
 
 
 def test_terminated_before_the_first_step_and_while_it_evaluates(text, tmp_path, capsys,
