@@ -1,0 +1,24 @@
+"""Every experiment's smoke tier runs and writes what its README shows."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_speed_of_one_device(tmp_path):
+  run = ROOT / 'experiments' / '00_speed_of_one_device' / 'run.py'
+  done = subprocess.run([sys.executable, run, '--tier=smoke', f'--out={tmp_path}'],
+                        capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'results.json').read_text())['results']
+  for shape in ('T=256', 'T=2048'):
+    ours, theirs = found[shape]['longctx'], found[shape]['PyTorch']
+    assert ours['speed_ratio'] > 0 and theirs['speed_ratio'] == 1
+    # The same work: parameters within 5 % (RoPE has no table of positions), losses near ln 257.
+    tables = (256 if shape == 'T=256' else 2048) * 128
+    assert abs(ours['parameters'] / (theirs['parameters'] - tables) - 1) < 0.05
+    assert abs(ours['loss'] - theirs['loss']) < 0.5
+  assert (tmp_path / 'speed.png').stat().st_size > 10_000
