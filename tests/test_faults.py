@@ -78,7 +78,7 @@ def every_bit(config, workdir):
 def test_killed_is_straight(tmp_path, kills, steps):
   text = {'files': tiny.write_corpus(tmp_path / 'text'), 'cache_dir': str(tmp_path / 'cache')}
   changes = {'model_dropout': 0.1, 'optimizer_ema': 0.99, 'run_num_steps': steps,
-             'run_log_every': 5, 'run_eval_every': 100, 'run_checkpoint_every': 20,
+             'run_log_every': 5, 'run_eval_every': 100, 'run_checkpoint_every': max(20, steps // 40),
              'run_compilation_cache': str(tmp_path / 'xla')}
   arguments = lambda folder: launch.command(folder, text, 'windowed', **changes)
   run = functools.partial(running, quick=kills <= 2)   # the many kills are of the real program
