@@ -13,7 +13,6 @@ import errno
 import json
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -24,44 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from longctx.parallel.chips import peak_flops
 from longctx.training.optim import path_name
 from longctx.training.workdir import atomic_write
-
-# Published dense peak of one JAX device, FLOP/s: bfloat16 with float32 sums, float16 where marked.
-# The first pattern that matches the whole `device_kind` counts; no match (a CPU, a slice of a GPU,
-# a chip not listed) has no peak. NVIDIA prints most of these doubled, "with sparsity".
-PEAK_FLOPS = {
-    # docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}, per chip. A chip of v2, v3 and
-    # TPU7x is two devices in JAX.
-    r'TPU v2': 45e12 / 2,
-    r'TPU v3': 123e12 / 2,
-    r'TPU v4': 275e12,
-    r'TPU v5( lite|e)': 197e12,
-    r'TPU v5p?': 459e12,
-    r'TPU v6( lite|e)': 918e12,
-    r'TPU7x': 2307e12 / 2,
-    r'.*\bMIG\b.*': None,
-    r'NVIDIA GB200.*': 2500e12,              # GB200 NVL72 datasheet: 5 PFLOPS sparse
-    r'NVIDIA B200.*': 2250e12,               # HGX B200 datasheet: 4.5 PFLOPS sparse
-    r'NVIDIA (H200|H100) NVL.*': 835.5e12,   # H100 NVL, H200 NVL datasheets: 1671 sparse
-    r'NVIDIA (H200|GH200).*': 989e12,        # H200, GH200 datasheets: 1979 sparse
-    r'NVIDIA H100 PCIe.*': 756e12,           # H100 datasheet: 1513 sparse
-    r'NVIDIA H100.*HBM3.*': 989e12,          # H100 datasheet, SXM5: 1979 sparse
-    r'NVIDIA A100.*': 312e12,                # A100 datasheet, SXM4 and PCIe alike
-    r'NVIDIA L40S': 362e12,                  # L40S datasheet
-    r'NVIDIA L4': 121e12,                    # L4 datasheet: 242 sparse
-    r'NVIDIA A10': 125e12,                   # A10 datasheet
-    r'NVIDIA GeForce RTX 4090': 165.2e12,    # Ada GPU architecture, appendix A
-    r'NVIDIA GeForce RTX 3090': 71e12,       # GA102 GPU architecture, appendix A
-    r'(Tesla|NVIDIA) V100-SXM.*': 125e12,    # V100 datasheet; float16
-    r'(Tesla|NVIDIA) V100-PCIE.*': 112e12,   # V100 datasheet; float16
-    r'(Tesla|NVIDIA) T4': 65e12,             # T4 datasheet; float16
-}
-
-
-def peak_flops(kind: str) -> float | None:
-  """Published FLOP/s of a device by its `device_kind`; None where unknown."""
-  return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, kind)), None)
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float, *, kind: str,
