@@ -37,6 +37,13 @@ class Assembly(NamedTuple):
   init: Callable[[], step.TrainState]      # jitted, sharded
   abstract: step.TrainState                # ShapeDtypeStructs with shardings
 
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the stream yields, as shapes with shardings."""
+    shape = (self.parts.data.batch_size, self.parts.data.length)
+    sharding = self.layout.sharding('batch', 'length')
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, dtype in stream.DTYPES.items()}
+
 
 def make_model(config: Any, key: jax.Array) -> nnx.Module:
   return MODELS[config.name][1](config, rngs=nnx.Rngs(key))

@@ -1,6 +1,8 @@
 """python -m longctx.main --config=configs/X.py --workdir=W [--mode=train|eval] [--config.a.b=c]
+python -m longctx.main --config=configs/X.py --mode=compile|plan [--topology=v5e:8x8]
 
 Trains the config's model in the folder W; the same command again carries on from where it ended.
+Or says, without training, what a step needs of the devices that are here, or of a topology.
 """
 
 # Flags in, one call. A user's mistake ends in one line on stderr and exit status 2.
@@ -9,6 +11,7 @@ Trains the config's model in the folder W; the same command again carries on fro
 import os
 import re
 import sys
+from typing import Any
 
 from absl import flags, logging
 
@@ -16,7 +19,8 @@ from longctx import command_line
 from longctx.command_line import complain
 from longctx.errors import ConfigError, check, check_choice, check_range
 
-MODES = ('train', 'eval')
+MODES = ('train', 'eval', 'compile', 'plan')
+NEED_WORKDIR = ('train', 'eval')
 
 
 def define_flags() -> flags.FlagValues:
@@ -24,8 +28,11 @@ def define_flags() -> flags.FlagValues:
   table = flags.FlagValues()
   text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
   whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
-  text('workdir', '', 'Folder of the run: checkpoints, metrics, figures.')
-  text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate the newest checkpoint.')
+  text('workdir', '', 'Folder of the run: checkpoints, metrics, figures. compile and plan write '
+       'their JSON there, or into the current directory.')
+  text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate the newest checkpoint. '
+       'compile: compile the step and say what it needs. plan: predict its memory, part by part.')
+  text('topology', '', 'With compile and plan: a TPU slice that need not be here, such as v5e:8x8.')
   text('allow_config_change', '', 'Keys or sections, with commas between, in which the config may '
        'differ from the one that the workdir has.')
   flags.DEFINE_bool('distributed', False, 'One of several processes: call '
@@ -46,9 +53,11 @@ def help_text() -> str:
 
 
 def check_flags(f: flags.FlagValues) -> None:
-  check(bool(f.workdir), '--workdir: missing; give a folder for the run, such as '
-        '--workdir=runs/quickstart')
   check_choice('--mode', f.mode, MODES)
+  check(bool(f.workdir) or f.mode not in NEED_WORKDIR, '--workdir: missing; give a folder for the '
+        'run, such as --workdir=runs/quickstart')
+  check(not f.topology or f.mode not in NEED_WORKDIR, f'--topology={f.topology}: does nothing with '
+        f'--mode={f.mode}; give --mode=compile or --mode=plan')
   check(not f.coordinator_address or re.fullmatch(r'.+:\d+', f.coordinator_address) is not None,
         f'--coordinator_address={f.coordinator_address}: must be host:port, such as 10.0.0.1:1234')
   check_range('--num_processes', f.num_processes, 0)
@@ -101,8 +110,8 @@ def set_compilation_cache(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
-def run(argv: list[str]) -> None:
-  """Reads the command line, checks it and does what it says."""
+def run(argv: list[str]) -> int:
+  """Reads the command line, checks it and does what it says; the exit status."""
   f, config = command_line.parse_with_config(define_flags, argv)
   check(config is not None, '--config: missing; give a config file, such as '
         '--config=configs/quickstart.py')
@@ -110,11 +119,29 @@ def run(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   from longctx import configuration
   parts = configuration.parts(config)   # before other processes, or a compiler, are waited for
+  if f.mode not in NEED_WORKDIR:
+    return look_ahead(f, config)
   initialize_distributed(f)
   check_devices()
   set_compilation_cache(parts.run.compilation_cache)
   from longctx import train
   train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change)
+  return 0
+
+
+def look_ahead(f: flags.FlagValues, config: Any) -> int:
+  """--mode=compile and --mode=plan: 1 where the step does not fit."""
+  if f.topology:
+    from longctx.parallel import aot
+    aot.check_topology(f.topology)
+    import jax
+    jax.config.update('jax_platforms', 'cpu')   # what is here is not asked for, and not taken
+  check_devices()
+  if f.mode == 'compile':
+    from longctx import compile
+    return compile.run(config, f.workdir, f.topology)
+  from longctx import plan
+  return plan.run(config, f.workdir, f.topology)
 
 
 def main(argv: list[str]) -> int:
@@ -122,13 +149,12 @@ def main(argv: list[str]) -> int:
     if command_line.HELP & set(argv[1:]):
       print(help_text())
       return 0
-    run(argv)
+    return run(argv)
   except ConfigError as e:
     return complain(e)
   except KeyboardInterrupt:
     complain(KeyboardInterrupt('interrupted; the same command carries on from the last checkpoint'))
     return 130
-  return 0
 
 
 if __name__ == '__main__':

@@ -76,6 +76,16 @@ def publish(found: result.Result, folder: str, at: int) -> None:
   print(f'figure: {figure}', flush=True)
 
 
+def jit_step(a: Assembly) -> Any:
+  """The jitted update (state, batch) -> (state, scalars) that a run of `a` takes."""
+  update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
+                             a.parts.run.accumulate, a.parts.optimizer.ema)
+  shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
+  return jax.jit(mesh.under(a.layout, update), donate_argnums=0,
+                 out_shardings=(shardings, a.layout.sharding()),
+                 compiler_options=mesh.compiler_options(a.layout))
+
+
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
@@ -85,12 +95,7 @@ class Trainer:
     self.config = a.parts.run
     self.main = jax.process_index() == 0
     self.progress: metrics_lib.Progress | None = None
-    update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
-                               a.parts.run.accumulate, a.parts.optimizer.ema)
-    shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
-    self.step = jax.jit(mesh.under(a.layout, update), donate_argnums=0,
-                        out_shardings=(shardings, a.layout.sharding()),
-                        compiler_options=mesh.compiler_options(a.layout))
+    self.step = jit_step(a)
 
   # The state, and where it goes.
 
