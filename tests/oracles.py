@@ -221,50 +221,75 @@ def newton_schulz(matrix):
 # --- Attention -------------------------------------------------------------------------------
 
 
-def seen_keys(start, end, k_index, b, t):
-  return [s for s in range(k_index.shape[1]) if start[b, t] <= k_index[b, s] < end[b, t]]
+def interval_mask(start, end, k_index):
+  """[B, T, S] bool: start[b, t] <= k_index[b, s] < end[b, t]."""
+  sees = np.zeros((*start.shape, k_index.shape[1]), bool)
+  for b, t, s in np.ndindex(*sees.shape):
+    sees[b, t, s] = start[b, t] <= k_index[b, s] < end[b, t]
+  return sees
 
 
 def attention(q, k, v, start, end, k_index, scale):
   """(out [B, T, N, H], lse [B, T, N]): softmax over the keys seen; none seen: 0 and -inf."""
-  (batch, length, heads, dim), group = q.shape, q.shape[2] // k.shape[2]
-  out, lse = np.zeros((batch, length, heads, dim)), np.full((batch, length, heads), -np.inf)
-  for b in range(batch):
-    for t in range(length):
-      keys = seen_keys(start, end, k_index, b, t)
-      for n in range(heads):
-        if not keys:
-          continue
-        scores = [scale * float(np.dot(q[b, t, n], k[b, s, n // group])) for s in keys]
-        top = max(scores)
-        total = sum(np.exp(x - top) for x in scores)
-        lse[b, t, n] = top + np.log(total)
-        for x, s in zip(scores, keys):
-          out[b, t, n] += np.exp(x - top) / total * v[b, s, n // group]
-  return out, lse
+  return masked_attention(q, k, v, interval_mask(start, end, k_index), scale)
 
 
 def attention_gradients(q, k, v, start, end, k_index, scale, dout, dlse):
   """Gradients in q, k, v of sum(out * dout) + sum(lse * dlse), by the softmax's Jacobian."""
-  group = q.shape[2] // k.shape[2]
+  return masked_gradients(q, k, v, interval_mask(start, end, k_index), scale, dout, dlse)[:3]
+
+
+def _row(q, k, sees, scale, softcap, bias, sink, b, t, n):
+  """Of one query and head: keys seen, d score / d q.k, probabilities of the keys, lse."""
+  head = n // (q.shape[2] // k.shape[2])
+  keys = np.flatnonzero(sees[b, t])
+  scores = np.array([scale * np.dot(q[b, t, n], k[b, s, head]) for s in keys])
+  slope = np.full(len(keys), scale)
+  if softcap:
+    slope = scale * (1 - np.tanh(scores / softcap) ** 2)
+    scores = softcap * np.tanh(scores / softcap)
+  if bias is not None:
+    scores = scores + bias[n, t, keys]
+  terms = scores if sink is None else np.append(scores, sink[n])
+  if len(terms) == 0:
+    return keys, slope, scores, -np.inf
+  lse = terms.max() + np.log(np.exp(terms - terms.max()).sum())
+  return keys, slope, np.exp(scores - lse), lse
+
+
+def masked_attention(q, k, v, sees, scale, softcap=0.0, bias=None, sink=None):
+  """(out, lse) of scores c tanh(scale q.k / c) + bias[n, t, s]; sink[n] is one more logit."""
+  out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+  for b, t, n in np.ndindex(*q.shape[:3]):
+    keys, _, p, lse[b, t, n] = _row(q, k, sees, scale, softcap, bias, sink, b, t, n)
+    for s, weight in zip(keys, p):
+      out[b, t, n] += weight * v[b, s, n // (q.shape[2] // k.shape[2])]
+  return out, lse
+
+
+def masked_gradients(q, k, v, sees, scale, dout, dlse, softcap=0.0, bias=None, sink=None):
+  """(dq, dk, dv, dbias, dsink) of sum(out * dout) + sum(lse * dlse), by the softmax's Jacobian."""
   dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
-  for b in range(q.shape[0]):
-    for t in range(q.shape[1]):
-      keys = seen_keys(start, end, k_index, b, t)
-      for n in range(q.shape[2]):
-        if not keys:
-          continue
-        head = n // group
-        scores = np.array([scale * np.dot(q[b, t, n], k[b, s, head]) for s in keys])
-        p = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
-        jacobian = np.diag(p) - np.outer(p, p)                        # d p / d scores
-        dp = np.array([np.dot(dout[b, t, n], v[b, s, head]) for s in keys])
-        dscores = jacobian @ dp + dlse[b, t, n] * p                   # d lse / d scores = p
-        for i, s in enumerate(keys):
-          dq[b, t, n] += scale * dscores[i] * k[b, s, head]
-          dk[b, s, head] += scale * dscores[i] * q[b, t, n]
-          dv[b, s, head] += p[i] * dout[b, t, n]
-  return dq, dk, dv
+  dbias = np.zeros((q.shape[2], q.shape[1], k.shape[1]))
+  dsink = np.zeros(q.shape[2])
+  for b, t, n in np.ndindex(*q.shape[:3]):
+    head = n // (q.shape[2] // k.shape[2])
+    keys, slope, p, lse = _row(q, k, sees, scale, softcap, bias, sink, b, t, n)
+    if lse == -np.inf:
+      continue
+    every = p if sink is None else np.append(p, np.exp(sink[n] - lse))
+    dp = np.array([np.dot(dout[b, t, n], v[b, s, head]) for s in keys]
+                  + ([] if sink is None else [0.0]))
+    jacobian = np.diag(every) - np.outer(every, every)                # d p / d scores
+    dscores = jacobian @ dp + dlse[b, t, n] * every                   # d lse / d scores = p
+    if sink is not None:
+      dsink[n] += dscores[-1]
+    for i, s in enumerate(keys):
+      dq[b, t, n] += slope[i] * dscores[i] * k[b, s, head]
+      dk[b, s, head] += slope[i] * dscores[i] * q[b, t, n]
+      dv[b, s, head] += p[i] * dout[b, t, n]
+      dbias[n, t, s] += dscores[i]
+  return dq, dk, dv, dbias, dsink
 
 
 # Models. Written from the papers named in longctx/models and longctx/recurrence.

@@ -4,13 +4,18 @@ B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.attention import IMPLEMENTATIONS, attend, blockwise, merge
+from longctx.attention import Intervals, attend, attention, biases, blockwise, merge, reference
+from longctx.attention import intervals as intervals_module
+from longctx.attention.intervals import Options, sliding_window, with_sinks
+from longctx.parallel import sequence
 from tests import oracles
 
 H, SCALE = 8, 8 ** -0.5
@@ -59,8 +64,16 @@ MASKS = {'causal': causal(2, LENGTH), 'packed': packed(2, LENGTH), 'window': win
 CROSS = {'short': cross(2, 9, 43), 'long': cross(2, 43, 17), 'one query': cross(2, 1, 33),
          'one key': causal(2, 1)}
 HEADS = {'MHA': (2, 2), 'GQA': (6, 2), 'MQA': (4, 1)}
-RUNS = {'reference': IMPLEMENTATIONS['reference'],
-        'blockwise': functools.partial(blockwise.attend, block=16)}
+KERNELS = {'reference': types.SimpleNamespace(forward=reference.forward,
+                                              backward=reference.backward),
+           'blockwise': types.SimpleNamespace(
+               forward=functools.partial(blockwise.forward, block=16),
+               backward=functools.partial(blockwise.backward, block=16))}
+
+
+def intervals(start, end, index):
+  return Intervals(start_BT=start, end_BT=end, index_BT=np.arange(start.shape[1]) + 0 * start,
+                   key_index_BS=index)
 
 
 def arrays(seed, queries, keys, heads, batch=2):
@@ -70,12 +83,21 @@ def arrays(seed, queries, keys, heads, batch=2):
                for shape in ((queries, n), (keys, k), (keys, k)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1),
+def run_kernel(name, q, k, v, start, end, index, *, options=None):
+  options = options or Options(scale=SCALE)
+  arguments = jax.tree.map(jnp.asarray, (q, k, v, intervals(start, end, index), options))
+  return sequence.one_device(KERNELS[name], True, *arguments)
+
+
+RUNS = {name: functools.partial(run_kernel, name) for name in KERNELS}
+
+
+@functools.partial(jax.jit, static_argnums=0,
                    compiler_options={'xla_llvm_disable_expensive_passes': True})   # compile faster
-def values_and_gradients(run, options, qkv, mask, cotangents):
-  both = lambda *qkv: run(*qkv, *mask, scale=SCALE, **dict(options))
+def values_and_gradients(run, qkv, mask, cotangents):
+  both = lambda *qkv: run(*qkv, *mask)
   out, pull = jax.vjp(both, *qkv)
-  return out, pull(cotangents)
+  return out, pull(tuple(d.astype(x.dtype) for d, x in zip(cotangents, out)))
 
 
 def cotangents_of(q):
@@ -101,7 +123,7 @@ def check_close(got, want, tolerance):
 def test_values_and_gradients_are_the_definition(mask, heads, name):
   mask, qkv = MASKS[mask], arrays(0, LENGTH, LENGTH, heads)
   cotangents = cotangents_of(qkv[0])
-  got = values_and_gradients(RUNS[name], (), qkv, mask, cotangents)
+  got = values_and_gradients(RUNS[name], qkv, mask, cotangents)
   check_close(got, expected(qkv, mask, cotangents), 1e-5)
 
 
@@ -111,19 +133,7 @@ def test_queries_and_keys_of_different_numbers(mask, name):
   mask = CROSS[mask]
   qkv = arrays(1, mask[0].shape[1], mask[2].shape[1], 'GQA')
   cotangents = cotangents_of(qkv[0])
-  got = values_and_gradients(RUNS[name], (), qkv, mask, cotangents)
-  check_close(got, expected(qkv, mask, cotangents), 1e-5)
-
-
-@pytest.mark.parametrize('name', RUNS)
-@pytest.mark.parametrize('whole', [False, True])
-def test_what_the_caller_knows_changes_nothing(whole, name):
-  """`causal` for packed documents, `causal` and `whole` for one document."""
-  mask = MASKS['causal' if whole else 'packed']
-  options = (('causal', True), ('whole', whole))
-  qkv = arrays(2, LENGTH, LENGTH, 'GQA')
-  cotangents = cotangents_of(qkv[0])
-  got = values_and_gradients(RUNS[name], options, qkv, mask, cotangents)
+  got = values_and_gradients(RUNS[name], qkv, mask, cotangents)
   check_close(got, expected(qkv, mask, cotangents), 1e-5)
 
 
@@ -133,7 +143,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(name):
   start, _, index = causal(2, LENGTH)
   end = start.copy()
   end[0, 20] = 21   # one row sees; all else is padding
-  (out, lse), (dq, dk, dv) = values_and_gradients(RUNS[name], (), qkv, (start, end, index),
+  (out, lse), (dq, dk, dv) = values_and_gradients(RUNS[name], qkv, (start, end, index),
                                                   cotangents_of(qkv[0]))
   seen = np.zeros((2, LENGTH), bool)
   seen[0, 20] = True
@@ -148,16 +158,14 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(name):
 
 
 @pytest.mark.parametrize('name', RUNS)
-@pytest.mark.parametrize('options', [(), (('causal', True), ('whole', True))])
-def test_the_future_moves_nothing_bit_for_bit(name, options):
+def test_the_future_moves_nothing_bit_for_bit(name):
   q, k, v = arrays(4, LENGTH, LENGTH, 'GQA')
   mask, cotangents = causal(2, LENGTH), cotangents_of(q)
-  (out, lse), (dq, _, _) = values_and_gradients(RUNS[name], options, (q, k, v), mask, cotangents)
+  (out, lse), (dq, _, _) = values_and_gradients(RUNS[name], (q, k, v), mask, cotangents)
   k2, v2 = k.copy(), v.copy()
   k2[:, 30:] += 100
   v2[:, 30:] -= 100
-  (out2, lse2), (dq2, _, _) = values_and_gradients(RUNS[name], options, (q, k2, v2), mask,
-                                                   cotangents)
+  (out2, lse2), (dq2, _, _) = values_and_gradients(RUNS[name], (q, k2, v2), mask, cotangents)
   for a, b in ((out, out2), (lse, lse2), (dq, dq2)):
     assert (np.asarray(a)[:, :30] == np.asarray(b)[:, :30]).all()
     assert (np.asarray(a)[:, 30:] != np.asarray(b)[:, 30:]).any(axis=-1).all()
@@ -168,7 +176,7 @@ def test_large_scores_do_not_overflow(name):
   q, k, v = arrays(5, LENGTH, LENGTH, 'GQA')
   qkv, mask = (300 * q, k, v), causal(2, LENGTH)
   cotangents = cotangents_of(q)
-  check_close(values_and_gradients(RUNS[name], (), qkv, mask, cotangents),
+  check_close(values_and_gradients(RUNS[name], qkv, mask, cotangents),
               expected(qkv, mask, cotangents), 2e-3)
 
 
@@ -178,8 +186,8 @@ def test_bfloat16_is_as_good_as_its_rounding(name):
   qkv, mask = arrays(6, LENGTH, LENGTH, 'GQA'), causal(2, LENGTH)
   half = tuple(jnp.asarray(x, jnp.bfloat16) for x in qkv)
   dout, dlse = cotangents_of(qkv[0])
-  got = values_and_gradients(RUNS[name], (), half, mask, (jnp.asarray(dout, jnp.bfloat16), dlse))
-  assert got[0][0].dtype == jnp.bfloat16
+  got = values_and_gradients(RUNS[name], half, mask, (jnp.asarray(dout, jnp.bfloat16), dlse))
+  assert got[0][0].dtype == jnp.float32   # a ring merges parts before anything is rounded
   assert got[0][1].dtype == jnp.float32
   assert all(x.dtype == jnp.bfloat16 for x in got[1])
   want = expected([np.asarray(x, np.float32) for x in half], mask,
@@ -195,13 +203,13 @@ def test_merge_of_two_parts_is_the_whole(name):
   mask = MASKS['padding']
   qkv, cut = arrays(8, LENGTH, LENGTH, 'GQA'), 19
 
-  def run(q, k, v, start, end, index, *, scale):
-    part = lambda s: RUNS[name](q, k[:, s], v[:, s], start, end, index[:, s], scale=scale)
+  def run(q, k, v, start, end, index):
+    part = lambda s: RUNS[name](q, k[:, s], v[:, s], start, end, index[:, s])
     return merge(part(slice(0, cut)), part(slice(cut, None)))
 
   cotangents = cotangents_of(qkv[0])
   want = expected(qkv, mask, cotangents)
-  got = values_and_gradients(run, (), qkv, mask, cotangents)
+  got = values_and_gradients(run, qkv, mask, cotangents)
   seen = want[0][1] > -1e29
   np.testing.assert_allclose(np.asarray(got[0][1])[seen], want[0][1][seen], rtol=1e-5, atol=1e-5)
   assert (np.asarray(got[0][1])[~seen] < -1e29).all()
@@ -209,65 +217,167 @@ def test_merge_of_two_parts_is_the_whole(name):
   check_close(got, ((want[0][0], lse), want[1]), 1e-5)
 
 
+def counted_tiles(start, end, index, size):
+  """(the plan's tiles, whether it calls them whole), [B, I, J] bool each."""
+  cut = lambda x: jnp.asarray(x).reshape(x.shape[0], -1, size)
+  plan = jax.tree.map(np.asarray, blockwise.make_plan([(cut(start), cut(end))], cut(index)))
+  number = np.arange(index.shape[1] // size)
+  inside = lambda first, last: (first[..., None] <= number) & (number < last[..., None])
+  return inside(plan.left, plan.right), inside(plan.inner_first, plan.inner_end), plan
+
+
 def test_blocks_that_nobody_sees_are_not_computed():
-  """The plan lists every tile with a visible pair once, none without; the inner ones need no mask."""
   size = 8
-  for start, end, index in (packed(3, 64), window(3, 64), padding(3, 64), cross(3, 24, 64)):
-    sees = (start[:, :, None] <= index[:, None]) & (index[:, None] < end[:, :, None])
-    tiles = sees.reshape(3, -1, size, 64 // size, size)
+  for name, mask in dict(packed=packed(3, 64), window=window(3, 64), padding=padding(3, 64),
+                         cross=cross(3, 24, 64)).items():
+    tiles = oracles.interval_mask(*mask).reshape(3, -1, size, 64 // size, size)
     some, every = tiles.any((2, 4)), tiles.all((2, 4))
-    cut = lambda x: jnp.asarray(x).reshape(3, -1, size)
-    plan = jax.tree.map(np.asarray, blockwise.make_plan(cut(start), cut(end), cut(index)))
-    for b in range(3):
-      for i in range(some.shape[1]):
-        inner = plan.inner_BIJ[b, i, :plan.inner_count_BI[b, i]].tolist()
-        edge = plan.edge_BIJ[b, i, :plan.edge_count_BI[b, i]].tolist()
-        assert sorted(inner) == np.flatnonzero(every[b, i]).tolist()
-        assert len(set(edge)) == len(edge)
-        assert set(np.flatnonzero(some[b, i] & ~every[b, i])) <= set(edge)
-        assert not set(edge) & set(inner)
-  start, end, index = packed(1, 64)   # in order, an interval's blocks are exact
-  plan = blockwise.make_plan(*(jnp.asarray(x).reshape(1, -1, size) for x in (start, end, index)))
-  sees = (start[:, :, None] <= index[:, None]) & (index[:, None] < end[:, :, None])
-  some = sees.reshape(1, 8, size, 8, size).any((2, 4))
-  assert int(plan.inner_count_BI.sum() + plan.edge_count_BI.sum()) <= some.sum() + 8
+    computed, whole, plan = counted_tiles(*mask, size)
+    assert (computed | ~some).all(), name
+    assert (every | ~whole).all(), name
+    assert (plan.count() == computed.sum(-1)).all(), name
+    if name in ('packed', 'window'):   # keys in order: exact
+      assert (computed == some).all(), name
+      assert (whole == every).all(), name
+  # A striped order of the tokens leaves the tiles exact too.
+  start, end, index = packed(1, 64)
+  order = np.concatenate([np.arange(64).reshape(-1, size)[d::2].reshape(-1) for d in range(2)])
+  mine = order[:32]
+  computed, _, _ = counted_tiles(start[:, mine], end[:, mine], index[:, order[32:]], size)
+  sees = oracles.interval_mask(start[:, mine], end[:, mine], index[:, order[32:]])
+  some = sees.reshape(1, 4, size, 4, size).any((2, 4))
+  assert (computed == some).all()
 
 
-def test_the_causal_plan_is_what_looking_finds():
-  start, end, index = causal(2, 48)
-  cut = lambda x: jnp.asarray(x).reshape(2, -1, 8)
-  looked = blockwise.make_plan(cut(start), cut(end), cut(index))
-  known = blockwise.causal_plan(2, 6)
-  for a, b in zip(known[1::2], looked[1::2]):
-    assert (np.asarray(a) == np.asarray(b)).all()
-  for which in (0, 2):
-    for i in range(6):
-      count = int(known[which + 1][0, i])
-      assert (np.asarray(known[which][0, i, :count])
-              == np.asarray(looked[which][0, i, :count])).all()
+SCORES = {'softcap': dict(softcap=2.0), 'alibi': dict(bias=biases.alibi(6)),
+          't5': dict(bias=biases.T5Buckets(
+              np.random.RandomState(3).randn(6, 8).astype(np.float32), max_distance=20)),
+          't5 both ways, capped': dict(softcap=3.0, bias=biases.T5Buckets(
+              np.random.RandomState(4).randn(6, 8).astype(np.float32), max_distance=20,
+              bidirectional=True))}
 
 
-def gradient_temp_bytes(run, length):
+@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('scores', SCORES)
+def test_soft_caps_and_biases_are_the_definition(scores, name):
+  settings = SCORES[scores]
+  mask, qkv = MASKS['any order' if 'both' in scores else 'packed'], arrays(10, LENGTH, LENGTH, 'GQA')
+  cotangents = cotangents_of(qkv[0])
+  options = Options(scale=SCALE, **settings)
+
+  @functools.partial(jax.jit, compiler_options={'xla_llvm_disable_expensive_passes': True})
+  def run(qkv, options):
+    out, pull = jax.vjp(lambda qkv, options: RUNS[name](*qkv, *mask, options=options), qkv, options)
+    return out, pull(cotangents)
+
+  out, (dqkv, doptions) = run(qkv, options)
+  sees = oracles.interval_mask(*mask)
+  bias, table = None, settings.get('bias')
+  if table is not None:
+    bias = np.asarray([oracle_bias(table, n, np.arange(LENGTH), mask[2][0]) for n in range(6)])
+    if 'both' in scores:   # the keys' order differs between rows
+      sees, qkv, dqkv, out = sees[:1], [x[:1] for x in qkv], [x[:1] for x in dqkv], [x[:1] for x in out]
+      cotangents = [x[:1] for x in cotangents]
+  qkv64 = [x.astype(np.float64) for x in qkv]
+  want = oracles.masked_attention(*qkv64, sees, SCALE, settings.get('softcap', 0.0), bias)
+  *grads, dbias, _ = oracles.masked_gradients(*qkv64, sees, SCALE, *cotangents,
+                                              settings.get('softcap', 0.0), bias)
+  check_close((out, dqkv), ((want[0], np.maximum(want[1], -1e30)), grads), 1e-5)
+  if scores == 't5':   # each bucket gathers its scores' gradients
+    expected_table = np.zeros((6, 8))
+    for n, t, s in np.ndindex(*dbias.shape):
+      expected_table[n, oracle_bucket(t - s, 8, 20)] += dbias[n, t, s]
+    np.testing.assert_allclose(doptions.bias.table_NX, expected_table, rtol=1e-4, atol=1e-4)
+  if scores == 'alibi':
+    expected_slope = [-(dbias[n] * np.abs(np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH))))
+                      .sum() for n in range(6)]
+    np.testing.assert_allclose(doptions.bias.slope_N, expected_slope, rtol=1e-4, atol=1e-3)
+
+
+def oracle_bucket(distance, buckets, far):
+  """T5: half the buckets exact, the others log-spaced up to `far` (arXiv:1910.10683)."""
+  distance, exact = max(distance, 0), buckets // 2
+  if distance < exact:
+    return distance
+  step = np.float32(np.log(np.float32(distance / exact))) / np.float32(np.log(far / exact))
+  return min(buckets - 1, exact + int(step * (buckets - exact)))
+
+
+def oracle_bias(table, n, q_index, k_index):
+  rows = np.zeros((len(q_index), len(k_index)))
+  for (i, t), (j, s) in itertools.product(enumerate(q_index), enumerate(k_index)):
+    if isinstance(table, biases.Alibi):
+      rows[i, j] = -2.0 ** -[2, 4, 6, 8, 1, 3][n] * abs(t - s)
+    elif table.bidirectional:
+      rows[i, j] = table.table_NX[n, oracle_bucket(abs(t - s), 4, 20) + (4 if s > t else 0)]
+    else:
+      rows[i, j] = table.table_NX[n, oracle_bucket(t - s, 8, 20)]
+  return rows
+
+
+@pytest.mark.parametrize('name', ['reference', 'blockwise'])
+def test_learned_sink_logits_take_their_share_and_learn(name):
+  """The extra logit, its gradient, and a query that sees nothing but the sink: out 0."""
+  mask, qkv = MASKS['padding'], arrays(11, LENGTH, LENGTH, 'GQA')
+  dout, _ = cotangents_of(qkv[0])
+  sink = np.random.RandomState(0).randn(6).astype(np.float32)
+  run = lambda sink, *qkv: attention(*qkv, intervals(*mask), scale=SCALE, sink_N=sink,
+                                     implementation=name)
+  out, pull = jax.vjp(run, sink, *qkv)
+  dsink, *grads = pull(dout)
+  qkv64, sees = [x.astype(np.float64) for x in qkv], oracles.interval_mask(*mask)
+  want, _ = oracles.masked_attention(*qkv64, sees, SCALE, sink=sink)
+  *want_grads, _, want_sink = oracles.masked_gradients(
+      *qkv64, sees, SCALE, dout, np.zeros(dout.shape[:3]), sink=sink)
+  for a, b in zip((out, *grads, dsink), (want, *want_grads, want_sink)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_first_tokens_stay_in_sight_of_a_window(name):
+  """Attention sinks: a second interval; the kernel walks its blocks too, and no others."""
+  masks = [with_sinks(sliding_window(2, LENGTH, 5), 3),
+           with_sinks(intervals_module.packed(jnp.asarray(packed(2, LENGTH)[0])), 2,
+                      jnp.asarray(packed(2, LENGTH)[0]))]
+  qkv = arrays(12, LENGTH, LENGTH, 'GQA')
+  cotangents = cotangents_of(qkv[0])
+  for mask in masks:
+    run = lambda *qkv, mask=mask: sequence.one_device(KERNELS[name], True, *qkv, mask,
+                                                      Options(scale=SCALE))
+    out, pull = jax.vjp(run, *qkv)
+    sees = oracles.interval_mask(mask.start_BT, mask.end_BT, mask.index_BT)
+    sees |= oracles.interval_mask(mask.sink_start_BT, mask.sink_end_BT, mask.index_BT)
+    qkv64 = [x.astype(np.float64) for x in qkv]
+    want = oracles.masked_attention(*qkv64, sees, SCALE)
+    grads = oracles.masked_gradients(*qkv64, sees, SCALE, *cotangents)[:3]
+    check_close((out, pull(cotangents)), (want, grads), 1e-5)
+
+
+def gradient_temp_bytes(length):
   shape = lambda heads: jax.ShapeDtypeStruct((1, length, heads, 32), jnp.float32)
-  row = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  loss = lambda q, k, v, *mask: run(q, k, v, *mask, scale=SCALE)[0].sum()
-  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2), row, row, row)
+  loss = lambda q, k, v: attention(q, k, v, intervals_module.causal(1, length),
+                                   implementation='blockwise').sum()
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape(4), shape(2), shape(2))
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_is_linear_in_length():
-  short, long = (gradient_temp_bytes(blockwise.attend, n) for n in (4096, 8192))
+  short, long = (gradient_temp_bytes(n) for n in (4096, 8192))
   assert long <= 2.1 * short
   assert long <= 4 * 8192 * 8192 * 4 / 40   # one set of scores, 4 heads, would be 1 GiB
 
 
-def test_auto_takes_tiles_for_long_queries_and_refuses_uneven_groups():
-  qkv, mask = arrays(9, 130, 130, 'GQA'), causal(2, 130)
-  auto = attend(*qkv, *mask, scale=SCALE, causal=True, whole=True)
-  want = RUNS['reference'](*qkv, *mask, scale=SCALE)
+def test_auto_takes_tiles_for_long_queries_and_bad_calls_are_refused():
+  qkv, mask = arrays(9, 130, 130, 'GQA'), intervals_module.causal(2, 130)
+  auto = attend(*qkv, mask)
+  want = sequence.one_device(reference, True, *qkv, mask, Options(scale=SCALE))
   for a, b in zip(auto, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match='3 query heads must be a multiple of 2'):
-    attend(qkv[0][:, :, :3], *qkv[1:], *mask, scale=SCALE)
+    attend(qkv[0][:, :, :3], *qkv[1:], mask)
   with pytest.raises(ValueError, match='must be auto or one of'):
-    attend(*qkv, *mask, scale=SCALE, implementation='fast')
+    attend(*qkv, mask, implementation='fast')
+  with pytest.raises(ValueError, match=r'the mask is of \(2, 100\) queries'):
+    attend(*qkv, intervals_module.causal(2, 100))
+  with pytest.raises(ValueError, match='must be'):
+    attend(qkv[0], qkv[1], qkv[2][:, :5], mask)

@@ -1,221 +1,362 @@
 """Attention in tiles of queries x keys: memory grows with T, and tiles that nobody sees cost nothing.
 
 Each query block walks the key blocks it needs with the online softmax; the backward pass makes
-each tile's probabilities again from (out, lse). Which tiles are needed is read from the intervals
-(`Plan`), so causal masks, packed documents, windows and padding are one case; a tile that all its
-queries see whole skips the mask.
+each tile's probabilities again from (out, lse). Which blocks are needed is read from the intervals
+(`Plan`), so every mask is one case, under any layout of the tokens; a tile that all its queries see
+whole skips the mask. Pure JAX: any platform.
 
 Sources: Rabe & Staats 2021, arXiv:2112.05682; FlashAttention, Dao et al. 2022, arXiv:2205.14135
 (the backward pass from lse and delta = sum(out * dout)).
-Held by: tests/test_attention.py.
+Held by: tests/test_attention.py, tests/test_ring.py.
 
 B batch  T queries  S keys  N query heads  K kv heads  G = N / K  H head dim
 I query blocks  J key blocks  P queries of a block  R keys of a block  M = G P rows of a tile
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longctx.attention.intervals import Intervals, Options
+
+LSE_GRADIENT = True
 NEG_INF = -1e30   # finite: a row that sees nothing gives 0, not NaN
 BLOCK = 128       # queries and keys of a tile: its scores and probabilities stay in a core's cache
 NEVER = np.iinfo(np.int32).max   # index of a key that pads a block: no interval holds it
 
 
-class Plan(NamedTuple):
-  """The tiles to compute. `inner` lists those seen whole, `edge` those that need the mask."""
-
-  inner_BIJ: jax.Array         # int32: key blocks, the needed ones first
-  inner_count_BI: jax.Array
-  edge_BIJ: jax.Array
-  edge_count_BI: jax.Array
+def cannot(q: Any, k: Any, v: Any, mask: Intervals, options: Options) -> str:
+  """It serves everything."""
+  del q, k, v, mask, options
+  return ''
 
 
-def make_plan(start_BIP: jax.Array, end_BIP: jax.Array, index_BJR: jax.Array) -> Plan:
-  """Compares each query block's intervals with each key block's indices; never [T, S]."""
-  real_BIP = start_BIP < end_BIP
-  first_BI = jnp.where(real_BIP, start_BIP, NEVER).min(-1)   # first key that anybody sees
-  last_BI = jnp.where(real_BIP, end_BIP, -NEVER).max(-1)
-  low_BJ, high_BJ = index_BJR.min(-1), index_BJR.max(-1)
-  needed_BIJ = (low_BJ[:, None] < last_BI[..., None]) & (first_BI[..., None] <= high_BJ[:, None])
-  whole_BIJ = ((start_BIP.max(-1)[..., None] <= low_BJ[:, None])
-               & (high_BJ[:, None] < end_BIP.min(-1)[..., None]))
-  listed = lambda which: (jnp.argsort(~which, axis=-1, stable=True).astype(jnp.int32),
-                          which.sum(-1, dtype=jnp.int32))
-  return Plan(*listed(whole_BIJ), *listed(needed_BIJ & ~whole_BIJ))
+def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
+            options: Options, *, block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
+  """(out_BTNH, lse_BTN), both float32 at least, lse in natural base.
 
-
-def causal_plan(batch: int, blocks: int) -> Plan:
-  """The plan of one causal document with as many queries as keys: known without looking."""
-  column = np.arange(blocks, dtype=np.int32)
-  rows = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, *x.shape))
-  return Plan(rows(np.tile(column, (blocks, 1))), rows(column),
-              rows(np.tile(column[:, None], (1, blocks))), rows(np.ones(blocks, np.int32)))
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array,
-           end_BT: jax.Array, k_index_BS: jax.Array | None = None, *, scale: float,
-           causal: bool = False, whole: bool = False, block: int = BLOCK
-           ) -> tuple[jax.Array, jax.Array]:
-  """(out_BTNH in q's type, lse_BTN float32 in natural base); softmax and sums in float32.
-
-  Query t of row b sees key s iff start_BT[b, t] <= k_index_BS[b, s] < end_BT[b, t]; one that sees
-  nothing gives out 0, lse -1e30 and gradient 0. `causal` and `whole` as in `attention.attend`.
-  Differentiable in q, k and v, through out and through lse.
+  A query that sees nothing gives out 0 and lse -1e30.
   """
-  B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  G = N // K
-  if k_index_BS is None:
-    k_index_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
-  P = min(block, T)
-  R = P if causal else min(block, S)
-  q_BTKGH = _cut(q_BTNH, P).reshape(B, -1, P, K, G, H)
-  q_BKIMH = q_BTKGH.transpose(0, 3, 1, 4, 2, 5).reshape(B, K, -1, G * P, H)
-  k_BKJRH, v_BKJRH = (_cut(x, R).transpose(0, 3, 1, 2, 4) for x in (k_BSKH, v_BSKH))
-  start_BIP, end_BIP = _cut(start_BT, P), _cut(end_BT, P)
-  index_BJR = _cut(k_index_BS, R, NEVER)
-  plan = (causal_plan(B, q_BKIMH.shape[2]) if causal and whole
-          else make_plan(start_BIP, end_BIP, index_BJR))
-  out_BKIMH, lse_BKIM = _attention(scale, q_BKIMH, k_BKJRH, v_BKJRH,
-                                   (start_BIP, end_BIP, index_BJR, plan))
-
-  def rows(x_BKIM):
-    x_BIPKG = x_BKIM.reshape(B, K, -1, G, P, *x_BKIM.shape[4:])
-    x_BIPKG = jnp.moveaxis(x_BIPKG, (2, 4), (1, 2))
-    return x_BIPKG.reshape(B, -1, N, *x_BKIM.shape[4:])[:, :T]
-
-  return rows(out_BKIMH), rows(lse_BKIM)
+  shapes = _Shapes.of(q_BTNH, k_BSKH, block)
+  q_BKGTH, k_BKSH, v_BKSH = shapes.queries(q_BTNH), shapes.keys(k_BSKH), shapes.keys(v_BSKH)
+  out_BKGTH, lse_BKGT = _every_head(
+      functools.partial(_forward_head, shapes), (q_BKGTH, k_BKSH, v_BKSH),
+      shapes.per_head(options), shapes.rows(mask))
+  return shapes.unfold(out_BKGTH), shapes.unfold(lse_BKGT)
 
 
-def _cut(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
-  """[B, T, ...] to [B, blocks, size, ...], filled up at the end."""
-  pad = [(0, 0)] * x.ndim
-  pad[1] = (0, -x.shape[1] % size)
-  x = jnp.pad(x, pad, constant_values=fill)
-  return x.reshape(x.shape[0], -1, size, *x.shape[2:])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, q_BKIMH, k_BKJRH, v_BKJRH, mask):
-  """(out, lse) of every row and kv head. `mask`: (start_BIP, end_BIP, index_BJR, Plan)."""
-  return _every_head(functools.partial(_head_forward, scale), (q_BKIMH, k_BKJRH, v_BKJRH), mask)
-
-
-def _forward(scale, q_BKIMH, k_BKJRH, v_BKJRH, mask):
-  out_BKIMH, lse_BKIM = _attention(scale, q_BKIMH, k_BKJRH, v_BKJRH, mask)
-  return (out_BKIMH, lse_BKIM), (q_BKIMH, k_BKJRH, v_BKJRH, mask, out_BKIMH, lse_BKIM)
-
-
-def _backward(scale, residuals, cotangents):
-  q_BKIMH, k_BKJRH, v_BKJRH, mask, out_BKIMH, lse_BKIM = residuals
-  dout_BKIMH, dlse_BKIM = cotangents
-  delta_BKIM = jnp.einsum('BKIMH,BKIMH->BKIM', out_BKIMH.astype(jnp.float32),
-                          dout_BKIMH.astype(jnp.float32)) - dlse_BKIM
+def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
+             options: Options, out_BTNH: jax.Array, lse_BTN: jax.Array, dout_BTNH: jax.Array,
+             dlse_BTN: jax.Array | None = None, *, block: int = BLOCK
+             ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+  """(dq, dk, dv, dbias), float32 at least. (out, lse) may be those over more keys than these."""
+  shapes = _Shapes.of(q_BTNH, k_BSKH, block)
+  wide = _wide(q_BTNH)
+  # A product of matrices and not a sum of products, at which a CPU is slow.
+  delta_BTN = jnp.einsum('BTNH,BTNH->BTN', out_BTNH.astype(wide), dout_BTNH.astype(wide))
+  if dlse_BTN is not None:
+    delta_BTN -= dlse_BTN
   # A row that saw nothing has p = exp(-1e30 - lse): its lse becomes +1e30, so that p is 0.
-  lse_BKIM = jnp.where(lse_BKIM > NEG_INF / 2, lse_BKIM, -NEG_INF)
-  dq, dk, dv = _every_head(functools.partial(_head_backward, scale),
-                           (q_BKIMH, k_BKJRH, v_BKJRH, dout_BKIMH, lse_BKIM, delta_BKIM), mask)
-  return dq, dk, dv, None
+  lse_BTN = jnp.where(lse_BTN > NEG_INF / 2, lse_BTN, -NEG_INF)
+  arrays = (shapes.queries(q_BTNH), shapes.keys(k_BSKH), shapes.keys(v_BSKH),
+            shapes.queries(dout_BTNH.astype(q_BTNH.dtype)), shapes.queries(lse_BTN),
+            shapes.queries(delta_BTN))
+  dq_BKGTH, dk_BKSH, dv_BKSH, dbias_BKG = _every_head(
+      functools.partial(_backward_head, shapes), arrays, shapes.per_head(options),
+      shapes.rows(mask))
+  S = k_BSKH.shape[1]
+  keys = lambda x_BKSH: x_BKSH[:, :, :S].swapaxes(1, 2)
+  dbias = jax.tree.map(lambda x: x.sum(0).reshape(-1, *x.shape[3:]), dbias_BKG)
+  return shapes.unfold(dq_BKGTH), keys(dk_BKSH), keys(dv_BKSH), dbias
 
 
-_attention.defvjp(_forward, _backward)
+def _wide(x: jax.Array) -> jnp.dtype:
+  """What sums run in."""
+  return jnp.promote_types(jnp.float32, x.dtype)
 
 
-def _every_head(function, arrays_BK, mask):
-  """Applies `function(arrays, mask)` of one row and kv head to all of them.
+class _Shapes(NamedTuple):
+  """Sizes of a call, and its arrays cut and turned to them."""
+
+  T: int
+  K: int
+  G: int
+  P: int
+  R: int
+
+  @classmethod
+  def of(cls, q_BTNH: jax.Array, k_BSKH: jax.Array, block: int) -> '_Shapes':
+    T, N = q_BTNH.shape[1:3]
+    S, K = k_BSKH.shape[1:3]
+    return cls(T, K, N // K, min(block, T), min(block, S))
+
+  def queries(self, x_BTN: jax.Array) -> jax.Array:
+    """[B, T, N, ...] to [B, K, G, I P, ...]."""
+    x = _pad(x_BTN, self.P)
+    x = x.reshape(*x.shape[:2], self.K, self.G, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 3)
+
+  def keys(self, x_BSKH: jax.Array) -> jax.Array:
+    return _pad(x_BSKH, self.R).swapaxes(1, 2)
+
+  def unfold(self, x_BKGT: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x_BKGT[:, :, :, :self.T], 3, 1)
+    return x.reshape(*x.shape[:2], self.K * self.G, *x.shape[4:])
+
+  def per_head(self, options: Options) -> Options:
+    """The same options, the bias's arrays with [K, G] in place of their leading N."""
+    return jax.tree.map(lambda x: x.reshape(self.K, self.G, *x.shape[1:]), options)
+
+  def rows(self, mask: Intervals) -> '_Rows':
+    start_BT, end_BT, index_BT = (_pad(x, self.P)
+                                  for x in (mask.start_BT, mask.end_BT, mask.index_BT))
+    key_BS = _pad(mask.keys_BS, self.R, NEVER)
+    sinks = None
+    if mask.has_sinks:
+      sinks = _pad(mask.sink_start_BT, self.P), _pad(mask.sink_end_BT, self.P)
+    cut = lambda x, size: x.reshape(x.shape[0], -1, size)
+    spans = [(cut(start_BT, self.P), cut(end_BT, self.P))]
+    if sinks is not None:
+      spans.append(tuple(cut(x, self.P) for x in sinks))
+    return _Rows(start_BT, end_BT, index_BT, key_BS, sinks, make_plan(spans, cut(key_BS, self.R)))
+
+
+def _pad(x: jax.Array, multiple: int, fill: int = 0) -> jax.Array:
+  """Dim 1 filled up at its end to a multiple."""
+  missing = -x.shape[1] % multiple
+  if not missing:
+    return x
+  return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+
+
+class Plan(NamedTuple):
+  """The key blocks each query block needs, as up to four runs: int32 [B, I] each.
+
+  Blocks inner_first to inner_end are seen whole; left to inner_first, inner_end to right, and the
+  two runs of the sinks need the mask.
+  """
+
+  left: jax.Array
+  inner_first: jax.Array
+  inner_end: jax.Array
+  right: jax.Array
+  sink_runs: tuple[tuple[jax.Array, jax.Array], ...]
+
+  def count(self) -> jax.Array:
+    """Tiles that each query block computes."""
+    return self.right - self.left + sum(jnp.maximum(e - f, 0) for f, e in self.sink_runs)
+
+
+def make_plan(spans: list[tuple[jax.Array, jax.Array]], index_BJR: jax.Array) -> Plan:
+  """From each query block's intervals [B, I, P] and each key block's indices; never [T, S]."""
+  low_BJ = index_BJR.min(-1)
+  high_BJ = jnp.where(index_BJR == NEVER, -1, index_BJR).max(-1)   # padding sees to `whole` below
+  padded_BJ = (index_BJR == NEVER).any(-1)
+  J = index_BJR.shape[1]
+  number_J = jnp.arange(J, dtype=jnp.int32)
+
+  def run(start_BIP, end_BIP):
+    """First and one past the last block with a key that anybody might see."""
+    real_BIP = start_BIP < end_BIP
+    first_BI = jnp.where(real_BIP, start_BIP, NEVER).min(-1)
+    last_BI = jnp.where(real_BIP, end_BIP, -NEVER).max(-1)
+    needed_BIJ = ((low_BJ[:, None] < last_BI[..., None])
+                  & (first_BI[..., None] <= high_BJ[:, None]))
+    return bounds(needed_BIJ)
+
+  def bounds(which_BIJ):
+    first_BI = jnp.where(which_BIJ, number_J, J).min(-1)
+    end_BI = jnp.where(which_BIJ, number_J + 1, 0).max(-1)
+    return jnp.minimum(first_BI, end_BI), end_BI   # (0, 0) where there is none
+
+  (start_BIP, end_BIP), *sinks = spans
+  left, right = run(start_BIP, end_BIP)
+  whole_BIJ = ((start_BIP.max(-1)[..., None] <= low_BJ[:, None])
+               & (high_BJ[:, None] < end_BIP.min(-1)[..., None]) & ~padded_BJ[:, None])
+  inner_first, inner_end = bounds(whole_BIJ)
+  # Keys in no order may leave holes in the run: then every tile takes the mask.
+  solid = whole_BIJ.sum(-1) == inner_end - inner_first
+  inside = solid & (inner_end > inner_first)
+  inner_first = jnp.where(inside, inner_first, right)
+  inner_end = jnp.where(inside, inner_end, right)
+  sink_runs = []
+  for sink in sinks:
+    first, end = run(*sink)
+    sink_runs += [(first, jnp.minimum(end, left)), (jnp.maximum(first, right), end)]
+  return Plan(left, inner_first, inner_end, right, tuple(sink_runs))
+
+
+class _Rows(NamedTuple):
+  """Who sees whom, in whole blocks; batch first."""
+
+  start_BT: jax.Array
+  end_BT: jax.Array
+  index_BT: jax.Array
+  key_BS: jax.Array
+  sinks: tuple[jax.Array, jax.Array] | None
+  plan: Plan
+
+
+def _every_head(function: Callable, arrays_BK: Any, options_K: Any, rows_B: _Rows) -> Any:
+  """function(arrays, options, rows) of one row and kv head, for all of them.
 
   A CPU takes them in turn: the tiles of one head stay in cache, and a product of two matrices is
-  fast there where a batch of small products is not. Other devices take them at once.
+  fast there where a batch of small products is not. Other devices take a row's heads at once.
   """
-  B, K = arrays_BK[0].shape[:2]
+  B, K = jax.tree.leaves(arrays_BK)[0].shape[:2]
 
-  def in_turn(arrays_BK, mask):
-    flat = jax.tree.map(lambda x: x.reshape(B * K, *x.shape[2:]), arrays_BK)
-    row = lambda i: jax.tree.map(lambda x: x[i // K], mask)
-    out = jax.lax.map(lambda x: function(x[1], row(x[0])), (jnp.arange(B * K), flat))
+  def in_turn(arrays_BK, options_K, rows_B):
+    def turn(i):
+      b, k = i // K, i % K
+      at = lambda tree, *where: jax.tree.map(lambda x: x[where], tree)
+      return function(at(arrays_BK, b, k), at(options_K, k), at(rows_B, b))
+    out = jax.lax.map(turn, jnp.arange(B * K))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), out)
 
-  at_once = jax.vmap(jax.vmap(function, (0, None)), (0, 0))
-  return jax.lax.platform_dependent(arrays_BK, mask, cpu=in_turn, default=at_once)
+  def at_once(arrays_BK, options_K, rows_B):
+    heads = jax.vmap(function, (0, 0, None))   # the loops' bounds are the row's: not batched
+    return jax.lax.map(lambda x: heads(x[0], options_K, x[1]), (arrays_BK, rows_B))
+
+  return jax.lax.platform_dependent(arrays_BK, options_K, rows_B, cpu=in_turn, default=at_once)
 
 
-def _tiles(plan, i, body, carry):
-  """body(j, masked, carry) for each key block j that query block i needs."""
-  inner_IJ, inner_count_I, edge_IJ, edge_count_I = plan
-  inner = lambda n, carry: body(inner_IJ[i, n], False, carry)
-  edge = lambda n, carry: body(edge_IJ[i, n], True, carry)
-  carry = jax.lax.fori_loop(0, inner_count_I[i], inner, carry)
-  return jax.lax.fori_loop(0, edge_count_I[i], edge, carry)
+class _Head:
+  """The blocks of one row and kv head, and the scores of a tile."""
+
+  def __init__(self, shapes: _Shapes, options: Options, rows: _Rows):
+    self.shapes, self.options, self.rows = shapes, options, rows
+
+  def queries(self, x_GT: jax.Array, i: jax.Array) -> jax.Array:
+    """[M, ...] of query block i."""
+    P = self.shapes.P
+    x = jax.lax.dynamic_slice_in_dim(x_GT, i * P, P, axis=1)
+    return x.reshape(-1, *x.shape[2:])
+
+  def of_queries(self, x_T: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_T, i * self.shapes.P, self.shapes.P)
+
+  def of_keys(self, x_S: jax.Array, j: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_S, j * self.shapes.R, self.shapes.R)
+
+  def walk(self, i: jax.Array, body: Callable, carry: Any) -> Any:
+    """body(j, masked, carry) for each key block j that query block i needs."""
+    plan = jax.tree.map(lambda x: x[i], self.rows.plan)
+    edges = ((plan.left, plan.inner_first), (plan.inner_end, plan.right), *plan.sink_runs)
+    sizes = [jnp.maximum(end - first, 0) for first, end in edges]
+
+    def edge(n, carry):   # the n-th tile of the runs laid end to end
+      j, passed = n, 0
+      for (first, _), size in zip(edges, sizes):
+        j = jnp.where((passed <= n) & (n < passed + size), first + n - passed, j)
+        passed += size
+      return body(j, True, carry)
+
+    carry = jax.lax.fori_loop(plan.inner_first, plan.inner_end,
+                              lambda j, carry: body(j, False, carry), carry)
+    return jax.lax.fori_loop(0, sum(sizes), edge, carry)
+
+  def scores(self, i: jax.Array, j: jax.Array, q_MH: jax.Array, k_RH: jax.Array, masked: bool,
+             options: Options) -> tuple[jax.Array, jax.Array]:
+    """(scores_MR with mask and bias, d scores / d (scale q k): 1 without a soft cap)."""
+    scores_MR = options.scale * jnp.einsum('MH,RH->MR', q_MH, k_RH,
+                                           preferred_element_type=_wide(q_MH))
+    slope_MR = 1.0
+    if options.softcap:
+      tanh_MR = jnp.tanh(scores_MR / options.softcap)
+      scores_MR, slope_MR = options.softcap * tanh_MR, 1 - tanh_MR ** 2
+    rows, shape = self.rows, scores_MR.shape
+    key_R = self.of_keys(rows.key_BS, j)
+    if options.bias is not None:
+      bias_GPR = options.bias.block(self.of_queries(rows.index_BT, i), key_R)
+      scores_MR += bias_GPR.reshape(shape).astype(scores_MR.dtype)
+    if masked:
+      within = lambda start_T, end_T: ((self.of_queries(start_T, i)[:, None] <= key_R)
+                                       & (key_R < self.of_queries(end_T, i)[:, None]))
+      sees_PR = within(rows.start_BT, rows.end_BT)
+      if rows.sinks is not None:
+        sees_PR |= within(*rows.sinks)
+      scores_MR = jnp.where(sees_PR, scores_MR.reshape(-1, *sees_PR.shape), NEG_INF).reshape(shape)
+    return scores_MR, slope_MR
 
 
-def _scores(scale, q_MH, k_RH, masked, start_P, end_P, index_R):
-  scores_MR = scale * jnp.einsum('MH,RH->MR', q_MH, k_RH, preferred_element_type=jnp.float32)
-  if not masked:
-    return scores_MR
-  sees_PR = (start_P[:, None] <= index_R) & (index_R < end_P[:, None])
-  P, R = sees_PR.shape
-  return jnp.where(sees_PR, scores_MR.reshape(-1, P, R), NEG_INF).reshape(-1, R)
-
-
-def _head_forward(scale, arrays, mask):
-  q_IMH, k_JRH, v_JRH = arrays
-  start_IP, end_IP, index_JR, plan = mask
-  _, M, H = q_IMH.shape
+def _forward_head(shapes, arrays, options, rows):
+  q_GTH, k_SH, v_SH = arrays
+  head = _Head(shapes, options, rows)
+  G, T, H = q_GTH.shape
+  wide = _wide(q_GTH)
 
   def query_block(i):
+    q_MH = head.queries(q_GTH, i)
+
     def tile(j, masked, carry):
       max_M, sum_M, acc_MH = carry
-      scores_MR = _scores(scale, q_IMH[i], k_JRH[j], masked, start_IP[i], end_IP[i], index_JR[j])
+      k_RH, v_RH = head.of_keys(k_SH, j), head.of_keys(v_SH, j)
+      scores_MR, _ = head.scores(i, j, q_MH, k_RH, masked, options)
       new_max_M = jnp.maximum(max_M, scores_MR.max(-1))
       # Rows that have seen nothing yet gather exp(0) here; the first key they see weighs it away.
       p_MR = jnp.exp(scores_MR - new_max_M[:, None])
       shrink_M = jnp.exp(max_M - new_max_M)
-      part_MH = jnp.einsum('MR,RH->MH', p_MR.astype(v_JRH.dtype), v_JRH[j],
-                           preferred_element_type=jnp.float32)
+      part_MH = jnp.einsum('MR,RH->MH', p_MR.astype(v_RH.dtype), v_RH,
+                           preferred_element_type=wide)
       return (new_max_M, sum_M * shrink_M + p_MR.sum(-1), acc_MH * shrink_M[:, None] + part_MH)
 
-    zeros_M = jnp.zeros(M, jnp.float32)
-    max_M, sum_M, acc_MH = _tiles(plan, i, tile,
-                                  (zeros_M + NEG_INF, zeros_M, jnp.zeros((M, H), jnp.float32)))
+    zeros_M = jnp.zeros(q_MH.shape[0], wide)
+    max_M, sum_M, acc_MH = head.walk(i, tile, (zeros_M + NEG_INF, zeros_M,
+                                               jnp.zeros(q_MH.shape, wide)))
     some_M = max_M > NEG_INF / 2
     safe_M = jnp.where(some_M, sum_M, 1.0)
     out_MH = jnp.where(some_M[:, None], acc_MH / safe_M[:, None], 0.0)
-    return out_MH.astype(q_IMH.dtype), jnp.where(some_M, max_M + jnp.log(safe_M), NEG_INF)
+    lse_M = jnp.where(some_M, max_M + jnp.log(safe_M), NEG_INF)
+    return out_MH.reshape(G, shapes.P, H), lse_M.reshape(G, shapes.P)
 
-  return jax.lax.map(query_block, jnp.arange(q_IMH.shape[0]))
+  out_IGPH, lse_IGP = jax.lax.map(query_block, jnp.arange(T // shapes.P))
+  return out_IGPH.swapaxes(0, 1).reshape(G, T, H), lse_IGP.swapaxes(0, 1).reshape(G, T)
 
 
-def _head_backward(scale, arrays, mask):
-  q_IMH, k_JRH, v_JRH, dout_IMH, lse_IM, delta_IM = arrays
-  start_IP, end_IP, index_JR, plan = mask
-  J, R, H = k_JRH.shape
+def _backward_head(shapes, arrays, options, rows):
+  q_GTH, k_SH, v_SH, dout_GTH, lse_GT, delta_GT = arrays
+  head = _Head(shapes, options, rows)
+  G, T, H = q_GTH.shape
+  S = k_SH.shape[0]
+  wide = _wide(q_GTH)
 
   def query_block(carry, i):
-    q_MH, dout_MH = q_IMH[i], dout_IMH[i]
+    q_MH, dout_MH, lse_M, delta_M = (head.queries(x, i)
+                                     for x in (q_GTH, dout_GTH, lse_GT, delta_GT))
 
     def tile(j, masked, carry):
-      dq_MH, dk_JHR, dv_JHR = carry
-      scores_MR = _scores(scale, q_MH, k_JRH[j], masked, start_IP[i], end_IP[i], index_JR[j])
-      p_MR = jnp.exp(scores_MR - lse_IM[i][:, None])
-      dp_MR = jnp.einsum('MH,RH->MR', dout_MH, v_JRH[j], preferred_element_type=jnp.float32)
-      ds_MR = (p_MR * (dp_MR - delta_IM[i][:, None])).astype(q_MH.dtype)
-      dq_MH += jnp.einsum('MR,RH->MH', ds_MR, k_JRH[j], preferred_element_type=jnp.float32)
+      dq_MH, dk_JHR, dv_JHR, dbias = carry
+      k_RH, v_RH = head.of_keys(k_SH, j), head.of_keys(v_SH, j)
+      scores_MR, slope_MR = head.scores(i, j, q_MH, k_RH, masked, options)
+      p_MR = jnp.exp(scores_MR - lse_M[:, None])
+      dp_MR = jnp.einsum('MH,RH->MR', dout_MH, v_RH, preferred_element_type=wide)
+      ds_MR = p_MR * (dp_MR - delta_M[:, None])
+      if options.bias is not None:
+        block = lambda bias: bias.block(head.of_queries(rows.index_BT, i),
+                                        head.of_keys(rows.key_BS, j))
+        bias_GPR, pull = jax.vjp(block, options.bias)
+        part, = pull(ds_MR.reshape(bias_GPR.shape).astype(bias_GPR.dtype))
+        dbias = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dbias, part)
+      ds_MR = (ds_MR * slope_MR).astype(q_MH.dtype)
+      dq_MH += jnp.einsum('MR,RH->MH', ds_MR, k_RH, preferred_element_type=wide)
       # [H, R] and not [R, H]: a CPU then transposes the thin operand and not the tile (2x faster).
-      dk_HR = jnp.einsum('MH,MR->HR', q_MH, ds_MR, preferred_element_type=jnp.float32)
+      dk_HR = jnp.einsum('MH,MR->HR', q_MH, ds_MR, preferred_element_type=wide)
       dv_HR = jnp.einsum('MH,MR->HR', dout_MH, p_MR.astype(dout_MH.dtype),
-                         preferred_element_type=jnp.float32)
-      return dq_MH, dk_JHR.at[j].add(dk_HR), dv_JHR.at[j].add(dv_HR)
+                         preferred_element_type=wide)
+      return dq_MH, dk_JHR.at[j].add(dk_HR), dv_JHR.at[j].add(dv_HR), dbias
 
-    zeros_MH = jnp.zeros(q_MH.shape, jnp.float32)
-    dq_MH, dk_JHR, dv_JHR = _tiles(plan, i, tile, (zeros_MH, *carry))
-    return (dk_JHR, dv_JHR), (scale * dq_MH).astype(q_IMH.dtype)
+    dq_MH, *carry = head.walk(i, tile, (jnp.zeros(q_MH.shape, wide), *carry))
+    return tuple(carry), (options.scale * dq_MH).reshape(G, shapes.P, H)
 
-  zeros_JHR = jnp.zeros((J, H, R), jnp.float32)
-  (dk_JHR, dv_JHR), dq_IMH = jax.lax.scan(query_block, (zeros_JHR, zeros_JHR),
-                                          jnp.arange(q_IMH.shape[0]))
-  dk_JRH = (scale * dk_JHR).swapaxes(1, 2).astype(k_JRH.dtype)
-  return dq_IMH, dk_JRH, dv_JHR.swapaxes(1, 2).astype(v_JRH.dtype)
+  zeros_JHR = jnp.zeros((S // shapes.R, H, shapes.R), wide)
+  dbias = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)),
+                       options.bias)
+  (dk_JHR, dv_JHR, dbias), dq_IGPH = jax.lax.scan(
+      query_block, (zeros_JHR, zeros_JHR, dbias), jnp.arange(T // shapes.P))
+  keys = lambda x_JHR: x_JHR.swapaxes(1, 2).reshape(S, H)
+  return (dq_IGPH.swapaxes(0, 1).reshape(G, T, H), options.scale * keys(dk_JHR), keys(dv_JHR),
+          dbias)

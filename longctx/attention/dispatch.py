@@ -1,51 +1,103 @@
-"""One call for attention: it chooses the implementation and cuts the call over the mesh.
+"""The public face of attention: which implementation serves a call, and its gradient.
 
-Query t of row b sees key s where start_BT[b, t] <= k_index_BS[b, s] < end_BT[b, t].
-Held by: tests/test_attention.py, tests/test_mesh.py.
+`IMPLEMENTATIONS` is the whole table; 'auto' takes the first that can serve, in the platform's
+order. A call is one custom_vjp around (forward, backward) of an implementation, with the sequence
+cut over the mesh where there is one (`parallel/sequence.py`). Learned sink logits (gpt-oss) are one
+more term of the softmax's sum, added to any implementation's (out, lse).
+Held by: tests/test_attention.py, tests/test_ring.py.
 
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
-import functools
+from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from longctx.attention import blockwise, reference
-from longctx.parallel import mesh
-from longctx.parallel.sequence import gathered
+from longctx.attention.intervals import Intervals, Options
+from longctx.parallel import mesh, sequence
 
-IMPLEMENTATIONS = {'reference': reference.attend, 'blockwise': blockwise.attend}
+IMPLEMENTATIONS = {'reference': reference, 'blockwise': blockwise}
 
 DENSE_SCORES = 64   # queries up to which 'auto' takes the dense form: a strip of scores is small
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array,
-           end_BT: jax.Array, k_index_BS: jax.Array, *, scale: float,
-           implementation: str = 'auto', causal: bool = False, whole: bool = False,
-           cached: bool = False) -> tuple[jax.Array, jax.Array]:
-  """(out_BTNH, lse_BTN): softmax attention over the interval each query may see.
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals, *,
+              sink_N: jax.Array | None = None, **settings: Any) -> jax.Array:
+  """out_BTNH in q's type: softmax attention of each query over the keys that `mask` lets it see.
 
-  `causal` promises that keys and queries are the same tokens in order (k_index is arange(S),
-  end = arange(T) + 1, S = T); `whole` promises besides that every start is 0. Kernels skip more
-  when they know. `cached` says that the keys are not cut along their length.
-  Raises ValueError for an unknown implementation, or N not a multiple of K.
+  Settings are those of `attend`. A query that sees nothing gives 0, and gradient 0.
   """
+  return _attend(q_BTNH, k_BSKH, v_BSKH, mask, sink_N=sink_N, lse_gradient=sink_N is not None,
+                 **settings)[0]
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
+           **settings: Any) -> tuple[jax.Array, jax.Array]:
+  """(out_BTNH in q's type, lse_BTN float32 in natural base); `merge` joins two such results.
+
+  Settings, by name:
+    scale: of q.k, H ** -0.5 by default.
+    softcap: c * tanh(score / c); 0 for none.
+    bias: added to the scores, see `attention.biases`.
+    sink_N: a logit a head that joins the softmax and adds nothing to out (gpt-oss).
+    implementation: 'auto' or one of IMPLEMENTATIONS.
+    cached: the keys are a cache, which the mesh does not cut along its length.
+  Where a query sees nothing, out is 0 and lse -1e30 (with sink_N: the sink's logit).
+  Raises ValueError for shapes that do not fit or an unknown implementation, NotImplementedError
+  with the reason where the implementation named cannot serve the call.
+  """
+  return _attend(q_BTNH, k_BSKH, v_BSKH, mask, lse_gradient=True, **settings)
+
+
+def _attend(q, k, v, mask, *, scale=None, softcap=0.0, bias=None, sink_N=None,
+            implementation='auto', cached=False, lse_gradient):
+  check_shapes(q, k, v, mask)
+  options = Options(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
+                    bias=bias)
+  q, k, v, mask, options = jax.tree.map(jnp.asarray, (q, k, v, mask, options))
+  kernel = choose(implementation, q, k, v, mask, options, lse_gradient)
+  layout = mesh.current()
+  if layout is None or layout.mesh.size == 1:
+    out, lse = sequence.one_device(kernel, lse_gradient, q, k, v, mask, options)
+  else:
+    out, lse = sequence.attend(kernel, layout, q, k, v, mask, options, cached=cached,
+                               lse_gradient=lse_gradient)
+  if sink_N is not None:
+    total = jnp.logaddexp(lse, sink_N.astype(lse.dtype))
+    out *= jnp.exp(lse - total)[..., None]
+    lse = total
+  return out.astype(q.dtype), lse
+
+
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals) -> None:
+  """ValueError unless queries, keys, values and mask belong together."""
+  if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (
+      k.shape[0], k.shape[3]):
+    raise ValueError(f'q {q.shape}, k {k.shape}, v {v.shape}: must be [B, T, N, H], [B, S, K, H] '
+                     'and [B, S, K, H]')
+  if q.shape[2] % k.shape[2]:
+    raise ValueError(f'{q.shape[2]} query heads must be a multiple of {k.shape[2]} kv heads; '
+                     'each kv head serves an equal group')
+  if mask.start_BT.shape != q.shape[:2] or mask.keys_BS.shape != k.shape[:2]:
+    raise ValueError(f'the mask is of {mask.start_BT.shape} queries and {mask.keys_BS.shape} keys; '
+                     f'q has {q.shape[:2]}, k has {k.shape[:2]}')
+
+
+def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options: Options,
+           lse_gradient: bool) -> ModuleType:
+  """The implementation named, or the first of the platform's that can serve ('auto')."""
   if implementation == 'auto':
-    implementation = 'reference' if q_BTNH.shape[1] <= DENSE_SCORES else 'blockwise'
+    return reference if q.shape[1] <= DENSE_SCORES else blockwise
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation={implementation!r}: must be auto or one of '
                      f'{", ".join(IMPLEMENTATIONS)}')
-  if q_BTNH.shape[2] % k_BSKH.shape[2]:
-    raise ValueError(f'{q_BTNH.shape[2]} query heads must be a multiple of {k_BSKH.shape[2]} '
-                     'kv heads; each kv head serves an equal group')
-  layout = mesh.current()
-  cut = layout is not None and layout.mesh.size > 1
-  keys_move = cut and not cached and layout.size('length') > 1
-  if causal and not keys_move:
-    local = functools.partial(IMPLEMENTATIONS[implementation], scale=scale,
-                              causal=True, whole=whole)
-  else:
-    local = functools.partial(IMPLEMENTATIONS[implementation], scale=scale)
-  if cut:
-    local = gathered(local, layout, keys_cut=not cached)
-  return local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, k_index_BS)
+  kernel = IMPLEMENTATIONS[implementation]
+  reason = kernel.cannot(q, k, v, mask, options)
+  if not reason and lse_gradient and not kernel.LSE_GRADIENT:
+    reason = 'it gives no gradient through lse; call attention(), which returns none'
+  if reason:
+    raise NotImplementedError(f'implementation={implementation!r} cannot serve this call: {reason}')
+  return kernel

@@ -10,13 +10,14 @@ Held by: tests/test_models.py.
 B batch  T tokens  S slots  N query heads  K kv heads  H head dim  D model  W window
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longctx.attention import attend, merge
+from longctx.attention import attend, attention, merge
 from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, linear, normal, param, rotate
 from longctx.parallel.mesh import constrain
@@ -68,7 +69,6 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, cache: Cache | None, context: Context, window: int
                ) -> tuple[jax.Array, Cache | None]:
-    dtype = x_BTD.dtype
     heads = lambda w_DNH: linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(
         *x_BTD.shape[:2], *w_DNH.shape[1:])
     w_kv = self.w_kv.get_value()
@@ -82,22 +82,17 @@ class Attention(nnx.Module):
     k_BTKH = constrain(k_BTKH, 'batch', 'length', 'kv_heads', None)
     v_BTKH = constrain(v_BTKH, 'batch', 'length', 'kv_heads', None)
 
-    start_BT, end_BT = context.start_BT, context.index_BT + 1
-    if window:
-      start_BT = jnp.maximum(start_BT, end_BT - window)
-    if context.valid_BT is not None:
-      end_BT = jnp.where(context.valid_BT, end_BT, start_BT)   # padding sees nothing
-    here = attend(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, context.index_BT,
-                  scale=self.head_dim ** -0.5, implementation=self.implementation,
-                  causal=context.dense, whole=context.whole and not window)
-    if cache is not None:
+    mask = context.mask(window)
+    settings = dict(scale=self.head_dim ** -0.5, implementation=self.implementation)
+    if cache is None:
+      out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, **settings)
+    else:
+      here = attend(q_BTNH, k_BTKH, v_BTKH, mask, **settings)
       if cache.index.shape[1]:
-        before = attend(q_BTNH, cache.k, cache.v, start_BT, end_BT, cache.index,
-                        scale=self.head_dim ** -0.5, implementation=self.implementation,
-                        cached=True)
-        here = merge(before, here)
+        past = dataclasses.replace(mask, key_index_BS=cache.index, kind='any')
+        here = merge(attend(q_BTNH, cache.k, cache.v, past, cached=True, **settings), here)
       cache = write(cache, k_BTKH, v_BTKH, context.index_BT)
-    out_BTNH = here[0].astype(dtype)
+      out_BTNH = here[0]
     w_out = self.w_out.get_value()
     y_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]))
     return constrain(y_BTD, 'batch', 'length', None), cache

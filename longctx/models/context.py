@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx.attention import Intervals
+
 
 class Clock(NamedTuple):
   """What must be known of the past to place the next token. Each int32 [B]."""
@@ -41,6 +43,17 @@ class Context(NamedTuple):
   whole: bool                  # static: one document a row, index == arange(T)
   dense: bool                  # static: index == arange(T) (documents may begin anywhere)
   angles: tuple[jax.Array, jax.Array] | None = None   # of rotary positions, made once a call
+
+  def mask(self, window: int = 0) -> Intervals:
+    """Which of the call's tokens, and of those before, each of them sees: its document so far."""
+    start_BT, end_BT = self.start_BT, self.index_BT + 1
+    if window:
+      start_BT = jnp.maximum(start_BT, end_BT - window)
+    if self.valid_BT is not None:
+      end_BT = jnp.where(self.valid_BT, end_BT, start_BT)   # padding sees nothing
+    kind = 'causal' if self.whole and not window else 'ordered' if self.dense else 'any'
+    return Intervals(start_BT=start_BT, end_BT=end_BT, index_BT=self.index_BT, kind=kind,
+                     reach=window)
 
 
 def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,

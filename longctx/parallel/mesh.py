@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from longctx.errors import ConfigError, check, check_choice, check_range
+from longctx.parallel import layouts
 
 AXES = ('data', 'seq', 'model')
+STRATEGIES = ('allgather', 'ring', 'bidirectional', 'ulysses', 'hybrid')   # parallel/sequence.py
 
 # meaning of a dimension -> mesh axis. `vocab` is cut where the axis divides it, else kept whole.
 RULES = {
@@ -38,6 +40,10 @@ class Config:
   seq: int = 1
   model: int = 1
   layout: str = 'tensor'
+  strategy: str = 'ring'         # how attention crosses `seq`: one of STRATEGIES
+  ulysses: int = 1               # devices that share heads in strategy='hybrid'; the ring has the rest
+  order: str = 'contiguous'      # of the tokens over `seq`: see parallel/layouts.py
+  unit: int = layouts.UNIT       # tokens of a stripe in order='striped'
 
   def __post_init__(self):
     check(self.data == -1 or self.data >= 1,
@@ -45,6 +51,17 @@ class Config:
     check_range('mesh.seq', self.seq, 1)
     check_range('mesh.model', self.model, 1)
     check_choice('mesh.layout', self.layout, RULES)
+    check_choice('mesh.strategy', self.strategy, STRATEGIES)
+    check_choice('mesh.order', self.order, layouts.ORDERS)
+    check_range('mesh.unit', self.unit, 1)
+    if self.strategy == 'hybrid':
+      degrees = [u for u in range(2, self.seq) if self.seq % u == 0]
+      check(self.ulysses in degrees, f"mesh.ulysses={self.ulysses}: with mesh.strategy='hybrid' it "
+            f'must divide mesh.seq={self.seq} and leave a ring of at least 2; '
+            + (f'one of {", ".join(map(str, degrees))}' if degrees else 'a larger mesh.seq'))
+    else:
+      check(self.ulysses == 1, f'mesh.ulysses={self.ulysses}: is read with '
+            f"mesh.strategy='hybrid' only, not {self.strategy!r}")
     used = set(RULES[self.layout].values())
     for axis in AXES:
       size = getattr(self, axis)
@@ -60,6 +77,10 @@ class Layout:
 
   mesh: Mesh
   rules: dict[str, str | None]
+  strategy: str = 'ring'
+  ulysses: int = 1               # devices of `seq` that share heads
+  order: str = 'contiguous'
+  unit: int = layouts.UNIT
 
   def spec(self, *dims: str | None, shape: tuple[int, ...] | None = None) -> PartitionSpec:
     """PartitionSpec of a tensor whose dims have these meanings (None: not cut)."""
@@ -150,7 +171,9 @@ def make_layout(config: Config, devices: list | None = None) -> Layout:
         f'mesh.data={config.data} x mesh.seq={config.seq} x mesh.model={config.model}: '
         f'{product} places for {len(devices)} device(s); the product must be equal to it')
   mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
-  return Layout(mesh, RULES[config.layout])
+  ulysses = {'ulysses': config.seq, 'hybrid': config.ulysses}.get(config.strategy, 1)
+  return Layout(mesh, RULES[config.layout], strategy=config.strategy, ulysses=ulysses,
+                order=config.order, unit=config.unit)
 
 
 _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)

@@ -1,41 +1,189 @@
-"""Attention over a sequence that is cut over the mesh axis `seq`, under one `shard_map`.
+"""Attention over a sequence that is cut over the mesh axis `seq`: the strategies, one shard_map.
 
-Each device holds its part of the batch, of the queries' length and of the heads. Keys and values
-are gathered along `seq` (K kv heads only, before they are shared by query groups); the local
-attention then runs on whole rows of keys. With seq = 1 nothing is gathered.
-Held by: tests/test_mesh.py.
+    allgather      keys and values gathered whole; for short rows
+    ring           keys travel round (parallel/ring.py)
+    bidirectional  half of them each way
+    ulysses        an all-to-all turns a cut of the tokens into a cut of the heads, and back
+    hybrid         ulysses inside groups of neighbours, a ring over the groups
+
+Every strategy is exact for every mask and order of the tokens: a mask is intervals of indices, and
+each token brings its index. A length that the axis does not divide is padded, and masked, inside.
+Sources: Ulysses arXiv:2309.14509, hybrid (USP) arXiv:2405.07719, ring arXiv:2310.01889.
+Held by: tests/test_ring.py, tests/test_mesh.py.
 
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from longctx.parallel.mesh import Layout
+from longctx.errors import check
+from longctx.parallel import layouts
+from longctx.parallel.mesh import STRATEGIES, Layout
+from longctx.parallel.ring import Ring, hops_needed, ring_attention
+
+__all__ = ['STRATEGIES', 'attend', 'check_heads']
 
 
-def gathered(attend: Callable, layout: Layout, *, keys_cut: bool = True) -> Callable:
-  """`attend(q, k, v, start, end, k_index) -> (out, lse)` with its arguments cut by `layout`.
+def attend(kernel: ModuleType, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array,
+           mask: Any, options: Any, *, cached: bool = False, lse_gradient: bool = True
+           ) -> tuple[jax.Array, jax.Array]:
+  """(out_BTNH, lse_BTN) of arrays [B, T, ...] that are cut by `layout`; see `attention.attend`.
 
-  q_BTNH and start/end_BT are cut over batch and length. k/v_BSKH and k_index_BS likewise, and
-  gathered along the length inside; or not cut along it (`keys_cut=False`, a cache).
+  `cached`: the keys are not cut along their length.
   """
+  size = layout.size('length')
+  k, v = (share_heads(x, layout) for x in (k, v))
+  check_heads(layout, q.shape[2] // layout.size('heads'), k.shape[2] // layout.size('heads'))
+  length, num_keys = q.shape[1], k.shape[1]
+  mask = dataclasses.replace(mask, key_index_BS=mask.keys_BS)
+  if size > 1:
+    q, mask = _pad_queries(q, mask, size)
+    if not cached:
+      k, v, mask = _pad_keys(k, v, mask, size)
+  keys_length = None if cached else 'length'
   q_spec = layout.spec('batch', 'length', 'heads', None)
-  length = 'length' if keys_cut else None
-  kv_spec = layout.spec('batch', length, 'kv_heads', None)
-  row_spec, key_row_spec = layout.spec('batch', 'length'), layout.spec('batch', length)
-  lse_spec = layout.spec('batch', 'length', 'heads')
-  axis = layout.rules['length']
-  cut = keys_cut and layout.size('length') > 1
+  kv_spec = layout.spec('batch', keys_length, 'heads', None)
+  mask_spec = jax.tree.map(lambda _: layout.spec('batch', 'length'), mask)
+  mask_spec = dataclasses.replace(mask_spec, key_index_BS=layout.spec('batch', keys_length))
+  options_spec = jax.tree.map(lambda _: layout.spec('heads'), options)
+  if size == 1 or cached:
+    local = functools.partial(one_device, kernel, lse_gradient)
+  else:
+    known_order = length == num_keys == q.shape[1]   # padding is not part of any order
+    local = functools.partial(_cut, kernel, lse_gradient, layout,
+                              layout.order if known_order else None)
+  out, lse = jax.shard_map(
+      local, mesh=layout.mesh, in_specs=(q_spec, kv_spec, kv_spec, mask_spec, options_spec),
+      out_specs=(q_spec, layout.spec('batch', 'length', 'heads')), check_vma=False,
+  )(q, k, v, mask, options)
+  return out[:, :length], lse[:, :length]
 
-  def local(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, k_index_BS):
-    if cut:
-      k_BSKH, v_BSKH, k_index_BS = (
-          jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (k_BSKH, v_BSKH, k_index_BS))
-    return attend(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, k_index_BS)
 
-  return jax.shard_map(
-      local, mesh=layout.mesh,
-      in_specs=(q_spec, kv_spec, kv_spec, row_spec, row_spec, key_row_spec),
-      out_specs=(q_spec, lse_spec), check_vma=False)
+def share_heads(x_BSKH: jax.Array, layout: Layout) -> jax.Array:
+  """Kv heads repeated, where there are fewer than devices to share the heads: one for each."""
+  devices, K = layout.size('heads'), x_BSKH.shape[2]
+  if K % devices == 0:
+    return x_BSKH
+  check(devices % K == 0, f'model.num_kv_heads={K}: must divide mesh.model={devices} or be a '
+        'multiple of it, so that each device has the kv head of its query heads')
+  return jnp.repeat(x_BSKH, devices // K, axis=2)
+
+
+def check_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> None:
+  """ConfigError where Ulysses cannot deal out the heads; names the degrees that it can."""
+  degree = layout.ulysses
+  fits = lambda u: num_heads % u == 0 and (num_kv_heads % u == 0 or u % num_kv_heads == 0)
+  if degree == 1 or fits(degree):
+    return
+  size = layout.size('length')
+  working = [u for u in range(2, size) if size % u == 0 and fits(u)]
+  remedy = (f"mesh.strategy='hybrid' with mesh.ulysses={' or '.join(map(str, working))}"
+            if working else "mesh.strategy='ring'")
+  check(False, f'mesh.strategy={layout.strategy!r} with {degree} devices to share {num_heads} '
+        f'query and {num_kv_heads} kv heads of each: the number must divide both, or be a '
+        f'multiple of the kv heads; set {remedy}')
+
+
+def _pad_queries(q, mask, size):
+  missing = -q.shape[1] % size
+  if not missing:
+    return q, mask
+  row = lambda x, fill: None if x is None else jnp.pad(x, ((0, 0), (0, missing)),
+                                                       constant_values=fill)
+  mask = dataclasses.replace(
+      mask, start_BT=row(mask.start_BT, 0), end_BT=row(mask.end_BT, 0),
+      index_BT=row(mask.index_BT, -1), sink_start_BT=row(mask.sink_start_BT, 0),
+      sink_end_BT=row(mask.sink_end_BT, 0), kind='any')
+  return jnp.pad(q, ((0, 0), (0, missing), (0, 0), (0, 0))), mask
+
+
+def _pad_keys(k, v, mask, size):
+  missing = -k.shape[1] % size
+  if not missing:
+    return k, v, mask
+  k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (k, v))
+  index = jnp.pad(mask.key_index_BS, ((0, 0), (0, missing)), constant_values=-1)
+  return k, v, dataclasses.replace(mask, key_index_BS=index, kind='any')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def one_device(kernel: ModuleType, lse_gradient: bool, q: jax.Array, k: jax.Array, v: jax.Array,
+               mask: Any, options: Any) -> tuple[jax.Array, jax.Array]:
+  """(out, lse) of a kernel, differentiable in q, k, v and the bias; in lse if `lse_gradient`."""
+  del lse_gradient
+  return kernel.forward(q, k, v, mask, options)
+
+
+def _forward(kernel, lse_gradient, q, k, v, mask, options):
+  out, lse = kernel.forward(q, k, v, mask, options)
+  return (out, lse), (q, k, v, mask, options, out, lse)
+
+
+def _backward(kernel, lse_gradient, residuals, cotangents):
+  q, k, v, mask, options, out, lse = residuals
+  dout, dlse = cotangents
+  dq, dk, dv, dbias = kernel.backward(q, k, v, mask, options, out, lse, dout,
+                                      dlse if lse_gradient else None)
+  doptions = dataclasses.replace(
+      options, bias=jax.tree.map(lambda x, d: d.astype(x.dtype), options.bias, dbias))
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, doptions
+
+
+one_device.defvjp(_forward, _backward)
+
+
+def _cut(kernel, lse_gradient, layout, order, q, k, v, mask, options):
+  """One device's part, under shard_map. `order` is None where the slots follow no known order."""
+  axis, size = layout.rules['length'], layout.size('length')
+  if layout.strategy == 'allgather':
+    gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    mask = dataclasses.replace(mask, key_index_BS=gather(mask.key_index_BS),
+                               kind='full' if mask.kind == 'full' else 'any')
+    return one_device(kernel, lse_gradient, q, gather(k), gather(v), mask, options)
+  hops = size // layout.ulysses - 1
+  if mask.reach and not mask.has_sinks and order is not None:
+    length = q.shape[1] * size
+    unit = layouts.unit_of(order, length, size, layout.unit)
+    group = lambda run: layouts.device_of(order, run, size) // layout.ulysses
+    hops = hops_needed(group, length // unit, unit, size // layout.ulysses, mask.reach)
+  ring = Ring(axis=axis, size=size // layout.ulysses, stride=layout.ulysses, hops=hops,
+              both_ways=layout.strategy == 'bidirectional')
+  if ring.size > 1:
+    inner = functools.partial(ring_attention, kernel, ring, lse_gradient)
+  else:
+    inner = functools.partial(one_device, kernel, lse_gradient)
+  if layout.ulysses == 1:
+    return inner(q, k, v, mask, options)
+  sort = None
+  if order not in (None, 'contiguous'):
+    sort = layouts.sorting(order, q.shape[1] * size, size, layout.ulysses, layout.unit)
+  return _ulysses(inner, axis, size, layout.ulysses, sort, q, k, v, mask, options)
+
+
+def _ulysses(inner, axis, size, degree, sort, q, k, v, mask, options):
+  """`inner` on all tokens of a group of neighbours and 1/degree of the heads."""
+  groups = np.arange(size).reshape(-1, degree).tolist()
+  groups = None if len(groups) == 1 else groups
+  unsort = None if sort is None else np.argsort(sort)
+  take = lambda x, order: x if order is None else x[:, order]
+  tokens = lambda x: take(jax.lax.all_to_all(
+      x, axis, split_axis=2, concat_axis=1, tiled=True, axis_index_groups=groups), sort)
+  heads = lambda x: jax.lax.all_to_all(
+      take(x, unsort), axis, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=groups)
+  gather = lambda x: take(jax.lax.all_gather(
+      x, axis, axis=1, tiled=True, axis_index_groups=groups), sort)
+  if k.shape[2] % degree:
+    k, v = (jnp.repeat(x, degree // x.shape[2], axis=2) for x in (k, v))
+  mine = jax.lax.axis_index(axis) % degree
+  share = lambda x: jax.lax.dynamic_slice_in_dim(
+      x, mine * (x.shape[0] // degree), x.shape[0] // degree)
+  mask = jax.tree.map(gather, mask)
+  out, lse = inner(tokens(q), tokens(k), tokens(v), mask, jax.tree.map(share, options))
+  return heads(out), heads(lse)

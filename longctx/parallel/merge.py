@@ -18,6 +18,7 @@ def merge(a: Part, b: Part) -> Part:
   top = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
   weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
   total = weight_a + weight_b   # at least 1: one of the two is exp(0)
-  out = (out_a.astype(jnp.float32) * (weight_a / total)[..., None]
-         + out_b.astype(jnp.float32) * (weight_b / total)[..., None])
+  wide = lse_a.dtype
+  out = (out_a.astype(wide) * (weight_a / total)[..., None]
+         + out_b.astype(wide) * (weight_b / total)[..., None])
   return out.astype(out_a.dtype), top + jnp.log(total)
