@@ -131,6 +131,8 @@ def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainS
     """Moments have their parameter's dims; factored ones (adafactor) are small and stay whole."""
     if not isinstance(leaf, nnx.Variable):
       return whole
+    if not hasattr(leaf.get_value(), 'shape'):   # a MaskedNode: muon keeps no moment of it
+      return leaf
     shape, dims = leaf.get_value().shape, leaf.get_metadata().get('dims')
     if dims is None or len(shape) < len(dims):
       return leaf.replace(whole)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from longctx import assembly, train
+from longctx.training import optim
 from longctx.training import step as step_lib
 from longctx.training.checkpoint import Checkpoints
 from tests.compilation import quick_compilation  # noqa: F401
@@ -107,6 +108,21 @@ def test_compiled_once_over_steps_and_a_restore(tmp_path, monkeypatch):
   for x, asked in zip(jax.tree.leaves(state), jax.tree.leaves(a.abstract)):
     assert (x.sharding, x.dtype, x.shape) == (asked.sharding, asked.dtype, asked.shape)
   assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(whole))
+
+
+@pytest.mark.parametrize('name', optim.OPTIMIZERS)
+def test_every_optimizer_updates_is_saved_and_goes_on_from_there(name, tmp_path):
+  a = assemble('lstm', devices=2, optimizer_name=name, mesh_layout='fsdp')
+  first, (metrics,) = run(a, [make_batch(0)])
+  assert metrics['finite']
+  assert bits(first.params) != bits(a.init().params)
+  with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+    assert checkpoints.save(1, first, stream_state={}, meta={})
+    checkpoints.wait()
+    assert checkpoints.poll() == []
+    restored = checkpoints.restore_newest(a.abstract).state
+  assert bits(restored) == bits(first)
+  assert bits(run(a, [make_batch(1)], restored)) == bits(run(a, [make_batch(1)], first))
 
 
 # Steps that are not finite.
