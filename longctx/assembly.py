@@ -18,7 +18,7 @@ from longctx.data import stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
 from longctx.evaluation import perplexity
-from longctx.parallel import mesh
+from longctx.parallel import layouts, mesh, sequence
 from longctx.training import optim, step, workdir
 from longctx.training.checkpoint import Checkpoints
 
@@ -39,10 +39,14 @@ class Assembly(NamedTuple):
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What the stream yields, as shapes with shardings."""
-    shape = (self.parts.data.batch_size, self.parts.data.length)
-    sharding = self.layout.sharding('batch', 'length')
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in stream.DTYPES.items()}
+    rows, length = self.parts.data.batch_size, self.parts.data.length
+    dtypes, layout = stream.DTYPES, self.layout
+    if layout.lays_out(length):
+      length = layouts.padded_length(length, layout.order, layout.size('length'), layout.unit)
+      dtypes = dtypes | layouts.DTYPES
+    return {name: jax.ShapeDtypeStruct((rows, length), dtype,
+                                       sharding=layout.sharding('batch', 'length'))
+            for name, dtype in dtypes.items()}
 
 
 def make_model(config: Any, key: jax.Array) -> nnx.Module:
@@ -104,11 +108,20 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
   check(micro % layout.size('batch') == 0,
         f'data.batch_size={p.data.batch_size} / run.accumulate={p.run.accumulate} = {micro} rows '
         f'a microbatch: must be a multiple of mesh.data={layout.size("batch")}')
-  mesh.check_divides('data.length', p.data.length, 'length', layout)
-  for field, dim in (('num_heads', 'heads'), ('num_kv_heads', 'kv_heads'), ('mlp_dim', 'mlp'),
+  if layout.lays_out(p.data.length):
+    check(p.data.form == 'packed', f"mesh.order={layout.order!r} with data.length={p.data.length} "
+          f"over mesh.seq={layout.size('length')}: rows of data.form='segments' carry a state on in "
+          "their order; set mesh.order='contiguous' and a data.length that mesh.seq divides")
+  for field, dim in (('num_heads', 'heads'), ('mlp_dim', 'mlp'),
                      ('hidden_dim', 'recurrent'), ('embed_dim', 'embed')):
     if hasattr(model, field):
       mesh.check_divides(f'model.{field}', getattr(model, field), dim, layout)
+  if hasattr(model, 'num_kv_heads'):
+    cuts = layout.size('heads')
+    check(model.num_kv_heads % cuts == 0 or cuts % model.num_kv_heads == 0,
+          f'model.num_kv_heads={model.num_kv_heads}: mesh.model={cuts} must divide it, or be a '
+          'multiple of it (each device then has the kv head of its query heads)')
+    sequence.check_heads(layout, model.num_heads // cuts, max(1, model.num_kv_heads // cuts))
 
 
 def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:

@@ -168,17 +168,18 @@ class Trainer:
   def loop(self, state: step.TrainState, done: int, began: float):
     """(state, steps done, evaluation after the last step or None)."""
     c, found, waiting = self.config, None, None
-    clock = Clock(self.a.parts.data.batch_size * self.a.parts.data.length)
+    clock = Clock()
     profiling = stopped = False
     # While the step compiles.
     threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
     while done < c.num_steps and not (stopped := self.stopping(done)):
-      batch = self.a.layout.place(next(self.stream), self.a.parts.data.batch_size)
+      batch = self.a.layout.place(self.a.layout.lay_out(next(self.stream)),
+                                  self.a.parts.data.batch_size)
       if self.first_step_seconds is None:
         # Compiled apart, so that the first step's time is a step's; a second program is an error.
         update = self.step.lower(state, batch).compile()
         processes.barrier('compiled')
-        clock.start(done)
+        clock.start()
       if done == c.profile_start:
         jax.profiler.start_trace(f'{self.folder}/profile')
         profiling = True
@@ -231,6 +232,7 @@ class Trainer:
   def account(self, at: int, metrics: dict, clock: 'Clock') -> None:
     """Looks at one step's scalars: stops after too many bad steps, logs every so often."""
     bad = int(metrics['bad_in_a_row'])
+    clock.tokens += int(metrics['tokens'])
     if bad:
       self.say(f'step {at} was skipped: {self.first_bad(metrics)} is not finite')
     if bad >= self.config.max_bad_steps:
@@ -240,14 +242,14 @@ class Trainer:
           f'{self.a.parts.optimizer.learning_rate}, or clip (optimizer.clip_norm)')
     if at % self.config.log_every and at != self.config.num_steps:
       return
-    rate = clock.rate(at)
+    rate = clock.rate()
     loss, skipped = float(metrics['loss']), int(metrics['skipped'])
     updates = at - skipped - int(metrics['finite'])   # before this step
     bytes_per_token = self.bytes_per_token
     self.writer.write(at, dict(
         loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token,
         grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(updates)),
-        tokens_per_second=rate, **self.utilization(rate, float(metrics['keys'])),
+        tokens_per_second=rate, **self.utilization(rate, metrics['keys']),
         seconds=clock.seconds, skipped_steps=skipped))
     self.progress.update(at, loss, rate)
 
@@ -259,13 +261,14 @@ class Trainer:
     bad = [name for name, x in zip(names, squares) if not math.isfinite(x)]
     return f'the gradient of {bad[0]}' if bad else 'the loss'
 
-  def utilization(self, rate: float, keys: float) -> dict[str, float]:
+  def utilization(self, rate: float, keys: dict[int, jax.Array]) -> dict[str, float]:
     """MFU by both conventions, absent where the chip's peak is unknown."""
     model, length = self.a.model_config, self.a.parts.data.length
     devices = self.a.layout.mesh.devices
     kind, count = devices.flat[0].device_kind, devices.size
     mfu = functools.partial(metrics_lib.model_flops_utilization, rate, kind=kind, count=count)
-    full, masked = (mfu(model.flops_per_token(length, mean)) for mean in (None, keys))
+    seen = {window: float(mean) for window, mean in keys.items()}
+    full, masked = (mfu(model.flops_per_token(length, mean)) for mean in (None, seen))
     if full is None:
       return {}
     return dict(model_flops_utilization=full, model_flops_utilization_masked=masked)
@@ -321,20 +324,19 @@ def _import_slow_packages(writes: bool) -> None:
 class Clock:
   """Tokens per second since the last look, without the pauses for evaluation and saving."""
 
-  def __init__(self, tokens_per_step: int):
-    self.tokens_per_step = tokens_per_step
+  def __init__(self):
     self.seconds = 0.0          # of training, since the first step of this process
-    self.start(0)
+    self.start()
 
-  def start(self, at: int) -> None:
-    self.at, self.since, self.paused = at, time.perf_counter(), 0.0
+  def start(self) -> None:
+    self.tokens, self.since, self.paused = 0, time.perf_counter(), 0.0   # padding does not count
 
   def skip(self, seconds: float) -> None:
     self.paused += seconds
 
-  def rate(self, at: int) -> float:
+  def rate(self) -> float:
     elapsed = max(time.perf_counter() - self.since - self.paused, 1e-9)
-    rate = (at - self.at) * self.tokens_per_step / elapsed
+    rate = self.tokens / elapsed
     self.seconds += elapsed
-    self.start(at)
+    self.start()
     return rate

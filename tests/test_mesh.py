@@ -36,7 +36,7 @@ def batch():
               document_start=starts)
 
 
-def two_steps(config, layout, accumulate=1):
+def two_steps(config, layout, accumulate=1, rows=None):
   """Losses of two updates, the last one's gradient norm, and the parameters after them."""
   settings = optim.Config(learning_rate=3e-3)
   new_model = lambda key: CLASSES[config.name](config, rngs=nnx.Rngs(key))
@@ -49,7 +49,7 @@ def two_steps(config, layout, accumulate=1):
   shardings = assembly.state_shardings(layout, jax.eval_shape(init))
   state = jax.device_put(fresh(config), shardings)
   update = jax.jit(mesh.under(layout, update), out_shardings=(shardings, layout.sharding()))
-  placed = layout.place(batch(), B)
+  placed = layout.place(layout.lay_out(batch() if rows is None else rows), B)
   losses = []
   for _ in range(2):
     state, metrics = update(state, placed)
@@ -90,6 +90,34 @@ def test_the_loss_does_not_depend_on_the_layout(name, layout, sizes):
   # a step of the learning rate.
   for a, b in zip(params, expected_params):
     np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+CUTS = [('decoder', (1, 8, 1), dict(strategy='ring', order='striped', unit=2)),
+        ('decoder', (2, 4, 1), dict(strategy='bidirectional', order='zigzag')),
+        ('decoder', (2, 2, 2), dict(strategy='ulysses', order='striped', unit=4)),
+        ('decoder', (1, 4, 2), dict(strategy='hybrid', ulysses=2, order='zigzag')),
+        ('decoder', (4, 2, 1), dict(strategy='allgather', order='striped', unit=5)),
+        ('grouped', (1, 2, 4), dict(strategy='ring'))]   # 2 kv heads for 4 devices
+
+
+@pytest.mark.parametrize('name,sizes,settings', CUTS)
+def test_nor_on_how_the_sequence_is_cut(name, sizes, settings):
+  """Strategy and order by config alone; unit=5 pads 32 tokens to 40."""
+  config = {'decoder': DECODER, 'grouped': GROUPED}[name]
+  cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2],
+                                     layout='sequence', **settings))
+  losses, norm, _ = two_steps(config, cut)
+  np.testing.assert_allclose(losses, alone(name)[0], rtol=1e-5)
+  np.testing.assert_allclose(norm, alone(name)[1], rtol=1e-4)
+
+
+def test_any_length_is_padded_to_the_mesh():
+  """31 tokens over 4 devices: the loss of the 31."""
+  rows = {k: v[:, :31] for k, v in batch().items()}
+  cut = mesh.make_layout(mesh.Config(data=2, seq=4, layout='sequence'))
+  one = mesh.make_layout(mesh.Config(layout='single'))
+  np.testing.assert_allclose(two_steps(DECODER, cut, rows=rows)[0],
+                             two_steps(DECODER, one, rows=rows)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize('layout,sizes', [('sequence', (2, 2, 2))])

@@ -58,8 +58,12 @@ class Context(NamedTuple):
 
 def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,
                  segment_ids_BT: jax.Array | None, valid_BT: jax.Array | None,
+                 places: tuple[jax.Array, jax.Array] | None = None,
                  ) -> tuple[Context, Clock | None]:
   """Places the tokens of a call after those the clock has seen; returns the clock after them.
+
+  `places`: (index_BT, start_BT) of tokens that do not stand in their order (parallel/layouts.py);
+  they are whole documents or parts that nothing was seen before.
 
   A document begins at a valid token whose segment id differs from that of the valid token
   before it. Without segment ids the document that the clock was in goes on.
@@ -70,6 +74,15 @@ def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Ar
     if x is not None and x.shape != tokens_BT.shape:
       raise ValueError(f'{name} has shape {x.shape}; must be that of the tokens, '
                        f'{tokens_BT.shape}')
+  if places is not None:
+    if clock is not None:
+      raise ValueError('tokens that do not stand in their order cannot follow a state; '
+                       'give places or a state, not both')
+    index_BT, start_BT = places
+    if positions_BT is None:
+      positions_BT = jnp.maximum(index_BT - start_BT, 0)
+    return Context(index_BT, start_BT, positions_BT, None, index_BT >= 0, whole=False,
+                   dense=False), None
   seen = clock if clock is not None else new_clock(batch)
   slot_T = jnp.arange(length, dtype=jnp.int32)
   if valid_BT is None:

@@ -14,6 +14,7 @@ B batch  T tokens  S slots  D model  L layers  V vocab  P period of the window p
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -125,16 +126,24 @@ class Config:
     return (tables + learned + self.embed_dim
             + self.num_layers * (self.layer_matrices() + norms))
 
-  def flops_per_token(self, length: int, mean_keys: float | None = None) -> float:
+  @property
+  def windows(self) -> tuple[int, ...]:
+    """The different windows among the layers."""
+    return tuple(sorted(set(self.window)))
+
+  def mean_keys(self, length: int) -> dict[int, float]:
+    """window -> keys that a query sees on average, in rows of one document of `length` tokens."""
+    seen = {w: min(w or length, length) for w in self.windows}   # by the row's last query
+    return {w: n - n * (n - 1) / (2 * length) for w, n in seen.items()}
+
+  def flops_per_token(self, length: int, mean_keys: Mapping[int, float] | None = None) -> float:
     """FLOPs of forward and backward per token of a row of `length` tokens, 2 a multiply-add.
 
-    `mean_keys`: keys that a query sees on average; None counts `length` for every query (the
-    full convention of PaLM, arXiv:2204.02311 appendix B).
+    `mean_keys`: window -> keys that a query sees on average through it; None counts `length` for
+    every query (the full convention of PaLM, arXiv:2204.02311 appendix B).
     """
-    keys = [length if mean_keys is None else mean_keys] * self.num_layers
-    if mean_keys is not None:
-      keys = [min(k, w) if w else k
-              for k, w in zip(keys, self.window * (self.num_layers // len(self.window)))]
+    windows = self.window * (self.num_layers // len(self.window))
+    keys = [length if mean_keys is None else mean_keys[w] for w in windows]
     matmuls = self.num_layers * self.layer_matrices() + self.vocab_size * self.embed_dim
     attention = sum(2 * k * self.num_heads * self.widths()['head_dim'] for k in keys)
     return 6.0 * (matmuls + attention)
@@ -218,16 +227,19 @@ class Decoder(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, state: State | None = None, *,
                positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None,
-               valid_BT: jax.Array | None = None, dropout_key: jax.Array | None = None
+               valid_BT: jax.Array | None = None, dropout_key: jax.Array | None = None,
+               places: tuple[jax.Array, jax.Array] | None = None
                ) -> tuple[jax.Array, State | None]:
     """Hidden states [B, T, D] in the compute type, and the state after these tokens.
+
+    `places`: (index_BT, start_BT) where the tokens do not stand in their order; see place_tokens.
 
     A row that outgrows the capacity of a full-attention layer's cache gives NaN from there on:
     the callers that know lengths refuse it before (training, evaluation, generation).
     """
     config = self.config
     context, clock = place_tokens(tokens_BT, state and state.clock, positions_BT,
-                                  segment_ids_BT, valid_BT)
+                                  segment_ids_BT, valid_BT, places)
     x_BTD = self.embedding(tokens_BT, DTYPES[config.dtype])
     if self.positions is not None:
       table = self.positions.get_value().astype(x_BTD.dtype)

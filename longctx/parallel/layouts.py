@@ -16,6 +16,7 @@ from longctx.errors import check, check_choice, check_range
 
 ORDERS = ('contiguous', 'zigzag', 'striped')
 UNIT = 128   # tokens of a stripe
+DTYPES = {'index': np.int32, 'start': np.int32}   # what lay_out adds to a batch
 
 
 def multiple(order: str, size: int, unit: int = UNIT) -> int:

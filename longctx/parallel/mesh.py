@@ -22,13 +22,16 @@ from longctx.parallel import layouts
 AXES = ('data', 'seq', 'model')
 STRATEGIES = ('allgather', 'ring', 'bidirectional', 'ulysses', 'hybrid')   # parallel/sequence.py
 
-# meaning of a dimension -> mesh axis. `vocab` is cut where the axis divides it, else kept whole.
+# meaning of a dimension -> mesh axis. These are cut where the axis divides them, else kept whole.
+MAY_STAY_WHOLE = ('vocab', 'kv_heads')
+
 RULES = {
     'single': dict(batch=None,   length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
     'data':   dict(batch='data', length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
     'fsdp':   dict(batch='data', length=None,  embed='data', heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
     'tensor': dict(batch='data', length=None,  embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
     'sequence': dict(batch='data', length='seq', embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+    'sequence_fsdp': dict(batch='data', length='seq', embed='seq', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
 }
 
 
@@ -89,7 +92,7 @@ class Layout:
       if dim is not None and dim not in self.rules:
         raise KeyError(f'unknown dimension name {dim!r}; RULES has {", ".join(self.rules)}')
       axis = self.rules[dim] if dim is not None else None
-      if dim == 'vocab' and axis and (shape is None or shape[i] % self.mesh.shape[axis]):
+      if dim in MAY_STAY_WHOLE and axis and (shape is None or shape[i] % self.mesh.shape[axis]):
         axis = None
       axes.append(axis)
     return PartitionSpec(*axes)
@@ -147,6 +150,17 @@ class Layout:
       return jax.make_array_from_callback((batch_size, *x.shape[1:]), self.sharding(*dims), part)
 
     return jax.tree.map(one, rows)
+
+  def lays_out(self, length: int) -> bool:
+    """Whether rows of this length are put in another order or padded over the devices."""
+    size = self.size('length')
+    return size > 1 and (self.order != 'contiguous' or length % size != 0)
+
+  def lay_out(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of host rows [B, T] in the order of its tokens over `seq`; see layouts.lay_out."""
+    if not self.lays_out(next(iter(batch.values())).shape[1]):
+      return batch
+    return layouts.lay_out(batch, self.order, self.size('length'), self.unit)
 
   def replicate(self, tree: Any) -> Any:
     """Host values -> arrays that every device holds whole."""

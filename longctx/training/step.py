@@ -1,13 +1,15 @@
 """One update, pure: all it needs comes in, all it makes goes out.
 
 The loss is the mean over the target tokens of the whole global batch, whatever its cut into
-microbatches or over devices. A step whose loss or gradient is not finite leaves parameters,
-optimiser and carried state as they were, and is counted.
+microbatches or over devices. A step whose loss or gradient is not finite leaves parameters and
+optimiser as they were, and is counted; the carried state goes on with the data, but for rows where
+it is not finite itself.
 Held by: tests/test_step.py, tests/test_mesh.py.
 
 B rows  T tokens  A microbatches
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,16 +58,21 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
                accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array]
                ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The state after one batch, and scalars: loss (nats per token), grad_norm, finite, skipped,
-  bad_in_a_row, tokens (targets), keys (mean keys a causal query may see), and
-  grad_squares (one sum of squares a parameter, to name the first that is not finite).
+  bad_in_a_row, tokens (targets), keys (of each window of the model: what a query with a target
+  sees on average), and grad_squares (one sum of squares a parameter, to name the first that is not
+  finite).
   """
   weights_BT = batch['loss_mask'] / jnp.maximum(batch['loss_mask'].sum(), 1.0)
   key = jax.random.fold_in(state.dropout_key, state.step)
+  before_BT = batch['positions'] + 1   # keys of its document up to itself
+  keys = {w: (weights_BT * (jnp.minimum(before_BT, w) if w else before_BT)).sum()
+          for w in nnx.merge(graphdef, state.params).config.windows}
 
   def loss_fn(params, batch, weights_BT, memory, key):
     model = nnx.merge(graphdef, params)
+    placed = dict(places=(batch['index'], batch['start'])) if 'index' in batch else {}
     hidden_BTD, memory = model(batch['tokens'], memory, positions_BT=batch['positions'],
-                               segment_ids_BT=batch['segment_ids'], dropout_key=key)
+                               segment_ids_BT=batch['segment_ids'], dropout_key=key, **placed)
     layout = mesh.current()
     # Whole along D before the loss: cut along it, it would be gathered for every chunk.
     table_VD = mesh.constrain(model.output_embedding_VD(), 'vocab', None)
@@ -109,8 +116,19 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
   skipped = state.skipped + jnp.where(finite, 0, 1)
   state = TrainState(
       step=state.step + 1, params=keep(params, state.params), opt=keep(opt, state.opt),
-      ema=keep(ema, state.ema), memory=keep(memory, state.memory), bad_in_a_row=bad,
+      ema=keep(ema, state.ema), memory=keep_finite_rows(memory, state.memory), bad_in_a_row=bad,
       skipped=skipped, dropout_key=state.dropout_key)
   return state, dict(loss=loss, grad_norm=grad_norm, finite=finite, bad_in_a_row=bad,
-                     skipped=skipped, tokens=batch['loss_mask'].sum(),
-                     keys=(batch['positions'] + 1.0).mean(), grad_squares=grad_squares)
+                     skipped=skipped, tokens=(batch['loss_mask'] > 0).sum(), keys=keys,
+                     grad_squares=grad_squares)
+
+
+def keep_finite_rows(new: Any, old: Any) -> Any:
+  """Row by row the new carried state, or all of the old one where any of it is not finite."""
+  inexact = [x for x in jax.tree.leaves(new) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  if not inexact:
+    return new
+  ok_B = functools.reduce(jnp.logical_and, (
+      jnp.isfinite(x).reshape(x.shape[0], -1).all(1) for x in inexact))
+  return jax.tree.map(
+      lambda a, b: jnp.where(ok_B.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
