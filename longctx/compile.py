@@ -50,7 +50,7 @@ def write(folder: str, name: str, found: dict[str, Any]) -> str:
 
 
 def model_flops(a: assembly.Assembly) -> float:
-  """Of one device and one step, by the model's formula; a causal query sees half of its row."""
+  """Of one device and one step, by the model's formula with what a causal query sees of a row."""
   length = a.parts.data.length
-  each = a.model_config.flops_per_token(length, (length + 1) / 2)
+  each = a.model_config.flops_per_token(length, a.model_config.mean_keys(length))
   return each * length * a.parts.data.batch_size / a.layout.mesh.size

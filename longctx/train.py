@@ -152,10 +152,9 @@ class Trainer:
   # The loop.
 
   def run(self) -> None:
-    began = time.perf_counter()
     with contextlib.ExitStack() as exits:
       state = self.open(exits)
-      state, done, found = self.loop(state, int(state.step), began)
+      state, done, found = self.loop(state, int(state.step))
     self.tell_failures()   # of the last save, which ended as the checkpoints were closed
     if done < self.config.num_steps:
       newest = max(self.checkpoints.steps(), default=None)
@@ -165,7 +164,7 @@ class Trainer:
       return
     publish(found or self.evaluate(state), self.folder, done)
 
-  def loop(self, state: step.TrainState, done: int, began: float):
+  def loop(self, state: step.TrainState, done: int):
     """(state, steps done, evaluation after the last step or None)."""
     c, found, waiting = self.config, None, None
     clock = Clock()
@@ -196,7 +195,7 @@ class Trainer:
       waiting = (done, metrics)
       if self.first_step_seconds is None:
         jax.block_until_ready(metrics['loss'])
-        self.first_step_seconds = time.perf_counter() - began
+        self.first_step_seconds = metrics_lib.process_seconds()
         self.say(f'first step after {self.first_step_seconds:.1f} s')
       evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps
       saves = done % c.checkpoint_every == 0 or (evaluates and c.keep_best) or done == c.num_steps

@@ -125,8 +125,12 @@ def test_count_and_flops_in_closed_form(changes):
   attention = 2 * 4 * config.head_dim * 100
   assert config.flops_per_token(100) == 6 * (matrices + 4 * attention)
   seen = 2 * 4 * config.head_dim
-  assert config.flops_per_token(100, mean_keys=50.5) == pytest.approx(
-      6 * (matrices + 2 * seen * 50.5 + 2 * seen * 3))
+  # Layers see 3 keys and all in turn; the first two queries of a row see fewer than 3.
+  keys = config.mean_keys(100)
+  assert keys == {0: 50.5, 3: (1 + 2 + 3 * 98) / 100}
+  assert config.flops_per_token(100, keys) == pytest.approx(
+      6 * (matrices + 2 * seen * 50.5 + 2 * seen * 2.97))
+  assert config.mean_keys(2) == {0: 1.5, 3: 1.5}
 
 
 def test_a_full_cache_says_nan_and_not_something_else():

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +250,17 @@ def test_largest_arrays_names_sizes_and_cuts():
                    'steps int32[512] 2.0 KiB one device 2.0 KiB a device']
   assert len(metrics.largest_arrays(tree)) == 4
   assert metrics.largest_arrays({}) == []
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='Linux tells the start there')
+def test_seconds_of_the_process_are_counted_from_its_start():
+  code = 'from longctx.training import metrics; print(metrics.process_seconds(), flush=True)'
+  began = time.monotonic()
+  child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+  with child:
+    told = float(child.stdout.readline())
+    elapsed = time.monotonic() - began
+  assert elapsed - 0.5 < told < elapsed + 0.1   # imports alone take longer
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='Linux tells VmHWM there')

@@ -134,10 +134,10 @@ def masked_by(value):
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value):
-  a = assemble('lstm', optimizer_ema=0.9)
+  a = assemble('packed', optimizer_ema=0.9)
   update = jitted(a)
   state, _ = run(a, [make_batch(0), make_batch(1)], update=update)
-  kept = lambda s: bits((s.params, s.opt, s.ema, s.memory, s.dropout_key))
+  kept = lambda s: bits((s.params, s.opt, s.ema, s.dropout_key))
   before = kept(state)
   state, found = run(a, [masked_by(value)] * 2, state, update)
   assert kept(state) == before
@@ -151,6 +151,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value):
   # Nothing but the count of steps tells that there were bad ones.
   straight, _ = run(a, [make_batch(i) for i in range(3)], update=update)
   assert kept(state) == kept(straight)
+
+
+def test_after_a_skipped_step_the_memory_is_of_the_data_that_was_read():
+  a = assemble('lstm')
+  before, _ = run(a, [make_batch(0)])
+  old = numbers(before.memory)
+  bad = make_batch(1) | {'loss_mask': np.full((B, T), np.nan, np.float32)}
+  skipped, (metrics,) = run(a, [bad], before)
+  assert not metrics['finite']
+  good, _ = run(a, [make_batch(1)], run(a, [make_batch(0)])[0])
+  assert bits(skipped.memory) == bits(good.memory)   # the parameters that read it were the same
+  assert any((x != y).any() for x, y in zip(numbers(skipped.memory), old))
+
+
+def test_a_row_of_memory_that_is_not_finite_is_put_back_whole():
+  old = {'h': jnp.zeros((3, 2)), 'clock': jnp.zeros(3, jnp.int32)}
+  new = {'h': jnp.array([[1., 2.], [3., jnp.nan], [5., 6.]]), 'clock': jnp.full(3, 7)}
+  kept = step_lib.keep_finite_rows(new, old)
+  np.testing.assert_array_equal(kept['h'], [[1, 2], [0, 0], [5, 6]])
+  np.testing.assert_array_equal(kept['clock'], [7, 0, 7])
 
 
 def test_a_bad_parameter_is_named():
@@ -186,7 +206,7 @@ def test_accumulation_equals_the_large_batch(variant, devices):
   batches = [make_batch(i) for i in range(3)]
   whole, of_whole = run(assemble(variant, devices, **PLAIN), batches)
   parts, of_parts = run(assemble(variant, devices, run_accumulate=4, **PLAIN), batches)
-  for name in ('loss', 'grad_norm', 'grad_squares', 'tokens', 'keys'):
+  for name in ('loss', 'grad_norm', 'grad_squares', 'tokens'):
     np.testing.assert_allclose([m[name] for m in of_parts], [m[name] for m in of_whole],
                                rtol=2e-5, atol=1e-9, err_msg=name)
   for x, y in zip(numbers((parts.params, parts.memory)), numbers((whole.params, whole.memory))):
@@ -222,6 +242,24 @@ def test_the_loss_is_the_mean_over_the_targets():
   _, (metrics,) = run(a, [batch], state)
   np.testing.assert_allclose(metrics['loss'], total / count, rtol=1e-5)
   assert metrics['tokens'] == count
+
+
+def test_keys_are_those_that_queries_with_a_target_see():
+  a = assemble('windowed', model_window=(4,))
+  batch = make_batch(4)
+  seen = {w: [] for w in (4, 0)}
+  for b in range(B):
+    for t in range(T):
+      if batch['loss_mask'][b, t]:
+        document = [s for s in range(t + 1) if batch['segment_ids'][b, s] ==
+                    batch['segment_ids'][b, t]]
+        for w, keys in seen.items():
+          keys.append(len([s for s in document if not w or s > t - w]))
+  _, (metrics,) = run(a, [batch])
+  assert a.model_config.windows == (4,)
+  assert list(metrics['keys']) == [4]
+  assert np.mean(seen[0]) > np.mean(seen[4])   # a mean of minima, not the minimum of the mean
+  np.testing.assert_allclose(metrics['keys'][4], np.mean(seen[4]), rtol=1e-6)
 
 
 def test_a_batch_without_targets_is_no_disaster():

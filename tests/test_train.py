@@ -200,6 +200,19 @@ def test_the_pauses_do_not_count(text, tmp_path, monkeypatch):
   assert lines(tmp_path / 'slow')[-2]['seconds'] > 0.7   # but waiting for the input does
 
 
+def test_padding_does_not_count_as_tokens(text, tmp_path, monkeypatch):
+  real = stream.Stream.__next__
+  def half(self):
+    batch = real(self)
+    return batch | {'loss_mask': np.where(np.arange(16) < 8, batch['loss_mask'], 0.0)}
+  monkeypatch.setattr(stream.Stream, '__next__', half)
+  train.run(make_config(text, run_num_steps=4, run_eval_every=0), str(tmp_path))
+  before = 0.0
+  for line in [line for line in lines(tmp_path) if 'loss' in line]:
+    assert line['tokens_per_second'] * (line['seconds'] - before) == pytest.approx(2 * 8 * 8)
+    before = line['seconds']
+
+
 # Stopped, crashed, carried on.
 
 

@@ -11,6 +11,7 @@ B batch  T tokens  E recurrent width  D embedding  V vocab  L layers
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -69,7 +70,13 @@ class Config:
     return (self.vocab_size * self.embed_dim + self.layer_matrices()
             + 4 * self.hidden_dim * self.num_layers + projection + head)
 
-  def flops_per_token(self, length: int, mean_keys: float | None = None) -> float:
+  windows = ()   # no layer of it attends
+
+  def mean_keys(self, length: int) -> dict[int, float]:
+    del length
+    return {}
+
+  def flops_per_token(self, length: int, mean_keys: Mapping[int, float] | None = None) -> float:
     """FLOPs of forward and backward per token, 2 a multiply-add; no term grows with length."""
     del length, mean_keys
     width = self.embed_dim if self.tied else self.hidden_dim

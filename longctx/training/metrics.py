@@ -200,7 +200,19 @@ def _clock(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-# Memory.
+# Time and memory.
+
+_IMPORTED = time.perf_counter()
+
+
+def process_seconds() -> float:
+  """Since this process was started: the interpreter's start and all imports count."""
+  try:
+    with open('/proc/self/stat') as f:   # the command's name, in parentheses, may hold anything
+      ticks = int(f.read().rpartition(')')[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+  except (OSError, AttributeError, ValueError):   # no Linux: since the import of this file
+    return time.perf_counter() - _IMPORTED
 
 
 def largest_arrays(tree: Any, n: int = 10) -> list[str]:
