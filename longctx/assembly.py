@@ -175,26 +175,36 @@ def check_same_tokenizer(tokenizer: Tokenizer, meta: dict) -> None:
         f'this one is {now[:16]}; give the same model file back')
 
 
-def load_parameters(a: Assembly, folder: str, *, use_ema: bool = False) -> tuple[int, Any]:
-  """(step, parameters) of the newest readable checkpoint; nothing is written."""
+def load_parameters(a: Assembly, folder: str, *, use_ema: bool = False,
+                    checkpoint: str = 'newest') -> tuple[int, Any]:
+  """(step, parameters) of a checkpoint: 'newest' (that can be read), 'best', or its step."""
   check(not use_ema or a.parts.optimizer.ema > 0,
         'use_ema: this run keeps no averaged parameters; train with optimizer.ema=0.999 or so')
   name = 'ema' if use_ema else 'params'
   with open_checkpoints(a.parts, folder, read_only=True) as checkpoints:
-    restored = checkpoints.restore_newest({name: getattr(a.abstract, name)}, partial=True)
-  check(restored is not None, f'--workdir={folder}: no checkpoint there yet; train first: '
-        f'python -m longctx.main --config=... --workdir={folder}')
+    check(bool(checkpoints.steps()), f'--workdir={folder}: no checkpoint there yet; train first: '
+          f'python -m longctx.main --config=... --workdir={folder}')
+    abstract = {name: getattr(a.abstract, name)}
+    if checkpoint == 'newest':
+      restored = checkpoints.restore_newest(abstract, partial=True)
+    else:
+      best = checkpoints.best_step()
+      check(checkpoint != 'best' or best is not None, '--checkpoint=best: no checkpoint of '
+            f'--workdir={folder} has a validation loss; give newest or a step of '
+            f'{", ".join(map(str, checkpoints.steps()))}')
+      at = best if checkpoint == 'best' else int(checkpoint)
+      restored = checkpoints.restore_step(at, abstract, partial=True)
   check_same_tokenizer(a.tokenizer, restored.meta)
   return restored.step, restored.state[name]
 
 
-def load_for_inference(folder: str, *, use_ema: bool = False
+def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 'newest'
                        ) -> tuple[nnx.GraphDef, Any, Tokenizer, Any]:
-  """(graphdef, params, tokenizer, model config) of a run's newest checkpoint, on one device."""
+  """(graphdef, params, tokenizer, model config) of a run's checkpoint, on one device."""
   config = workdir.load_config(folder)
   config.mesh.update(dict(data=1, seq=1, model=1, layout='single'))
   a = assemble(config, jax.local_devices()[:1])
-  _, params = load_parameters(a, folder, use_ema=use_ema)
+  _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
   return a.graphdef, params, a.tokenizer, a.model_config
 
 

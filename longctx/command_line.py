@@ -42,6 +42,16 @@ def complain(error: BaseException) -> int:
   return 2
 
 
+CHECKPOINT_HELP = ('Which checkpoint: newest (that can be read), best (of the lowest validation '
+                   'loss), or a step.')
+
+
+def check_checkpoint(value: str) -> None:
+  check(value in ('newest', 'best') or re.fullmatch('[0-9]+', value) is not None,
+        f'--checkpoint={value}: must be newest, best or a step, such as 1000'
+        f'{nearest(value, ("newest", "best"))}')
+
+
 def help_text(doc: str, table: flags.FlagValues) -> str:
   """What --help prints: the face's docstring, and each flag of its own with its default."""
   lines = [doc]

@@ -1,6 +1,6 @@
 """python -m longctx.generate --workdir=W --prompt='def ' [--max_new_tokens=200 --temperature=0.8 ...]
 
-Continues a prompt with the newest checkpoint of a workdir and writes the text while it is made. The
+Continues a prompt with a checkpoint of a workdir and writes the text while it is made. The
 text ends at the end of the document (the separator) or after max_new_tokens. A user's mistake ends
 in one line on stderr and exit status 2.
 Held by: tests/test_generate.py.
@@ -30,7 +30,8 @@ def define_flags() -> flags.FlagValues:
   whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
   real = lambda *args: flags.DEFINE_float(*args, flag_values=table)
   switch = lambda *args: flags.DEFINE_bool(*args, flag_values=table)
-  text('workdir', '', 'Folder of a run; its newest readable checkpoint is used, nothing written.')
+  text('workdir', '', 'Folder of a run; nothing is written there.')
+  text('checkpoint', 'newest', command_line.CHECKPOINT_HELP)
   text('prompt', '', 'Text to continue; - reads it from stdin; empty starts a new document.')
   text('prompt_file', '', 'File with the text to continue, every byte of it.')
   whole('max_new_tokens', 200, 'Tokens to make at most.')
@@ -57,6 +58,7 @@ def check_flags(f: flags.FlagValues) -> Any:
   check(bool(f.workdir), '--workdir: missing; give the folder of a trained run, such as '
         'runs/quickstart')
   check(os.path.isdir(f.workdir), f'--workdir={f.workdir}: no such folder')
+  command_line.check_checkpoint(f.checkpoint)
   check_range('--max_new_tokens', f.max_new_tokens, low=1)
   check_range('--seed', f.seed, low=0, high=2**31 - 1)
   check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
@@ -126,7 +128,7 @@ def run(f: flags.FlagValues) -> None:
   from longctx import assembly
   from longctx.inference import sampling
   graphdef, params, tokenizer, model_config = assembly.load_for_inference(
-      f.workdir, use_ema=f.use_ema)
+      f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint)
   prompt_ids = [tokenizer.separator, *tokenizer.encode(prompt, name).tolist()]
   total = len(prompt_ids) + f.max_new_tokens
   check(not model_config.max_length or total <= model_config.max_length,
@@ -135,7 +137,8 @@ def run(f: flags.FlagValues) -> None:
         f'{model_config.max_length}')
   tokens = sampling.generate(
       graphdef, params, prompt_ids, max_new_tokens=f.max_new_tokens, sampling=settings,
-      stop_token=tokenizer.separator, seed=f.seed)
+      stop_token=tokenizer.separator, seed=f.seed,
+      banned=range(tokenizer.vocab_size, model_config.vocab_size))   # no text stands for these
   terminal = Terminal(f.echo)
   try:
     write_text(prompt, tokens, tokenizer.decode, terminal)

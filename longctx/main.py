@@ -30,9 +30,10 @@ def define_flags() -> flags.FlagValues:
   whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
   text('workdir', '', 'Folder of the run: checkpoints, metrics, figures. compile and plan write '
        'their JSON there, or into the current directory.')
-  text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate the newest checkpoint. '
+  text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate a checkpoint. '
        'compile: compile the step and say what it needs. plan: predict its memory, part by part.')
   text('topology', '', 'With compile and plan: a TPU slice that need not be here, such as v5e:8x8.')
+  text('checkpoint', 'newest', f'With eval. {command_line.CHECKPOINT_HELP}')
   text('allow_config_change', '', 'Keys or sections, with commas between, in which the config may '
        'differ from the one that the workdir has.')
   flags.DEFINE_bool('distributed', False, 'One of several processes: call '
@@ -58,6 +59,9 @@ def check_flags(f: flags.FlagValues) -> None:
         'run, such as --workdir=runs/quickstart')
   check(not f.topology or f.mode not in NEED_WORKDIR, f'--topology={f.topology}: does nothing with '
         f'--mode={f.mode}; give --mode=compile or --mode=plan')
+  command_line.check_checkpoint(f.checkpoint)
+  check(f.checkpoint == 'newest' or f.mode == 'eval', f'--checkpoint={f.checkpoint}: does nothing '
+        f'with --mode={f.mode}; give --mode=eval')
   check(not f.coordinator_address or re.fullmatch(r'.+:\d+', f.coordinator_address) is not None,
         f'--coordinator_address={f.coordinator_address}: must be host:port, such as 10.0.0.1:1234')
   check_range('--num_processes', f.num_processes, 0)
@@ -125,7 +129,8 @@ def run(argv: list[str]) -> int:
   check_devices()
   set_compilation_cache(parts.run.compilation_cache)
   from longctx import train
-  train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change)
+  train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change,
+            checkpoint=f.checkpoint)
   return 0
 
 

@@ -34,10 +34,11 @@ from longctx.training.checkpoint import Checkpoints
 MODES = ('train', 'eval')
 
 
-def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: str = '') -> None:
-  """Trains, or evaluates the newest checkpoint of, the workdir `folder`."""
+def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: str = '',
+        checkpoint: str = 'newest') -> None:
+  """Trains, or evaluates a checkpoint of, the workdir `folder`."""
   if mode == 'eval':
-    return evaluate_workdir(config, folder)
+    return evaluate_workdir(config, folder, allow_config_change, checkpoint)
   a = processes.together(lambda: assembly.assemble(config))
   with contextlib.ExitStack() as exits:
     processes.together(lambda: exits.enter_context(workdir.lock(folder)))
@@ -47,11 +48,16 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
     Trainer(a, folder, stop, agree).run()
 
 
-def evaluate_workdir(config: Any, folder: str) -> None:
-  """--mode=eval: scores the newest checkpoint and writes evaluation.json and the figure."""
+def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
+                     checkpoint: str = 'newest') -> None:
+  """--mode=eval: scores a checkpoint and writes evaluation.json and the figure."""
   workdir.load_config(folder)   # a workdir without a run is refused by name
   a = assembly.assemble(config)
-  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema)
+  # Another window, base or split of the text would be scored without an error.
+  workdir.agree(folder, config, allow_config_change, record=False,
+                free=(*workdir.FREE, *workdir.NOT_SCORED))
+  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema,
+                                        checkpoint=checkpoint)
   publish(evaluate(a, params, assembly.open_documents(a)), folder, at)
 
 

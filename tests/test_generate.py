@@ -24,8 +24,8 @@ class Loader:
     self.model = toy_models.CountModel(257, max_length=100)
     self.calls = []
 
-  def __call__(self, folder, *, use_ema=False):
-    self.calls.append((folder, use_ema))
+  def __call__(self, folder, *, use_ema=False, checkpoint='newest'):
+    self.calls.append((folder, use_ema, checkpoint))
     return *nnx.split(self.model), Bytes(), self.model.config
 
 
@@ -46,9 +46,19 @@ def test_the_text_goes_on_from_the_prompt(tmp_path, loader, capsys):
   assert capsys.readouterr().out == 'abbbbbb\n'
   assert run(tmp_path, '--prompt=abb', '--max_new_tokens=4', '--temperature=0', '--noecho') == 0
   assert capsys.readouterr().out == 'bbbb\n'
-  assert loader.calls == [(str(tmp_path), False)] * 2
-  run(tmp_path, '--prompt=abb', '--max_new_tokens=1', '--use_ema')
-  assert loader.calls[-1] == (str(tmp_path), True)
+  assert loader.calls == [(str(tmp_path), False, 'newest')] * 2
+  run(tmp_path, '--prompt=abb', '--max_new_tokens=1', '--use_ema', '--checkpoint=best')
+  assert loader.calls[-1] == (str(tmp_path), True, 'best')
+
+
+def test_symbols_that_the_tokenizer_does_not_have_are_never_chosen(tmp_path, loader, capsys):
+  """A model with room for 300 symbols, that likes those above the tokenizer's 257 best."""
+  class Model(toy_models.CountModel):
+    def logits(self, hidden_BTD):
+      return super().logits(hidden_BTD) + 9.0 * (jnp.arange(300) > 256)
+  loader.model = Model(300, max_length=100)
+  assert run(tmp_path, '--prompt=abb', '--max_new_tokens=4', '--temperature=0') == 0
+  assert capsys.readouterr().out == 'abbbbbb\n'
 
 
 def test_the_seed_decides_the_text(tmp_path, loader, capsys):
@@ -110,6 +120,9 @@ MISTAKES = [
     (['W', '--top_p=1.5'], '--top_p=1.5'),
     (['W', '--top_k=-1'], '--top_k=-1: must be at least 0'),
     (['W', '--min_p=1'], '--min_p=1.0: must be at least 0 and below 1'),
+    (['W', '--checkpoint=bset'], '--checkpoint=bset: must be newest, best or a step, such as 1000 '
+     '(did you mean "best"?)'),
+    (['W', '--checkpoint=-1'], '--checkpoint=-1: must be newest, best or a step'),
     (['W', '--max_new_tokens=0'], '--max_new_tokens=0: must be at least 1'),
     (['W', '--seed=-1'], '--seed=-1'),
     (['W', '--prompt=a', '--prompt_file=b'], 'not both'),
@@ -155,5 +168,5 @@ def test_help_is_quick_and_names_every_flag():
   assert not any(line.split('|')[-1].strip() in ('jax', 'flax', 'orbax', 'numpy')
                  for line in done.stderr.splitlines())
   for name in ('workdir', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k',
-               'top_p', 'min_p', 'seed', 'use_ema'):
+               'top_p', 'min_p', 'seed', 'use_ema', 'checkpoint'):
     assert f'--{name}=' in done.stdout

@@ -363,11 +363,28 @@ WORLD = [
     (['--mode=eval', '--workdir={began}'], ['--workdir={began}: no checkpoint there yet; train']),
     (['--mode=eval', '--workdir={trained}', '--config.evaluation.use_ema=true'],
      ['evaluation.use_ema=True: ']),
-    (['--mode=eval', '--workdir={trained}', '--config.model.embed_dim=16'], ['[', '16', '8']),
-    (['--workdir={trained}', '--config.optimizer.learning_rate=0.5', '--config.seed=7'],
+    (['--mode=eval', '--workdir={trained}', '--config.model.embed_dim=16'],
+     ['{trained}/config.json disagrees with this config: model.embed_dim: W has 8, you gave 16. '
+      'model.embed_dim cannot change in this workdir: give what W has; or give another workdir']),
+    (['--mode=eval', '--workdir={trained}', '--config.model.window=(4,)', '--config.seed=7'],
+     ['disagrees with this config: model.window: W has [0], you gave [4]. To go on with what you '
+      'gave: --allow_config_change=model.window; or']),
+    (['--mode=eval', '--workdir={trained}', '--checkpoint=7'],
+     ['{trained}/checkpoints: has no checkpoint of step 7; it has 1, 2']),
+    (['--mode=eval', '--workdir={trained}', '--checkpoint=last'],
+     ['--checkpoint=last: must be newest, best or a step, such as 1000']),
+    (['--workdir={trained}', '--checkpoint=best'],
+     ['--checkpoint=best: does nothing with --mode=train; give --mode=eval']),
+    (['--workdir={trained}', '--config.optimizer.learning_rate=0.5',
+      '--config.optimizer.weight_decay=0.2'],
      ['{trained}/config.json disagrees with this config: optimizer.learning_rate: W has 0.003, you '
-      'gave 0.5; seed: W has 0, you gave 7. To go on with what you gave: '
-      '--allow_config_change=optimizer.learning_rate,seed; or give another workdir']),
+      'gave 0.5; optimizer.weight_decay: W has 0.1, you gave 0.2. To go on with what you gave: '
+      '--allow_config_change=optimizer.learning_rate,optimizer.weight_decay; or give another '
+      'workdir']),
+    (['--workdir={trained}', '--config.seed=7', '--config.data.length=8',
+      '--config.run.num_steps=3'],
+     ['data.length, seed cannot change in this workdir: give what W has. For the rest: '
+      '--allow_config_change=run.num_steps; or give another workdir']),
     (['--workdir={trained}', '--allow_config_change=run.num_step'],
      ['--allow_config_change=run.num_step: no such key (did you mean "run.num_steps"?)']),
     (['--workdir={trained}', '--config.run.num_steps=1', '--allow_config_change=run.num_steps'],

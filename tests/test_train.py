@@ -60,7 +60,7 @@ def make_config(text, variant='packed', **changes):
   config.data.update(text)
   for name, value in changes.items():
     section, _, field = name.partition('_')
-    config[section][field] = value
+    (config[section] if field else config)[field or section] = value
   return config
 
 
@@ -317,6 +317,32 @@ def test_another_tokenizer_is_refused(text, tmp_path, at_batch, monkeypatch):
     train.run(config, str(tmp_path), mode='eval')
 
 
+def test_eval_scores_with_the_config_that_was_trained(text, tmp_path, at_batch):
+  config = make_config(text)
+  at_batch(3, terminate)
+  train.run(config, str(tmp_path))
+  written = (tmp_path / 'config.json').read_bytes()
+  train.run(config, str(tmp_path), mode='eval')
+  score = evaluation(tmp_path)
+  for name in ('model.rope_base', 'model.window', 'data.validation_fraction'):
+    other = make_config(text, **{name.replace('.', '_', 1): {
+        'model.rope_base': 5.0, 'model.window': (2,), 'data.validation_fraction': 0.3}[name]})
+    before = evaluation(tmp_path)
+    with pytest.raises(ConfigError, match=f'{name}: W has .* --allow_config_change={name};'):
+      train.run(other, str(tmp_path), mode='eval')
+    assert evaluation(tmp_path) == before
+    train.run(other, str(tmp_path), mode='eval', allow_config_change=name)
+    assert evaluation(tmp_path)['loss'] != score['loss']
+  same = make_config(text, seed=5, data_prefetch=9, data_batch_size=16, loss_chunk=3,
+                     run_num_steps=99, optimizer_name='lion', evaluation_segment=8)
+  train.run(same, str(tmp_path), mode='eval')
+  assert evaluation(tmp_path)['loss'] == pytest.approx(score['loss'], rel=1e-6)
+  assert (tmp_path / 'config.json').read_bytes() == written
+  with pytest.raises(ConfigError, match='--checkpoint=best: no checkpoint of .* has a validation '
+                     'loss; give newest or a step of 3'):
+    train.run(config, str(tmp_path), mode='eval', checkpoint='best')
+
+
 def test_fewer_steps_than_were_done_is_refused(text, tmp_path):
   config = make_config(text)
   train.run(config, str(tmp_path))
@@ -406,6 +432,9 @@ def test_the_best_is_kept_and_a_full_disk_is_survived(text, tmp_path, capfd, cap
   checkpoints = Checkpoints(tmp_path / 'checkpoints', read_only=True)
   assert checkpoints.steps() == [3, 9]   # saved where it was evaluated, too
   assert checkpoints.best_step() == 3
+  for which, at in (('newest', 9), ('best', 3), ('9', 9), ('3', 3)):
+    train.run(config, str(tmp_path), mode='eval', checkpoint=which)
+    assert evaluation(tmp_path)['step'] == at
 
   monkeypatch.setattr(manifest, 'write', write)
   monkeypatch.setattr(train, 'evaluate', real)

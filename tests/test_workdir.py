@@ -33,7 +33,7 @@ def start(code, *args):
 
 def make_config():
   return ml_collections.ConfigDict({
-      'seed': 1, 'run': {'num_steps': 100, 'log_every': 10}, 'model': {'qk_norm': False},
+      'seed': 1, 'run': {'num_steps': 100, 'log_every': 10}, 'model': {'remat': False},
       'optimizer': {'name': 'adamw', 'betas': (0.9, 0.95)}})
 
 
@@ -104,7 +104,7 @@ class TestAgree:
     workdir_lib.agree(tmp_path, make_config(), '')
     text = (tmp_path / 'config.json').read_text()
     assert json.loads(text) == {
-        'seed': 1, 'run': {'num_steps': 100, 'log_every': 10}, 'model': {'qk_norm': False},
+        'seed': 1, 'run': {'num_steps': 100, 'log_every': 10}, 'model': {'remat': False},
         'optimizer': {'name': 'adamw', 'betas': [0.9, 0.95]}}
     assert text.index('"model"') < text.index('"optimizer"') < text.index('"run"')
     assert len(text.splitlines()) > 10
@@ -115,16 +115,16 @@ class TestAgree:
   def test_each_differing_key_is_told_with_the_remedy(self, tmp_path):
     workdir_lib.agree(tmp_path, make_config(), '')
     config = make_config()
-    config.run.num_steps, config.optimizer.betas, config.model.qk_norm = 200, (0.9, 0.99), True
+    config.run.num_steps, config.optimizer.betas, config.model.remat = 200, (0.9, 0.99), True
     with pytest.raises(ConfigError) as e:
       workdir_lib.agree(tmp_path, config, '')
     message = in_one_line(e)
     assert 'run.num_steps: W has 100, you gave 200' in message
     assert 'optimizer.betas: W has [0.9, 0.95], you gave [0.9, 0.99]' in message
-    assert 'model.qk_norm: W has false, you gave true' in message
+    assert 'model.remat: W has false, you gave true' in message
     assert 'log_every' not in message
     remedy = message.split('--allow_config_change=')[1].split(';')[0]
-    assert remedy == 'model.qk_norm,optimizer.betas,run.num_steps'
+    assert remedy == 'model.remat,optimizer.betas,run.num_steps'
     workdir_lib.agree(tmp_path, config, remedy)  # the remedy is one
     workdir_lib.agree(tmp_path, config, '')  # and W has the new values now
 
@@ -137,8 +137,39 @@ class TestAgree:
       workdir_lib.agree(tmp_path, config, 'run.num_steps')
     assert 'seed: W has 1, you gave 2' in in_one_line(e)
     assert 'num_steps: W has' not in str(e.value)
-    assert '--allow_config_change=run.num_steps,seed;' in str(e.value)
+    assert str(e.value).endswith('. seed cannot change in this workdir: give what W has; or give '
+                                 'another workdir')
+    config.seed, config.run.log_every = 1, 5
+    with pytest.raises(ConfigError) as e:
+      workdir_lib.agree(tmp_path, config, 'run.num_steps')
+    assert '--allow_config_change=run.num_steps,run.log_every;' in in_one_line(e)
     assert (tmp_path / 'config.json').read_bytes() == before
+
+  def test_what_changes_no_number_may_differ(self, tmp_path):
+    from longctx import configuration
+    config = configuration.base()
+    workdir_lib.agree(tmp_path, config)
+    config.mesh.update(dict(data=4, layout='fsdp'))
+    config.run.update(dict(compilation_cache='none', expect='2.0'))
+    config.data.update(dict(cache_dir='c', prefetch=9, threads=2))
+    workdir_lib.agree(tmp_path, config, record=False)
+    workdir_lib.agree(tmp_path, config)
+    assert json.loads((tmp_path / 'config.json').read_text())['mesh']['data'] == 4
+    free = (*workdir_lib.FREE, *workdir_lib.NOT_SCORED)
+    config.update(dict(seed=3))
+    config.optimizer.name, config.evaluation.stride, config.loss.chunk = 'lion', 3, 7
+    workdir_lib.agree(tmp_path, config, record=False, free=free)
+    config.data.validation_fraction = 0.2
+    with pytest.raises(ConfigError, match=r'config: data\.validation_fraction: W has 0\.05'):
+      workdir_lib.agree(tmp_path, config, record=False, free=free)
+
+  def test_every_key_that_is_named_exists(self):
+    from longctx import configuration
+    known = {}
+    for name in configuration.MODELS:
+      known |= workdir_lib.leaves(workdir_lib.plain(configuration.base(name)))
+    for name in (*workdir_lib.FREE, *workdir_lib.NOT_SCORED, *workdir_lib.FIXED):
+      assert name in known or any(key.startswith(f'{name}.') for key in known), name
 
   def test_a_section_allows_its_keys_but_not_a_namesake(self, tmp_path):
     workdir_lib.agree(tmp_path, {'run': {'a': 1, 'b': 2}, 'run_name': 'x'}, '')

@@ -14,12 +14,25 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from longctx.errors import ConfigError, check, nearest
+
+# Keys and sections of a config. These change no number of a run, and may differ from W's:
+FREE = ('mesh', 'run.compilation_cache', 'run.expect', 'data.cache_dir', 'data.prefetch',
+        'data.threads')
+# nor do these change what a checkpoint scores;
+NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'evaluation', 'data.form', 'data.length',
+              'data.batch_size', 'data.long_documents')
+# and a checkpoint, or its place in the data, cannot be carried on with others of these.
+FIXED = ('seed', 'data.form', 'data.length', 'data.batch_size', 'data.long_documents',
+         'optimizer.name', 'model.name', 'model.vocab_size', 'model.num_layers', 'model.embed_dim',
+         'model.num_heads', 'model.num_kv_heads', 'model.head_dim', 'model.mlp', 'model.mlp_dim',
+         'model.hidden_dim', 'model.position', 'model.qk_norm', 'model.tied', 'model.layer_loop')
 
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
@@ -127,8 +140,13 @@ def leaves(config: dict, prefix: str = '') -> dict[str, Any]:
   return found
 
 
+def _within(key: str, names: Iterable[str]) -> bool:
+  """Whether `names` has the key or a section that it is in."""
+  return any(key == name or key.startswith(f'{name}.') for name in names)
+
+
 def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
-          record: bool = True) -> None:
+          record: bool = True, free: Iterable[str] = FREE) -> None:
   """Holds this run to the config of the runs before it in W; the first run writes it.
 
   Args:
@@ -137,6 +155,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
     allow: keys (`run.num_steps`) or sections (`run`), with commas between, that may differ; W then
       has the new values from here on.
     record: write W/config.json; False only compares.
+    free: keys or sections that may differ without a word.
   """
   import jax
 
@@ -150,7 +169,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
     check(key in known | sections,
           f'--allow_config_change={key}: no such key{nearest(key, known | sections)}')
   if old is not None:
-    _compare(path, old, new, allowed)
+    _compare(path, old, new, allowed, (*free, *allowed))
   if record and old != new and jax.process_index() == 0:
     try:
       atomic_write(path, (json.dumps(given, indent=2, sort_keys=True) + '\n').encode())
@@ -159,19 +178,23 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
                         'make room or give another workdir') from e
 
 
-def _compare(path: Path, old: dict, new: dict, allowed: list[str]) -> None:
+def _compare(path: Path, old: dict, new: dict, allowed: list[str], free: Iterable[str]) -> None:
   differing = [key for key in sorted(set(old) | set(new))
                if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))]
-  refused = [key for key in differing
-             if not any(key == a or key.startswith(f'{a}.') for a in allowed)]
+  refused = [key for key in differing if not _within(key, free)]
   if refused:
     show = lambda value: 'no such key' if value is _ABSENT else json.dumps(value)
     told = '; '.join(f'{key}: W has {show(old.get(key, _ABSENT))}, you gave '
                      f'{show(new.get(key, _ABSENT))}' for key in refused)
+    fixed = [key for key in refused if key in FIXED]
     # A key that is allowed already has to be said again, or the next try is refused for it.
-    remedy = ','.join([*allowed, *refused])
-    raise ConfigError(f'{path} disagrees with this config: {told}. To go on with what you gave: '
-                      f'--allow_config_change={remedy}; or give another workdir')
+    remedy = ','.join([*allowed, *(key for key in refused if key not in FIXED)])
+    ways = [f'{", ".join(fixed)} cannot change in this workdir: give what W has'] if fixed else []
+    if len(fixed) < len(refused):
+      ways.append(f'{"For the rest" if fixed else "To go on with what you gave"}: '
+                  f'--allow_config_change={remedy}')
+    raise ConfigError(f'{path} disagrees with this config: {told}. {". ".join(ways)}; or give '
+                      'another workdir')
 
 
 def _same(a: Any, b: Any) -> bool:
