@@ -129,9 +129,8 @@ def run(argv: list[str]) -> int:
   check_devices()
   set_compilation_cache(parts.run.compilation_cache)
   from longctx import train
-  train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change,
-            checkpoint=f.checkpoint)
-  return 0
+  return train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change,
+                   checkpoint=f.checkpoint)
 
 
 def look_ahead(f: flags.FlagValues, config: Any) -> int:

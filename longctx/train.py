@@ -9,6 +9,7 @@ Held by: tests/test_train.py, tests/test_faults.py, tests/test_distributed.py.
 import contextlib
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -35,8 +36,8 @@ MODES = ('train', 'eval')
 
 
 def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: str = '',
-        checkpoint: str = 'newest') -> None:
-  """Trains, or evaluates a checkpoint of, the workdir `folder`."""
+        checkpoint: str = 'newest') -> int:
+  """Trains, or evaluates a checkpoint of, the workdir `folder`; 1 where what it made is lost."""
   if mode == 'eval':
     return evaluate_workdir(config, folder, allow_config_change, checkpoint)
   a = processes.together(lambda: assembly.assemble(config))
@@ -45,11 +46,11 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
     stop = exits.enter_context(workdir.StopSignal())
     agree = functools.partial(workdir.agree, folder, config, allow_config_change)
     processes.together(lambda: agree(record=False))
-    Trainer(a, folder, stop, agree).run()
+    return Trainer(a, folder, stop, agree).run()
 
 
 def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
-                     checkpoint: str = 'newest') -> None:
+                     checkpoint: str = 'newest') -> int:
   """--mode=eval: scores a checkpoint and writes evaluation.json and the figure."""
   workdir.load_config(folder)   # a workdir without a run is refused by name
   a = assembly.assemble(config)
@@ -58,7 +59,7 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
                 free=(*workdir.FREE, *workdir.NOT_SCORED))
   at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema,
                                         checkpoint=checkpoint)
-  publish(evaluate(a, params, assembly.open_documents(a)), folder, at)
+  return 0 if publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
 
 
 def evaluate(a: Assembly, params: Any, documents: stream.Documents) -> result.Result:
@@ -68,18 +69,26 @@ def evaluate(a: Assembly, params: Any, documents: stream.Documents) -> result.Re
       layout=a.layout, loss_chunk=a.parts.loss.chunk)
 
 
-def publish(found: result.Result, folder: str, at: int) -> None:
-  """Prints the table; writes evaluation.json and figures/loss_by_position.png."""
+def publish(found: result.Result, folder: str, at: int) -> bool:
+  """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all."""
   if jax.process_index() != 0:
-    return
+    return True
   from longctx.draw import position
   print(found.table(), flush=True)
-  workdir.atomic_write(f'{folder}/evaluation.json', (json.dumps(
-      dict(step=at, **found.to_json()), indent=2) + '\n').encode())
-  figure = f'{folder}/figures/loss_by_position.png'
-  os.makedirs(os.path.dirname(figure), exist_ok=True)
-  position.draw({f'step {at}': found.to_json()}, figure)
-  print(f'figure: {figure}', flush=True)
+  values, figure = f'{folder}/evaluation.json', f'{folder}/figures/loss_by_position.png'
+  written = []
+  with metrics_lib.refusal_is_told(values):
+    workdir.atomic_write(values, (json.dumps(
+        dict(step=at, **found.to_json()), indent=2) + '\n').encode())
+    written.append(values)
+  with metrics_lib.refusal_is_told(figure):
+    os.makedirs(os.path.dirname(figure), exist_ok=True)
+    drawn = io.BytesIO()
+    position.draw({f'step {at}': found.to_json()}, drawn)
+    workdir.atomic_write(figure, drawn.getvalue())
+    written.append(figure)
+    print(f'figure: {figure}', flush=True)
+  return len(written) == 2
 
 
 def jit_step(a: Assembly) -> Any:
@@ -157,18 +166,21 @@ class Trainer:
 
   # The loop.
 
-  def run(self) -> None:
+  def run(self) -> int:
+    """0, or 1 where the last state or the result is not on disk."""
     with contextlib.ExitStack() as exits:
       state = self.open(exits)
       state, done, found = self.loop(state, int(state.step))
     self.tell_failures()   # of the last save, which ended as the checkpoints were closed
-    if done < self.config.num_steps:
-      newest = max(self.checkpoints.steps(), default=None)
-      kept = f'saved step {done}' if newest == done else f'step {done} could not be saved'
-      self.say(f'{self.stop.name or "another process was stopped"}: {kept}; the same command '
-               f'carries on from {"there" if newest == done else f"step {newest or 0}"}')
-      return
-    publish(found or self.evaluate(state), self.folder, done)
+    finished = done == self.config.num_steps
+    written = not finished or publish(found or self.evaluate(state), self.folder, done)
+    newest = max(self.checkpoints.steps(), default=0)
+    lost = done not in self.checkpoints.steps()
+    if not finished or lost:
+      why = 'lost' if finished else self.stop.name or 'another process was stopped'
+      self.say(f'{why}: {f"step {done} could not be saved" if lost else f"saved step {done}"}; the '
+               f'same command carries on from {f"step {newest}" if lost else "there"}')
+    return 1 if lost or not written else 0
 
   def loop(self, state: step.TrainState, done: int):
     """(state, steps done, evaluation after the last step or None)."""
@@ -176,7 +188,8 @@ class Trainer:
     clock = Clock()
     profiling = stopped = False
     # While the step compiles.
-    threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
+    if done < c.num_steps:
+      threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
     while done < c.num_steps and not (stopped := self.stopping(done)):
       batch = self.a.layout.place(self.a.layout.lay_out(next(self.stream)),
                                   self.a.parts.data.batch_size)

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longctx.errors import ConfigError
 from longctx.training import metrics
 from longctx.training.metrics import MetricsWriter, Progress
 
@@ -119,6 +120,36 @@ def test_a_full_disk_costs_no_line_and_not_the_run(tmp_path, monkeypatch, capsys
   writer.write(3, {'loss': 3.0})
   writer.close()
   assert [line['step'] for line in read(tmp_path)] == [1, 2, 3]
+
+
+def test_a_full_disk_does_not_keep_a_run_from_resuming(tmp_path, monkeypatch):
+  writer = MetricsWriter(tmp_path)
+  for step in (1, 2, 3):
+    writer.write(step, {'loss': 1.0})
+  def full(path, data):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(metrics, 'atomic_write', full)
+  MetricsWriter(tmp_path).truncate_after(2)
+  assert [line['step'] for line in read(tmp_path)] == [1, 2]
+  # A torn line in the middle: the file must be written anew.
+  text = (tmp_path / 'metrics.jsonl').read_bytes()
+  (tmp_path / 'metrics.jsonl').write_bytes(b'{"st\n' + text)
+  with pytest.raises(ConfigError, match=r'metrics\.jsonl: cannot drop the lines after step 2 \(No '
+                     'space left on device\\); make room'):
+    MetricsWriter(tmp_path).truncate_after(2)
+
+
+@pytest.mark.parametrize('code', [errno.EACCES, errno.EROFS])
+def test_a_file_that_may_not_be_written_costs_no_line_either(tmp_path, monkeypatch, capsys, code):
+  writer = MetricsWriter(tmp_path)
+  def refuse(*args, **kwargs):
+    raise OSError(code, os.strerror(code))
+  with monkeypatch.context() as m:
+    m.setattr(metrics, 'open', refuse, raising=False)
+    writer.write(1, {'loss': 1.0})
+    assert f'lines wait for room: {os.strerror(code)}' in capsys.readouterr().err
+  writer.write(2, {'loss': 1.0})
+  assert [line['step'] for line in read(tmp_path)] == [1, 2]
 
 
 def test_any_other_error_is_not_swallowed(tmp_path):

@@ -1,11 +1,15 @@
 """A whole run: what it writes, and that stopping it, crashing it or moving it changes nothing."""
 
+import contextlib
+import errno
 import functools
 import json
 import math
 import os
 import re
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -18,7 +22,7 @@ from longctx.errors import ConfigError
 from longctx.training import step as step_lib
 from longctx.training.checkpoint import Checkpoints
 from tests.compilation import quick_compilation  # noqa: F401
-from tests.programs import tiny
+from tests.programs import launch, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -189,7 +193,6 @@ def test_tokens_per_second_of_the_very_first_step(text, tmp_path):
 
 
 def test_the_pauses_do_not_count(text, tmp_path, monkeypatch):
-  import time
   real = train.evaluate
   monkeypatch.setattr(train, 'evaluate', lambda *a: (time.sleep(1.5), real(*a))[1])
   train.run(make_config(text, run_num_steps=8), str(tmp_path))
@@ -338,7 +341,7 @@ def test_eval_scores_with_the_config_that_was_trained(text, tmp_path, at_batch):
   train.run(same, str(tmp_path), mode='eval')
   assert evaluation(tmp_path)['loss'] == pytest.approx(score['loss'], rel=1e-6)
   assert (tmp_path / 'config.json').read_bytes() == written
-  with pytest.raises(ConfigError, match='--checkpoint=best: no checkpoint of .* has a validation '
+  with pytest.raises(ConfigError, match=r'--checkpoint=best: no checkpoint of .* has a validation '
                      'loss; give newest or a step of 3'):
     train.run(config, str(tmp_path), mode='eval', checkpoint='best')
 
@@ -423,8 +426,9 @@ def test_the_best_is_kept_and_a_full_disk_is_survived(text, tmp_path, capfd, cap
       raise OSError(28, 'No space left on device')
     write(folder)
   monkeypatch.setattr(manifest, 'write', full)
-  train.run(config, str(tmp_path))
+  assert train.run(config, str(tmp_path)) == 1
   out, err = capfd.readouterr()
+  assert out.endswith('\nlost: step 12 could not be saved; the same command carries on from step 9\n')
   told = 'could not save step {}: No space left on device (OSError); the last good checkpoint is '
   for step, good in ((4, 3), (12, 9)):
     assert (out + err + caplog.text).count(told.format(step) + f'step {good}; training goes on') == 1
@@ -438,7 +442,7 @@ def test_the_best_is_kept_and_a_full_disk_is_survived(text, tmp_path, capfd, cap
 
   monkeypatch.setattr(manifest, 'write', write)
   monkeypatch.setattr(train, 'evaluate', real)
-  train.run(config, str(tmp_path))   # carries on from step 9
+  assert train.run(config, str(tmp_path)) == 0   # carries on from step 9
   assert [line['step'] for line in lines(tmp_path) if 'loss' in line] == [2, 4, 6, 8, 10, 12]
   assert Checkpoints(tmp_path / 'checkpoints', read_only=True).steps()[-1] == 12
 
@@ -450,11 +454,56 @@ def test_a_stop_whose_save_fails_says_where_it_carries_on(text, tmp_path, capsys
     raise OSError(28, 'No space left on device')
   monkeypatch.setattr(manifest, 'write', full)
   at_batch(3, terminate)
-  train.run(make_config(text), str(tmp_path))
+  assert train.run(make_config(text), str(tmp_path)) == 1
   out = capsys.readouterr().out
   assert out.count('could not save step 3') == 1
   assert out.endswith('SIGTERM: step 3 could not be saved; the same command carries on from '
                       'step 0\n')
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_result_that_cannot_be_written_is_printed_and_told(text, tmp_path, capfd, monkeypatch,
+                                                             code):
+  config = make_config(text, run_num_steps=2)
+  assert train.run(config, str(tmp_path)) == 0
+  capfd.readouterr()
+  def refuse(path, data):
+    raise OSError(code, os.strerror(code))
+  monkeypatch.setattr(train.workdir, 'atomic_write', refuse)
+  assert train.run(config, str(tmp_path), mode='eval') == 1
+  out, err = capfd.readouterr()
+  assert '\nposition  ' in out
+  assert 'figure:' not in out
+  assert err.splitlines()[-2:] == [f'{tmp_path}/evaluation.json: {os.strerror(code)}',
+                                   f'{tmp_path}/figures/loss_by_position.png: {os.strerror(code)}']
+
+
+def test_a_disk_that_fills_while_a_run_saves(tmp_path):
+  """The real command: a line for each lost checkpoint, no traceback, and status 1."""
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  made = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk],
+                        capture_output=True, text=True)
+  if made.returncode:
+    pytest.skip(f'cannot mount a small file system here: {made.stderr.strip()}')
+  try:
+    text = {'files': tiny.write_corpus(tmp_path / 'text'), 'cache_dir': str(tmp_path / 'cache')}
+    command = launch.command(disk / 'w', text, 'packed', run_num_steps=200, run_log_every=50,
+                             run_eval_every=0, run_checkpoint_every=10)
+    child = launch.start(command, tmp_path / 'out')
+    while not (disk / 'w' / 'checkpoints' / '10').exists() and child.poll() is None:
+      time.sleep(0.01)
+    with contextlib.suppress(OSError), open(disk / 'filler', 'wb', buffering=0) as filler:
+      while True:
+        filler.write(b'x' * 4096)
+    assert child.wait(300) == 1
+    said = (tmp_path / 'out').read_text()
+    assert 'could not save step 200: ' in said
+    assert not re.search('Traceback|never retrieved|closed', said), said
+    assert re.search('lost: step 200 could not be saved; the same command carries on from step [0-9]+'
+                     '\n$', said)
+  finally:
+    subprocess.run(['umount', '-l', disk], check=True)
 
 
 def test_everything_is_closed_however_it_ends(text, tmp_path, monkeypatch, at_batch):

@@ -93,6 +93,14 @@ class TestLock:
       workdir_lib.lock(tmp_path)
     in_one_line(e)
 
+  def test_a_full_disk_holds_without_a_name(self, tmp_path, monkeypatch):
+    def full(*args):
+      raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(workdir_lib.os, 'pwrite', full)
+    with workdir_lib.lock(tmp_path):
+      with pytest.raises(ConfigError, match=r'still going \(another process\)'):
+        workdir_lib.lock(tmp_path)
+
   def test_no_name(self):
     with pytest.raises(ConfigError, match='--workdir: missing'):
       workdir_lib.lock('')

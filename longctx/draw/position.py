@@ -8,7 +8,7 @@ Held by: tests/test_draw.py.
 
 import math
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 STYLES = {'full': '-', 'sliding': '--'}  # one colour a run, one dash a mode
 MARKS = {'full': 'o', 'sliding': 's'}
@@ -30,12 +30,13 @@ def labels(count: int) -> list[str]:
   return names[:count]
 
 
-def draw(runs: dict[str, dict[str, Any]], path: str | os.PathLike, *, title: str = '') -> None:
+def draw(runs: dict[str, dict[str, Any]], path: str | os.PathLike | BinaryIO, *,
+         title: str = '') -> None:
   """Writes a PNG of one or several evaluations.
 
   Args:
     runs: a name for each `Result.to_json()` of longctx.evaluation.perplexity.
-    path: the file to write; its folder exists.
+    path: the file to write, whose folder exists, or one that is open.
     title: '' = split, tokens and context length of the first run.
   """
   import matplotlib

@@ -22,7 +22,8 @@ import logging as python_logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,6 @@ class Checkpoints:
     self._manager = None
     if not read_only:
       self._make_directory()
-      self._settle_replaced()
     self._losses = {step: loss for step in self.steps()
                     if (loss := _loss_on_disk(self.directory / str(step))) is not None}
     self._policy = _KeepLastAndBest(keep_last, keep_best, self._losses)
@@ -98,9 +98,10 @@ class Checkpoints:
   def _make_directory(self) -> None:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
+      self._settle_replaced()
     except OSError as e:
-      raise ConfigError(f'{self.directory}: cannot make the folder of the checkpoints '
-                        f'({e.strerror}); give a workdir that you may write to') from e
+      raise ConfigError(f'{self.directory}: cannot make the folder of the checkpoints, or put it in '
+                        f'order ({e.strerror}); give a workdir that you may write to') from e
 
   @property
   def manager(self) -> Any:
@@ -201,8 +202,12 @@ class Checkpoints:
     """Waits, and ends Orbax's threads."""
     self.wait()
     if self._manager is not None:
-      self._manager.close()
-      self._manager = None
+      manager, self._manager = self._manager, None
+      try:
+        manager.close()
+      except Exception:  # raised once more for a save whose failure `wait` has told
+        if not self._torn:
+          raise
     if self._torn:
       self._remove_torn()
 
@@ -319,7 +324,11 @@ class Checkpoints:
       return
     for step in unreadable:
       self._losses.pop(step, None)
-      self._put_aside(step, UNREADABLE)
+      try:
+        self._put_aside(step, UNREADABLE)
+      except OSError as e:
+        raise ConfigError(f'{self.directory}: cannot put the damaged checkpoint of step {step} aside '
+                          f'({e.strerror}); let yourself write there, or remove it') from e
 
   def _put_aside(self, step: int, suffix: str) -> None:
     if jax.process_index() == 0:
@@ -371,8 +380,30 @@ def _reason(error: BaseException) -> str:
 def _quiet() -> None:
   """Whatever Orbax logs as an error it also raises, and then it is told here, in one line."""
   python_logging.getLogger('absl').addFilter(_not_orbax)
+  python_logging.getLogger('asyncio').addFilter(_not_of_a_save)
+  if not _before:
+    _before.append(sys.unraisablehook)
+    sys.unraisablehook = _quiet_hook
 
 
 def _not_orbax(record: python_logging.LogRecord) -> bool:
   return (f'{os.sep}orbax{os.sep}' not in record.pathname
           or record.levelno >= python_logging.CRITICAL)
+
+
+# Of the many writes of one checkpoint the first that fails is raised. Each of the others would print
+# a traceback: its exception was never retrieved, or its event loop is closed as it ends.
+
+
+def _not_of_a_save(record: python_logging.LogRecord) -> bool:
+  said, raised = record.getMessage(), record.exc_info and record.exc_info[1]
+  return 'never retrieved' not in said or not (
+      isinstance(raised, OSError) or TEMPORARY in said or f'{os.sep}orbax{os.sep}' in said)
+
+
+_before: list[Callable] = []   # the hook that Python had
+
+
+def _quiet_hook(unraisable: Any) -> None:
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    _before[0](unraisable)

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longctx.errors import ConfigError
 from longctx.parallel.chips import peak_flops
 from longctx.training.optim import path_name
 from longctx.training.workdir import atomic_write
@@ -45,7 +46,7 @@ class MetricsWriter:
   """Appends one JSON object a logged step to W/metrics.jsonl, and the same to W/tensorboard.
 
   A line is written whole, in one call: after a kill at most the last one is torn. A number that is
-  not finite becomes null. While the disk is full lines wait in memory, and go with the next one.
+  not finite becomes null. While the disk refuses them lines wait in memory, and go with the next one.
   `enabled` is False on all processes but one; they write nothing.
   """
 
@@ -57,16 +58,25 @@ class MetricsWriter:
     self._purge = None    # TensorBoard hides what an earlier process logged from this step on
 
   def truncate_after(self, step: int) -> None:
-    """Drops lines of later steps, and torn ones: a run that resumes at `step` writes them again."""
+    """Drops lines of later steps, and torn ones: a run that resumes at `step` writes them again.
+
+    ConfigError where the disk does not let it.
+    """
     if not self.enabled:
       return
     self._purge = step + 1
-    if not self.path.exists():
-      return
-    text = self.path.read_bytes()
-    kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
-    if kept != text:
-      atomic_write(self.path, kept)
+    try:
+      if not self.path.exists():
+        return
+      text = self.path.read_bytes()
+      kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
+      if text.startswith(kept):   # needs no room
+        os.truncate(self.path, len(kept))
+      else:
+        atomic_write(self.path, kept)
+    except OSError as e:
+      raise ConfigError(f'{self.path}: cannot drop the lines after step {step} ({e.strerror}); make '
+                        'room, or let yourself write there, or give another workdir') from e
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     if not self.enabled:
@@ -81,12 +91,12 @@ class MetricsWriter:
     if self._waiting:
       self._append(b'')
     if self._events is not None:
-      with _full_disk_is_told('TensorBoard events'):
+      with refusal_is_told('TensorBoard events'):
         self._events.close()
 
   def _append(self, line: bytes) -> None:
     self._waiting += line
-    with _full_disk_is_told(f'{self.path}: lines wait for room'):
+    with refusal_is_told(f'{self.path}: lines wait for room'):
       with open(self.path, 'ab', buffering=0) as f:
         end = f.tell()
         try:
@@ -103,7 +113,7 @@ class MetricsWriter:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
-    with _full_disk_is_told('TensorBoard events'):
+    with refusal_is_told('TensorBoard events'):
       if self._events is None:
         folder = self.path.parent / 'tensorboard'
         folder.mkdir(exist_ok=True)
@@ -119,12 +129,12 @@ class MetricsWriter:
 
 
 @contextlib.contextmanager
-def _full_disk_is_told(what: str) -> Iterator[None]:
-  """A full disk costs a line on stderr and not the run; any other error passes through."""
+def refusal_is_told(what: str) -> Iterator[None]:
+  """A disk that takes nothing costs a line on stderr and not the run; other errors pass through."""
   try:
     yield
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
       raise
     print(f'{what}: {e.strerror}', file=sys.stderr, flush=True)
 

@@ -108,8 +108,9 @@ def lock(workdir: str | os.PathLike) -> Lock:
     os.close(fd)
     raise ConfigError(f'--workdir={workdir}: its file system cannot lock files ({e.strerror}); '
                       'give a workdir on another one') from e
-  os.ftruncate(fd, 0)
-  os.pwrite(fd, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
+  with contextlib.suppress(OSError):   # a full disk: held without a name
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
   return Lock(fd)
 
 
