@@ -22,6 +22,7 @@ import pytest
 
 from longctx.attention import cudnn, intervals, kernel_checks, mosaic_gpu, splash
 from longctx.attention.intervals import Options
+from longctx.attention.key_ranges import key_ranges
 from tests import oracles
 from tests.programs.check_kernels import SERVED, compare, compare_parts, draw, make_mask
 
@@ -83,20 +84,39 @@ def like(x, shape=None, dtype=None):
 def small_tiles(monkeypatch):
   """Several tiles in a short row, some of them skipped."""
   monkeypatch.setattr(splash, 'MAX_TILE', 128)
-  splash._tables.cache_clear()
+  splash._static_plan.cache_clear()
   yield
-  splash._tables.cache_clear()
+  splash._static_plan.cache_clear()
 
 
 @pytest.mark.parametrize('case, T, S', [
-    ('causal', 1, 1), ('causal', 140, 140), ('full', 5, 150), ('full', 130, 256),
-    ('packed window', 140, 140), ('one window', 260, 260)])
+    ('causal', 1, 1), ('causal', 140, 140), ('full', 5, 150),
+    ('packed window', 140, 140), ('padding', 140, 140), ('any order', 140, 140)])
 def test_splash_gives_the_loops_values_and_gradients(small_tiles, case, T, S):
   arrays = draw(T, S, (1, 1), 16, jnp.float32)
   mask, options = make_mask(case, T, S), Options(scale=0.3)
   assert splash.cannot(*arrays[:3], mask, options) == ''
   errors = compare(splash, mask, arrays, options, interpret=True)
   assert max(errors.values()) < 3e-6, errors
+
+
+def test_splash_merges_runs_of_keys(monkeypatch, small_tiles):
+  monkeypatch.setattr(splash, 'MAX_KEYS', 128)
+  errors = compare(splash, make_mask('any order', 20, 200), draw(20, 200, (2, 1), 16, jnp.float32),
+                   Options(scale=0.3), interpret=True)
+  assert max(errors.values()) < 3e-6, errors
+
+
+def test_places_of_16_bits_are_told_apart():
+  places = jnp.asarray([0, 1, 2**15 - 1, 2**15, 2**16 - 1])
+  packed = jnp.asarray([0 << 16 | 0, 1 << 16 | 2**15, -2**31 | 2**16 - 1, 1 << 16])
+  seen = splash._within(packed[:, None], places[None])
+  np.testing.assert_array_equal(seen, [[1, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1], [0] * 5])
+  last = 2**16 - 1
+  plan = splash._plan(splash.kernel.BlockSizes(block_q=128, block_kv=1024), 2**16,
+                      jnp.asarray([0, 2**15, last, 2**16]), jnp.asarray([1, 2**16, 2**16, 0]))
+  seen = splash._within(plan.by_queries.q_sequence[:4, None], places[None])
+  np.testing.assert_array_equal(seen, [[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0] * 5])
 
 
 def test_splash_caps_the_scores_and_groups_the_heads():
@@ -113,7 +133,7 @@ def test_splash_takes_bfloat16():
 
 
 def test_splash_takes_the_lse_of_more_keys():
-  errors = compare_parts(splash, 40, draw(20, 60, (4, 2), 16, jnp.float32), Options(scale=0.4),
+  errors = compare_parts(splash, 128, draw(9, 137, (4, 2), 16, jnp.float32), Options(scale=0.4),
                          interpret=True)
   assert max(errors.values()) < 3e-6, errors
 
@@ -138,17 +158,29 @@ def test_the_plain_backward_is_the_gradient():
   np.testing.assert_allclose((m + np.log(total)).swapaxes(1, 2), true_lse, atol=1e-12)
 
 
-def test_splash_says_nan_where_an_ordered_mask_is_neither_documents_nor_their_window():
-  q, k, v, _ = draw(6, 6, (1, 1), 8, jnp.float32)
-  mask = make_mask('causal', 6, 6)
-  start_BT = mask.start_BT.at[1, 3].set(2)   # token 2 sees 0, token 3 does not, token 4 does
-  mask = dataclasses.replace(mask, start_BT=start_BT, kind='ordered')
-  out, lse = splash.forward(q, k, v, mask, Options(scale=1.0), interpret=True)
-  lost = np.zeros((2, 6), bool)
-  lost[1, 3] = True
-  np.testing.assert_array_equal(np.isnan(out).all((2, 3)), lost)
-  np.testing.assert_array_equal(np.isnan(lse).all(2), lost)
-  assert np.isfinite(out[~lost]).all()
+@pytest.mark.parametrize('keys', [300, 128])
+def test_tiles_that_nobody_sees_are_not_visited_and_those_seen_are(small_tiles, keys):
+  """Of every mask, by the loops; and what a tile brings into memory is no tile of no use."""
+  mask = make_mask('any order', 300, keys)
+  ranges = key_ranges(mask, keys)
+  sizes = splash.kernel.BlockSizes(block_q=128, block_kv=128, block_kv_compute=128)
+  for b in range(2):
+    plan = splash._plan(sizes, keys, ranges.start_BT[b], ranges.end_BT[b])
+    low, high = np.asarray(ranges.start_BT[b]), np.asarray(ranges.end_BT[b])
+    visited = np.asarray(plan.by_queries.block_mask[0])
+    assert visited.shape == (3, -(-keys // 128))
+    for i, j in np.ndindex(*visited.shape):
+      rows = slice(128 * i, 128 * (i + 1))
+      some = low[rows] < high[rows]
+      hull = (low[rows][some].min(initial=keys), high[rows][some].max(initial=0))
+      assert visited[i, j] == (hull[0] < 128 * (j + 1) and 128 * j < hull[1])
+    np.testing.assert_array_equal(visited, plan.by_keys.block_mask[0])
+    for axis, table in ((0, plan.by_queries), (1, plan.by_keys)):
+      lines = zip(np.moveaxis(visited, axis, 0), np.moveaxis(np.asarray(table.data_next[0]), axis, 0))
+      for needed, fetched in lines:
+        used = np.flatnonzero(needed)
+        np.testing.assert_array_equal(fetched[used], used)
+        assert set(fetched) <= (set(used) or {0})
 
 
 @pytest.mark.parametrize('length', [1, 127, 128, 129, 1000, 1025, 2048, 2100, 5000, 131072])
@@ -196,7 +228,9 @@ class CuDNN:
 @pytest.fixture
 def plain_cudnn(monkeypatch):
   monkeypatch.setattr(cudnn, 'primitives', SimpleNamespace(
-      **{n: getattr(cudnn.primitives, n) for n in ('MaskType', 'AttentionLayout')},
+      **{n: getattr(cudnn.primitives, n) for n in (
+          'MaskType', 'AttentionLayout', 'cuda_versions', '_dot_product_attention_fwd_impl',
+          '_dot_product_attention_bwd_impl')},
       _dot_product_attention_fwd_p_wrapper=CuDNN(False),
       _dot_product_attention_bwd_p_wrapper=CuDNN(True)))
 
@@ -296,7 +330,13 @@ def plain_tokamax():
 
 
 @pytest.fixture
-def plain_mosaic(monkeypatch):
+def installed(monkeypatch):
+  """As if tokamax were installed, which only its own sentence asks about."""
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+
+
+@pytest.fixture
+def plain_mosaic(monkeypatch, installed):
   monkeypatch.setattr(mosaic_gpu, 'load', plain_tokamax)
 
 
@@ -328,7 +368,7 @@ def test_mosaic_gpu_hands_over_the_soft_cap(plain_mosaic):
 @pytest.mark.parametrize('case, T, S', MOSAIC_CASES)
 def test_key_ranges_hold_the_keys_that_the_loops_see(case, T, S):
   mask = make_mask(case, T, S)
-  ranges = mosaic_gpu.key_ranges(mask, S)
+  ranges = key_ranges(mask, S)
   sees = oracles.interval_mask(*(np.asarray(x) for x in (mask.start_BT, mask.end_BT, mask.keys_BS)))
   order = np.tile(np.arange(S), (2, 1)) if ranges.order_BS is None else np.asarray(ranges.order_BS)
   for b, t in np.ndindex(2, T):
@@ -337,7 +377,11 @@ def test_key_ranges_hold_the_keys_that_the_loops_see(case, T, S):
     assert sorted(order[b, low:high]) == keys
     if not keys:
       assert (low, high) == (S, 0)   # widens no tile's range of keys
-  assert ranges.causal == (case == 'causal')
+  x = jnp.arange(2 * S).reshape(2, S, 1, 1)
+  np.testing.assert_array_equal(ranges.ordered(x)[..., 0, 0], np.asarray(x)[:, :, 0, 0][
+      np.arange(2)[:, None], order])
+  np.testing.assert_array_equal(ranges.restored(ranges.ordered(x)), x)
+  assert ranges.stands is None or bool(ranges.stands) == (case != 'any order')
 
 
 @needs_tokamax
@@ -406,12 +450,6 @@ def asked(name, case='causal', *, q=(2, 8, 4, 16), k=(2, 8, 2, 16), v=None, dtyp
                               mask, Options(scale=1.0, **options))
 
 
-@pytest.fixture
-def installed(monkeypatch):
-  """As if tokamax were installed, which only its own sentence asks about."""
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
-
-
 EVERYWHERE = [
     (dict(q=(2, 8, 16)), '[B, T, N, H]'),
     (dict(v=(2, 8, 1, 16)), '[B, S, K, H]'),
@@ -432,7 +470,6 @@ def test_every_adapter_says_why_not(installed, name, call, sentence):
 
 
 @pytest.mark.parametrize('name, call, sentence', [
-    ('splash', dict(kind='any'), 'causal or ordered or full, not any'),
     ('splash', dict(dtype=jnp.float16), 'bfloat16 and float32, not float16'),
     ('splash', dict(dtype=jnp.float64), 'bfloat16 and float32, not float'),
     ('cudnn', dict(kind='any'), 'causal or full, not any'),
@@ -492,6 +529,17 @@ def test_a_jax_that_calls_its_kernel_otherwise_is_told_so(monkeypatch, name, mod
       parameters=list(inspect.signature(true).parameters.values())[1:])
   monkeypatch.setattr(module, function, other)
   assert f'jax {jax.__version__} calls {function} with (' in asked(name)
+
+
+@pytest.mark.parametrize('name', list(MODULES))
+def test_what_cannot_be_served_is_not_served(name):
+  q, k, v, dout = draw(4, 4, (2, 1), 8, jnp.float16 if name == 'splash' else jnp.float32)
+  call = (q, k, v, make_mask('causal', 4, 4), Options(scale=1.0))
+  reason = 'is not installed' if name == 'mosaic_gpu' and NO_TOKAMAX else 'serves bfloat16'
+  with pytest.raises(NotImplementedError, match=f'{name}: .*{reason}'):
+    MODULES[name].forward(*call)
+  with pytest.raises(NotImplementedError, match=f'{name}: .*{reason}'):
+    MODULES[name].backward(*call, q, q[..., 0], dout)
 
 
 @pytest.mark.parametrize('name', ['cudnn', 'mosaic_gpu'])

@@ -58,6 +58,7 @@ def cannot(q_BTNH, k_BSKH, v_BSKH, mask: Intervals, options: Options) -> str:
 def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
             options: Options) -> tuple[jax.Array, jax.Array]:
   """(out_BTNH in q's type, lse_BTN float32 natural base)."""
+  kernel_checks.demand('cudnn', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
   out_BTNH, lse_BNT = primitives._dot_product_attention_fwd_p_wrapper.bind(
       q_BTNH, k_BSKH, v_BSKH, *_unused(q_BTNH.dtype), **_static(mask, options), is_training=True)
   return out_BTNH, lse_BNT.swapaxes(1, 2)
@@ -69,6 +70,7 @@ def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inte
   """(dq, dk, dv, None), with probabilities exp(score - lse) and delta = rowsum(out * dout)."""
   if dlse_BTN is not None:
     raise NotImplementedError('cudnn: no gradient through lse; call attention(), which returns none')
+  kernel_checks.demand('cudnn', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
   dtype = q_BTNH.dtype
   dq_BTNH, dk_BSKH, dv_BSKH = primitives._dot_product_attention_bwd_p_wrapper.bind(
       q_BTNH, k_BSKH, v_BSKH, *_unused(dtype), lse_BTN.swapaxes(1, 2), out_BTNH.astype(dtype),

@@ -54,6 +54,12 @@ def cannot_score(mask: Intervals, options: Options, *, kinds: tuple[str, ...],
   return ''
 
 
+def demand(name: str, refusal: str) -> None:
+  """NotImplementedError where an adapter is called with what it cannot serve."""
+  if refusal:
+    raise NotImplementedError(f'{name}: {refusal}')
+
+
 def capability() -> float:
   """Compute capability of the first GPU (9.0 is Hopper); 0.0 where there is none to ask."""
   if jax.default_backend() != 'gpu':

@@ -1,7 +1,7 @@
 """Attention by tokamax's Hopper kernel: any mask of intervals, packed and windowed ones fastest.
 
 Each query row brings the range [k_start, k_end) of keys that it sees, and tiles outside the ranges
-are not visited in the forward pass. Its backward pass takes the residuals (m, l) of the softmax
+are not visited in the forward pass (the backward pass visits all, and masks). Its backward pass takes the residuals (m, l) of the softmax
 from outside: with m = lse and l = 1 its probabilities are exp(score - lse), so (out, lse) may be
 those over more keys than these (a ring).
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from longctx.attention import kernel_checks
 from longctx.attention.intervals import Intervals, Options
+from longctx.attention.key_ranges import key_ranges
 
 LSE_GRADIENT = False   # its backward pass makes delta itself
 NEG_INF = -1e30   # lse of a row that sees nothing
@@ -75,13 +76,15 @@ def cannot(q_BTNH, k_BSKH, v_BSKH, mask: Intervals, options: Options) -> str:
 def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
             options: Options) -> tuple[jax.Array, jax.Array]:
   """(out_BTNH, lse_BTN float32 natural base); rows that see nothing: out 0, lse -1e30."""
+  kernel_checks.demand('mosaic_gpu', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
   tokamax, T = load(), q_BTNH.shape[1]
   ranges = key_ranges(mask, k_BSKH.shape[1])
+  keys = [_filled(ranges.ordered(x), KEYS) for x in (k_BSKH, v_BSKH)]   # no range holds the zeros
   # The kernel's out has the type of its q: float32 here, rounded to bfloat16 within.
   wide = jnp.float32 if q_BTNH.dtype == jnp.bfloat16 else q_BTNH.dtype
   out_BTNH, (m_BNT, l_BNT) = tokamax.forward(
-      _filled(q_BTNH).astype(wide), _ordered(k_BSKH, ranges), _ordered(v_BSKH, ranges),
-      mask=_mask(tokamax, ranges, T), return_residuals=True, **_static(options, q_BTNH.dtype))
+      _filled(q_BTNH).astype(wide), *keys, mask=_mask(tokamax, mask, ranges, T),
+      return_residuals=True, **_static(options, q_BTNH.dtype))
   out_BTNH, m_BTN, l_BTN = out_BTNH[:, :T], *(x.swapaxes(1, 2)[:, :T] for x in (m_BNT, l_BNT))
   sees_BT1 = (ranges.start_BT < ranges.end_BT)[..., None]
   lse_BTN = jnp.where(sees_BT1, m_BTN + jnp.log(jnp.where(sees_BT1, l_BTN, 1.0)), NEG_INF)
@@ -93,49 +96,24 @@ def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inte
              dlse_BTN: None = None) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   """(dq, dk, dv, None), with probabilities exp(score - lse) and delta = rowsum(out * dout)."""
   if dlse_BTN is not None:
-    raise NotImplementedError('mosaic_gpu: no gradient through lse; call attention(), which returns none')
+    raise NotImplementedError('mosaic_gpu: no gradient through lse; call attention(), which '
+                              'returns none')
+  kernel_checks.demand('mosaic_gpu', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
   tokamax, T = load(), q_BTNH.shape[1]
   ranges = key_ranges(mask, k_BSKH.shape[1])
-  # A row that saw nothing has lse -1e30: +1e30 makes its probabilities 0.
-  safe_BTN = jnp.where(lse_BTN > NEG_INF / 2, lse_BTN, -NEG_INF)
-  m_BNT = _filled(safe_BTN).swapaxes(1, 2)
+  keys = [_filled(ranges.ordered(x), KEYS) for x in (k_BSKH, v_BSKH)]   # no range holds the zeros
+  m_BNT = _filled(lse_BTN).swapaxes(1, 2)   # -1e30 is far above a masked score: probability 0
   grads = tokamax.backward(
       (m_BNT, jnp.ones_like(m_BNT)), _filled(out_BTNH), _filled(dout_BTNH.astype(q_BTNH.dtype)),
-      _filled(q_BTNH), _ordered(k_BSKH, ranges), _ordered(v_BSKH, ranges),
-      mask=_mask(tokamax, ranges, T), return_residuals=False, **_static(options, q_BTNH.dtype))
-  return grads['q'][:, :T], _restored(grads['k'], ranges), _restored(grads['v'], ranges), None
+      _filled(q_BTNH), *keys, mask=_mask(tokamax, mask, ranges, T),
+      return_residuals=False, **_static(options, q_BTNH.dtype))
+  dk_BSKH, dv_BSKH = (ranges.restored(grads[n][:, :k_BSKH.shape[1]]) for n in 'kv')
+  return grads['q'][:, :T], dk_BSKH, dv_BSKH, None
 
 
-class Ranges(NamedTuple):
-  """Where each query's keys stand once they are sorted by index; start = S, end = 0: nowhere."""
-
-  start_BT: jax.Array
-  end_BT: jax.Array
-  order_BS: jax.Array | None   # the keys sorted by their index; None: they are
-  causal: bool                 # the ranges are [0, t + 1)
-  num_keys: int
-
-
-def key_ranges(mask: Intervals, num_keys: int) -> Ranges:
-  """The intervals of key indices as ranges of key places."""
-  start_BT, end_BT, order_BS = mask.start_BT, mask.end_BT, None
-  if mask.kind == 'full':
-    start_BT, end_BT = jnp.zeros_like(start_BT), jnp.full_like(end_BT, num_keys)
-  elif mask.kind == 'any':
-    order_BS = jnp.argsort(mask.keys_BS, axis=1)   # padding has index -1, before all intervals
-    sorted_BS = jnp.take_along_axis(mask.keys_BS, order_BS, axis=1)
-    search = jax.vmap(jnp.searchsorted)
-    start_BT, end_BT = search(sorted_BS, start_BT), search(sorted_BS, end_BT)
-  sees_BT = start_BT < end_BT
-  # An empty row must not widen the range of tiles that its block of rows visits.
-  return Ranges(jnp.where(sees_BT, start_BT, num_keys).astype(jnp.int32),
-                jnp.where(sees_BT, end_BT, 0).astype(jnp.int32), order_BS,
-                causal=mask.kind == 'causal' and not mask.reach, num_keys=num_keys)
-
-
-def _mask(tokamax: Tokamax, ranges: Ranges, T: int):
-  if ranges.causal:
-    return tokamax.mask(is_causal=True)
+def _mask(tokamax: Tokamax, mask: Intervals, ranges, T: int):
+  if mask.kind == 'causal' and not mask.reach:
+    return tokamax.mask(is_causal=True)   # by place, which is right wherever keys are the queries' own
   filled = lambda x_BT, value: jnp.pad(x_BT, ((0, 0), (0, -T % ROWS)), constant_values=value)
   start_BT = filled(ranges.start_BT, np.iinfo(np.int32).max)
   return tokamax.mask(k_start=start_BT[:, None], k_end=filled(ranges.end_BT, 0)[:, None])
@@ -143,21 +121,6 @@ def _mask(tokamax: Tokamax, ranges: Ranges, T: int):
 
 def _filled(x_BT: jax.Array, multiple: int = ROWS) -> jax.Array:
   return jnp.pad(x_BT, [(0, -n % multiple if d == 1 else 0) for d, n in enumerate(x_BT.shape)])
-
-
-def _ordered(x_BSKH: jax.Array, ranges: Ranges) -> jax.Array:
-  """Keys by their index; then zeros up to whole tiles, which no range holds."""
-  if ranges.order_BS is not None:
-    x_BSKH = jnp.take_along_axis(x_BSKH, ranges.order_BS[:, :, None, None], axis=1)
-  return _filled(x_BSKH, KEYS)
-
-
-def _restored(x_BSKH: jax.Array, ranges: Ranges) -> jax.Array:
-  x_BSKH = x_BSKH[:, :ranges.num_keys]
-  if ranges.order_BS is None:
-    return x_BSKH
-  place_BS = jnp.argsort(ranges.order_BS, axis=1)
-  return jnp.take_along_axis(x_BSKH, place_BS[:, :, None, None], axis=1)
 
 
 def _static(options: Options, dtype) -> dict:

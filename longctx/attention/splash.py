@@ -1,36 +1,43 @@
-"""Attention by JAX's splash kernel, for TPUs: causal masks, packed documents, windows, full hops.
+"""Attention by JAX's splash kernel, for TPUs: any mask of intervals, on one device or as a ring's hop.
 
-The kernel skips tiles that a static mask rules out; documents are segment ids, compared inside the
-tiles. Its backward pass takes lse and delta = rowsum(out * dout) from outside, so (out, lse) may be
-those over more keys than these (a ring). dq has a pass of its own: the fused one keeps dq unreduced
-in memory.
+Plain causal masks and full ones are static: the kernel knows which tiles to visit. For all others
+the table of tiles is made from the intervals as the program runs, and inside a tile each query
+brings the range of keys that it sees, as two places of 16 bits in one number; hence keys are cut
+into runs of MAX_KEYS, whose results are merged. The backward pass takes lse and delta =
+rowsum(out * dout) from outside, so (out, lse) may be those over more keys than these (a ring). dq
+has a pass of its own: the fused one keeps dq unreduced in memory.
 
 Source: jax.experimental.pallas.ops.tpu.splash_attention, jax 0.10; its functions with a leading
 underscore are private to jax, hence `cannot` looks at their arguments first.
-lse: natural base, float32. out in q's type; dq, dk, dv in the types of q, k, v.
+lse: natural base, float32. out in q's type (float32 if runs were merged); dq, dk, dv likewise.
 Differs from the definition: q is multiplied by the scale and rounded to its type before the product.
 Held by: tests/test_attention_kernels.py (interpret mode on a CPU, against the float64 loops).
-Unverified on hardware: speed; whether the tile sizes are the best ones.
+Unverified on hardware: values and speed (it is compiled ahead of time for v5e, v5p and v6e).
 
-B batch  T queries  S keys  N query heads  K kv heads  H head dim
+B batch  T queries  S keys  N query heads  K kv heads  H head dim  I query tiles  J key tiles
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as tables
 
 from longctx.attention import kernel_checks
 from longctx.attention.intervals import Intervals, Options
+from longctx.attention.key_ranges import key_ranges
 
 LSE_GRADIENT = True
-LANES = 128       # a TPU's vector is as wide; tiles are multiples of it
-MAX_TILE = 1024   # queries and keys of a tile brought into the core's memory
-MAX_STRIP = 512   # keys of a tile whose scores are made at once
-HEAD_DIMS = 256   # above, the tiles outgrow the core's memory
+NEG_INF = -1e30     # lse of a row that sees nothing
+LANES = 128         # a TPU's vector is as wide; tiles are multiples of it
+MAX_TILE = 1024     # queries and keys of a tile brought into the core's memory
+MAX_STRIP = 512     # keys of a tile whose scores are made at once
+MAX_KEYS = 1 << 16  # places that 16 bits tell apart
+HEAD_DIMS = 256     # above, the tiles outgrow the core's memory
 
 FORWARD = ('fwd_mask_info', 'q', 'k', 'v', 'segment_ids', 'sinks', 'mask_value', 'is_mqa',
            'block_sizes', 'residual_checkpoint_name', 'save_residuals', 'mask_function',
@@ -51,7 +58,7 @@ def cannot(q_BTNH, k_BSKH, v_BSKH, mask: Intervals, options: Options) -> str:
       or kernel_checks.cannot_call(kernel._splash_attention_bwd_dkv, BACKWARD_DKV)
       or kernel_checks.cannot_shape(q_BTNH, k_BSKH, v_BSKH, mask)
       or kernel_checks.cannot_score(mask, options, softcap=True,
-                                    kinds=('causal', 'ordered', 'full')))
+                                    kinds=('causal', 'ordered', 'full', 'any')))
   if refusal:
     return refusal
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
@@ -63,31 +70,26 @@ def cannot(q_BTNH, k_BSKH, v_BSKH, mask: Intervals, options: Options) -> str:
 
 def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
             options: Options, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """(out_BTNH in q's type, lse_BTN float32 natural base).
+  """(out_BTNH, lse_BTN float32 natural base); rows that see nothing: out 0, lse -1e30."""
+  kernel_checks.demand('splash', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
+  T = q_BTNH.shape[1]
+  result, q_BNTH = None, _rows(_scaled(q_BTNH, options), _tile(T))
+  for run in _runs(mask, T, k_BSKH, v_BSKH):
+    def one_row(q_NTH, k_KSH, v_KSH, plan, run=run):
+      out_NTH, (lse_NT,) = kernel._splash_attention_forward(
+          plan.by_queries, q_NTH, k_KSH, v_KSH, None, None, is_mqa=False, block_sizes=run.sizes,
+          residual_checkpoint_name=None, save_residuals=True,
+          **_shared(run.function, options, interpret))
+      return out_NTH, lse_NT
 
-  A mask of kind 'ordered' is taken for documents cut by a window of `reach`; rows whose start says
-  otherwise come back NaN, rather than wrong.
-  """
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-  sizes, info, function = _tables(mask.kind, mask.reach, T, S)
-
-  shared = _shared(function, options, interpret)
-
-  def one_row(q_NTH, k_KSH, v_KSH, ids):
-    out_NTH, (lse_NT,) = kernel._splash_attention_forward(
-        info[0], q_NTH, k_KSH, v_KSH, ids, None, save_residuals=True,
-        is_mqa=False, block_sizes=sizes, residual_checkpoint_name=None, **shared)
-    return out_NTH, lse_NT
-
-  out_BNTH, lse_BNT = jax.vmap(one_row)(
-      _rows(_scaled(q_BTNH, options), sizes.block_q), _rows(k_BSKH, sizes.block_kv),
-      _rows(v_BSKH, sizes.block_kv), _segments(mask, sizes, T, S))
-  out_BTNH, lse_BTN = out_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
-  if mask.kind == 'ordered':
-    kept_BT = mask.start_BT == _start(mask)
-    out_BTNH = jnp.where(kept_BT[..., None, None], out_BTNH, jnp.nan)
-    lse_BTN = jnp.where(kept_BT[..., None], lse_BTN, jnp.nan)
-  return out_BTNH, lse_BTN
+    out_BNTH, lse_BNT = jax.vmap(one_row, in_axes=(0, 0, 0, run.axes))(
+        q_BNTH, run.k_BKSH, run.v_BKSH, run.plan)
+    out_BTNH, lse_BTN = out_BNTH.swapaxes(1, 2)[:, :T], lse_BNT.swapaxes(1, 2)[:, :T]
+    if run.sees_BT is not None:
+      out_BTNH = jnp.where(run.sees_BT[..., None, None], out_BTNH, 0.0).astype(out_BTNH.dtype)
+      lse_BTN = jnp.where(run.sees_BT[..., None], lse_BTN, NEG_INF)
+    result = (out_BTNH, lse_BTN) if result is None else _merged(result, (out_BTNH, lse_BTN))
+  return result
 
 
 def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
@@ -95,35 +97,59 @@ def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inte
              dlse_BTN: jax.Array | None = None, *, interpret: bool = False
              ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   """(dq, dk, dv, None), with probabilities exp(score - lse) and delta = rowsum(out * dout) - dlse."""
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-  sizes, info, function = _tables(mask.kind, mask.reach, T, S)
+  kernel_checks.demand('splash', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
+  T, S, tile = q_BTNH.shape[1], k_BSKH.shape[1], _tile(q_BTNH.shape[1])
   dout_BTNH = dout_BTNH.astype(v_BSKH.dtype)
   delta_BTN = (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
   delta_BTN = delta_BTN if dlse_BTN is None else delta_BTN - dlse_BTN
-  shared = dict(_shared(function, options, interpret), is_mqa=False, bq=sizes.block_q,
-                bkv=sizes.block_kv, q_layout=sizes.q_layout, k_layout=sizes.k_layout,
-                v_layout=sizes.v_layout)
+  numbers = lambda x_BTN: _rows(x_BTN[..., None], tile)[..., 0]
+  q_BNTH, dout_BNTH = _rows(_scaled(q_BTNH, options), tile), _rows(dout_BTNH, tile)
+  lse_BNT, delta_BNT = numbers(lse_BTN), numbers(delta_BTN)
+  dq, dk, dv = [], [], []
+  for run in _runs(mask, T, k_BSKH, v_BSKH):
+    def one_row(q_NTH, k_KSH, v_KSH, lse_NT, dout_NTH, delta_NT, plan, run=run):
+      arrays = (q_NTH, k_KSH, v_KSH, None, None, lse_NT, dout_NTH, delta_NT)
+      sizes = run.sizes
+      shared = dict(_shared(run.function, options, interpret), is_mqa=False, bq=sizes.block_q,
+                    bkv=sizes.block_kv, q_layout=sizes.q_layout, k_layout=sizes.k_layout,
+                    v_layout=sizes.v_layout)
+      dq_NTH = kernel._splash_attention_bwd_dq(*arrays, mask_info=plan.by_queries, **shared)
+      _, dk_KSH, dv_KSH = kernel._splash_attention_bwd_dkv(
+          *arrays, mask_info=plan.by_keys, bkv_compute=sizes.block_kv_compute,
+          use_fused_bwd_kernel=False, **shared)
+      return dq_NTH, dk_KSH, dv_KSH
 
-  def one_row(q_NTH, k_KSH, v_KSH, ids, lse_NT, dout_NTH, delta_NT):
-    arrays = (q_NTH, k_KSH, v_KSH, ids, None, lse_NT, dout_NTH, delta_NT)
-    dq_NTH = kernel._splash_attention_bwd_dq(*arrays, mask_info=info[0], **shared)
-    _, dk_KSH, dv_KSH = kernel._splash_attention_bwd_dkv(
-        *arrays, mask_info=info[1], bkv_compute=sizes.block_kv_compute,
-        use_fused_bwd_kernel=False, **shared)
-    return dq_NTH, dk_KSH, dv_KSH
-
-  numbers = lambda x_BTN: _rows(x_BTN[..., None], sizes.block_q)[..., 0]
-  grads = jax.vmap(one_row)(
-      _rows(_scaled(q_BTNH, options), sizes.block_q), _rows(k_BSKH, sizes.block_kv),
-      _rows(v_BSKH, sizes.block_kv), _segments(mask, sizes, T, S), numbers(lse_BTN),
-      _rows(dout_BTNH, sizes.block_q), numbers(delta_BTN))
-  dq_BTNH, dk_BSKH, dv_BSKH = (x.swapaxes(1, 2) for x in grads)
-  return _scaled(dq_BTNH[:, :T], options), dk_BSKH[:, :S], dv_BSKH[:, :S], None
+    grads = jax.vmap(one_row, in_axes=(0,) * 6 + (run.axes,))(
+        q_BNTH, run.k_BKSH, run.v_BKSH, lse_BNT, dout_BNTH, delta_BNT, run.plan)
+    dq_BTNH, dk_BSKH, dv_BSKH = (x.swapaxes(1, 2) for x in grads)
+    dq.append(dq_BTNH[:, :T].astype(jnp.float32))
+    dk.append(dk_BSKH[:, :run.num_keys])
+    dv.append(dv_BSKH[:, :run.num_keys])
+  dq_BTNH = _scaled(sum(dq), options).astype(q_BTNH.dtype if len(dq) == 1 else jnp.float32)
+  restored = run.ranges.restored if run.ranges else lambda x: x
+  return dq_BTNH, *(restored(jnp.concatenate(x, axis=1)[:, :S]) for x in (dk, dv)), None
 
 
 def _shared(function, options, interpret):
   return dict(mask_value=kernel.DEFAULT_MASK_VALUE, mask_function=function, interpret=interpret,
               attn_logits_soft_cap=options.softcap or None)
+
+
+def _scaled(x: jax.Array, options: Options) -> jax.Array:
+  return (options.scale * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rows(x_BTNH: jax.Array, tile: int) -> jax.Array:
+  """[B, T, N, H] to [B, N, T filled up to whole tiles, H]."""
+  x_BNTH = x_BTNH.swapaxes(1, 2)
+  return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, -x_BNTH.shape[2] % tile), (0, 0)))
+
+
+def _merged(a, b):
+  (out_a, lse_a), (out_b, lse_b) = a, b
+  lse = jnp.logaddexp(lse_a, lse_b)
+  weigh = lambda out, part: out.astype(jnp.float32) * jnp.exp(part - lse)[..., None]
+  return weigh(out_a, lse_a) + weigh(out_b, lse_b), lse
 
 
 def _tile(length: int) -> int:
@@ -135,57 +161,95 @@ def _tile(length: int) -> int:
   return max(x for x in sizes if -(-length // x) * x <= whole * 17 / 16)
 
 
+class Plan(NamedTuple):
+  """Tables of the tiles to visit."""
+
+  by_queries: tables.MaskInfo   # for out and dq: each query tile walks its key tiles
+  by_keys: tables.MaskInfo      # for dk and dv: the reverse
+
+
+class Run(NamedTuple):
+  """A run of keys, and what a call of the kernel on them needs."""
+
+  k_BKSH: jax.Array
+  v_BKSH: jax.Array
+  num_keys: int
+  sizes: kernel.BlockSizes
+  function: object              # the mask inside a tile; None: all of it
+  plan: Plan
+  axes: int | None              # 0: each row of the batch has a plan of its own
+  sees_BT: jax.Array | None     # None: every row sees some of these keys
+  ranges: object                # None: the keys stand as they were
+
+
+def _runs(mask: Intervals, T: int, k_BSKH: jax.Array, v_BSKH: jax.Array) -> list[Run]:
+  S = k_BSKH.shape[1]
+  block_q = _tile(T)
+
+  def sizes(num_keys):
+    block_k = _tile(num_keys)
+    strip = max(x for x in range(LANES, min(MAX_STRIP, block_k) + 1, LANES) if block_k % x == 0)
+    return kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=strip)
+
+  # A causal mask goes by places, which is right wherever the keys are the queries' own.
+  if (mask.kind == 'causal' and not mask.reach) or (mask.kind == 'full' and S % _tile(S) == 0):
+    plan, function = _static_plan(mask.kind, T, S, block_q, _tile(S))
+    keys = [_rows(x, _tile(S)) for x in (k_BSKH, v_BSKH)]
+    return [Run(*keys, S, sizes(S), function, plan, None, None, None)]
+
+  ranges = key_ranges(mask, S)
+  k_BSKH, v_BSKH = ranges.ordered(k_BSKH), ranges.ordered(v_BSKH)
+  runs = []
+  for low in range(0, S, MAX_KEYS):
+    num_keys = min(MAX_KEYS, S - low)
+    start_BT = jnp.clip(ranges.start_BT - low, 0, num_keys)
+    end_BT = jnp.clip(ranges.end_BT - low, 0, num_keys)
+    size = sizes(num_keys)
+    plan = jax.vmap(functools.partial(_plan, size, num_keys))(start_BT, end_BT)
+    keys = [_rows(x[:, low:low + num_keys], size.block_kv) for x in (k_BSKH, v_BSKH)]
+    runs.append(Run(*keys, num_keys, size, _within, plan, 0, start_BT < end_BT, ranges))
+  return runs
+
+
 @functools.lru_cache(maxsize=64)
-def _tables(kind: str, reach: int, T: int, S: int):
-  """(tile sizes, tables of tiles to visit by queries and by keys, function of the mask)."""
-  block_q, block_k = _tile(T), _tile(S)
-  strip = max(x for x in range(LANES, min(MAX_STRIP, block_k) + 1, LANES) if block_k % x == 0)
-  sizes = kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=strip)
+def _static_plan(kind: str, T: int, S: int, block_q: int, block_k: int):
+  """(plan, function of the mask inside a tile), made by splash; one plan serves every head."""
   shape = (-(-T // block_q) * block_q, -(-S // block_k) * block_k)
-  if kind == 'full':
-    mask = masks.FullMask(shape)
-  elif reach:
-    mask = masks.LocalMask(shape, (reach - 1, 0), 0)
-  else:
-    mask = masks.CausalMask(shape)
-  heads = masks.MultiHeadMask([mask])   # one table serves every head
+  mask = masks.MultiHeadMask([(masks.FullMask if kind == 'full' else masks.CausalMask)(shape)])
   whole = dict(head_shards=1, q_seq_shards=1)
-  by_queries, function = tables.process_mask(heads, (block_q, block_k), **whole)
-  by_keys, _ = tables.process_mask_dkv(heads, (block_q, block_k), **whole)
-  return sizes, (by_queries, by_keys), function
+  by_queries, function = tables.process_mask(mask, (block_q, block_k), **whole)
+  by_keys, _ = tables.process_mask_dkv(mask, (block_q, block_k), **whole)
+  return Plan(by_queries, by_keys), function
 
 
-def _rows(x_BTNH: jax.Array, tile: int) -> jax.Array:
-  """[B, T, N, H] to [B, N, T filled up to whole tiles, H]."""
-  x_BNTH = x_BTNH.swapaxes(1, 2)
-  return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, -x_BNTH.shape[2] % tile), (0, 0)))
+def _plan(sizes: kernel.BlockSizes, num_keys: int, start_T: jax.Array, end_T: jax.Array) -> Plan:
+  """The tiles between the first key that a tile of queries sees and the last."""
+  sees_T = start_T < end_T
+  tiles = lambda x_T, fill: jnp.pad(x_T, (0, -x_T.size % sizes.block_q), constant_values=fill
+                                    ).reshape(-1, sizes.block_q)
+  first_I = tiles(jnp.where(sees_T, start_T, num_keys), num_keys).min(1)
+  stop_I = tiles(jnp.where(sees_T, end_T, 0), 0).max(1)
+  low_J = jnp.arange(0, num_keys, sizes.block_kv)
+  needed_IJ = (low_J < stop_I[:, None]) & (first_I[:, None] < low_J + sizes.block_kv)
+  # Places that a row of no keys gets: from 1 to 0.
+  packed_T = jnp.where(sees_T, start_T << 16 | end_T - 1, 1 << 16)
+  packed_T = tiles(packed_T, 1 << 16).reshape(-1).astype(jnp.int32)
+  table = lambda axis: tables.MaskInfo(
+      data_next=_visited(needed_IJ, axis)[None], mask_next=None,
+      block_mask=needed_IJ.astype(jnp.int32)[None], partial_mask_blocks=None, q_sequence=packed_T)
+  return Plan(table(1), table(0))
 
 
-def _scaled(x: jax.Array, options: Options) -> jax.Array:
-  return (options.scale * x.astype(jnp.float32)).astype(x.dtype)
+def _visited(needed_IJ: jax.Array, axis: int) -> jax.Array:
+  """The tile to have in memory at each step along `axis`: of those needed, the last, or the first."""
+  tile_IJ = jnp.broadcast_to(jnp.expand_dims(jnp.arange(needed_IJ.shape[axis]), 1 - axis),
+                             needed_IJ.shape)
+  last_IJ = jax.lax.cummax(jnp.where(needed_IJ, tile_IJ, -1), axis=axis)
+  first_IJ = jnp.argmax(needed_IJ, axis=axis, keepdims=True)
+  return jnp.where(last_IJ < 0, first_IJ, last_IJ).astype(jnp.int32)
 
 
-def _document(mask: Intervals) -> jax.Array:
-  """Number of each token's document: one begins at a token that sees nothing before itself."""
-  return jnp.cumsum(mask.start_BT == mask.index_BT, axis=1, dtype=jnp.int32)
-
-
-def _start(mask: Intervals) -> jax.Array:
-  """start_BT as the segment ids and the window of `reach` make it."""
-  begins_BT = jnp.where(mask.start_BT == mask.index_BT, mask.index_BT, 0)
-  start_BT = jax.lax.cummax(begins_BT, axis=1)
-  return jnp.maximum(start_BT, mask.index_BT + 1 - mask.reach) if mask.reach else start_BT
-
-
-def _segments(mask: Intervals, sizes, T: int, S: int):
-  """SegmentIds [B, filled length] where documents or filled-up keys need them, else None."""
-  if mask.kind == 'ordered':
-    ids_BT = jnp.pad(_document(mask), ((0, 0), (0, -T % sizes.block_q)), mode='edge')
-    return kernel.SegmentIds(ids_BT, ids_BT)
-  if mask.kind == 'full' and S % sizes.block_kv:
-    B = mask.start_BT.shape[0]
-    filled_q, filled_k = T + -T % sizes.block_q, S + -S % sizes.block_kv
-    real_S = (jnp.arange(filled_k) < S).astype(jnp.int32)
-    return kernel.SegmentIds(jnp.ones((B, filled_q), jnp.int32),
-                             jnp.broadcast_to(real_S, (B, filled_k)))
-  return None
+def _within(packed: jax.Array, place: jax.Array) -> jax.Array:
+  """The mask inside a tile: from the upper 16 bits to the lower ones."""
+  return ((jax.lax.shift_right_logical(packed, np.int32(16)) <= place)
+          & (place <= (packed & np.int32(0xFFFF))))

@@ -20,7 +20,7 @@ from longctx.attention.intervals import Intervals, Options
 from tests import oracles
 
 LIMITS = {'bfloat16': 2e-2, 'float16': 4e-3, 'float32': 5e-6}   # rounded inputs, outputs, products
-SERVED = {'splash': ('causal', 'full', 'packed', 'window', 'packed window'),
+SERVED = {'splash': ('causal', 'full', 'packed', 'window', 'packed window', 'padding', 'any order'),
           'cudnn': ('causal', 'full', 'one window'),
           'mosaic_gpu': ('causal', 'full', 'packed', 'window', 'packed window', 'padding',
                          'any order')}
