@@ -23,6 +23,7 @@ from longctx.attention import kernel_checks
 from longctx.attention.intervals import Intervals, Options
 
 LSE_GRADIENT = False   # its backward pass makes delta itself
+KNOWS_KINDS = True    # it needs the mask's kind; a ring's hops have none
 HOPPER = 9.0
 ARRAYS = ('query', 'key', 'value', 'bias', 'q_seqlen', 'kv_seqlen', 'q_offsets', 'kv_offsets',
           'page_table_k', 'page_table_v')

@@ -27,6 +27,7 @@ from longctx.attention.intervals import Intervals, Options
 from longctx.attention.key_ranges import key_ranges
 
 LSE_GRADIENT = False   # its backward pass makes delta itself
+KNOWS_KINDS = False
 NEG_INF = -1e30   # lse of a row that sees nothing
 HOPPER = 9.0
 ROWS = 256        # the kernels share a range among as many rows, so T is filled up to it

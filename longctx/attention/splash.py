@@ -32,6 +32,7 @@ from longctx.attention.intervals import Intervals, Options
 from longctx.attention.key_ranges import key_ranges
 
 LSE_GRADIENT = True
+KNOWS_KINDS = False   # its hops read the vectors
 NEG_INF = -1e30     # lse of a row that sees nothing
 LANES = 128         # a TPU's vector is as wide; tiles are multiples of it
 MAX_TILE = 1024     # queries and keys of a tile brought into the core's memory
