@@ -5,16 +5,17 @@ B batch  T queries  S keys  N query heads  K kv heads  H head dim
 
 import functools
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.attention import Intervals, attend, attention, biases, blockwise, merge, reference
+from longctx.attention import Intervals, attend, attention, biases, blockwise, merge
 from longctx.attention import intervals as intervals_module
+from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Options, sliding_window, with_sinks
+from longctx.attention.reference import Reference
 from longctx.parallel import sequence
 from tests import oracles
 
@@ -64,11 +65,7 @@ MASKS = {'causal': causal(2, LENGTH), 'packed': packed(2, LENGTH), 'window': win
 CROSS = {'short': cross(2, 9, 43), 'long': cross(2, 43, 17), 'one query': cross(2, 1, 33),
          'one key': causal(2, 1)}
 HEADS = {'MHA': (2, 2), 'GQA': (6, 2), 'MQA': (4, 1)}
-KERNELS = {'reference': types.SimpleNamespace(forward=reference.forward,
-                                              backward=reference.backward),
-           'blockwise': types.SimpleNamespace(
-               forward=functools.partial(blockwise.forward, block=16),
-               backward=functools.partial(blockwise.backward, block=16))}
+KERNELS = {'reference': Reference(), 'blockwise': Blockwise(block=16)}
 
 
 def intervals(start, end, index):
@@ -370,7 +367,7 @@ def test_memory_is_linear_in_length():
 def test_auto_takes_tiles_for_long_queries_and_bad_calls_are_refused():
   qkv, mask = arrays(9, 130, 130, 'GQA'), intervals_module.causal(2, 130)
   auto = attend(*qkv, mask)
-  want = sequence.one_device(reference, True, *qkv, mask, Options(scale=SCALE))
+  want = sequence.one_device(Reference(), True, *qkv, mask, Options(scale=SCALE))
   for a, b in zip(auto, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match='3 query heads must be a multiple of 2'):

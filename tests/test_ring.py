@@ -8,14 +8,14 @@ B batch  T tokens  N query heads  K kv heads  H head dim  R ring
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.attention import attention, blockwise, intervals
+from longctx.attention import attention, intervals
+from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Options
 from longctx.errors import ConfigError
 from longctx.parallel import layouts, mesh, sequence
@@ -23,8 +23,7 @@ from tests import oracles
 
 B, T, PADDED, N, K, H, UNIT = 2, 45, 48, 8, 4, 4, 2
 SCALE = H ** -0.5
-KERNEL = types.SimpleNamespace(forward=functools.partial(blockwise.forward, block=4),
-                               backward=functools.partial(blockwise.backward, block=4))
+KERNEL = Blockwise(block=4)
 OPTIONS = Options(scale=SCALE)
 FAST = {'xla_llvm_disable_expensive_passes': True}
 
@@ -101,9 +100,9 @@ def expected(name):
 
 
 @functools.cache
-def program(strategy, size, ulysses):
+def program(strategy, size, ulysses, overlap=False):
   """Values and gradients, jitted. Ulysses's own sorting apart, the order of the tokens is data."""
-  layout = layout_of(strategy, size, ulysses=ulysses)
+  layout = dataclasses.replace(layout_of(strategy, size, ulysses=ulysses), overlap=overlap)
   def run(qkv, mask, cotangents):
     attend = lambda *qkv: sequence.attend(KERNEL, layout, *qkv, mask, OPTIONS)
     out, pull = jax.vjp(attend, *qkv)
@@ -140,3 +139,174 @@ def test_every_mask_and_order_is_the_definition(strategy, size, ulysses):
     for name in MASKS:
       for order in layouts.ORDERS:
         check(run(compiled, size, name, order, jnp.float64), expected(name), 1e-12)
+
+
+@pytest.mark.parametrize('strategy,size', [('ring', 2), ('ring', 3), ('ring', 8),
+                                           ('bidirectional', 4)])
+def test_a_ring_that_hides_its_transfers_is_the_definition_too(strategy, size):
+  """As on a TPU or GPU: the local work in halves, gradients that arrive added afterwards."""
+  compiled = program(strategy, size, 1, overlap=True)
+  with jax.enable_x64(True):
+    for name in ('packed', 'window with sinks', 'bidirectional', 'rows that see nothing'):
+      check(run(compiled, size, name, 'striped', jnp.float64), expected(name), 1e-12)
+
+
+@pytest.mark.parametrize('strategy,size,ulysses', [('ring', 8, 1), ('bidirectional', 4, 1),
+                                                   ('hybrid', 8, 2)])
+def test_float32_is_the_definition_too(strategy, size, ulysses):
+  compiled = program(strategy, size, ulysses)
+  for name in ('packed', 'window with sinks', 'rows that see nothing'):
+    check(run(compiled, size, name, 'striped', jnp.float32), expected(name), 5e-6)
+
+
+@pytest.mark.parametrize('strategy,order,ulysses', [('ulysses', 'zigzag', 4), ('hybrid', 'zigzag', 2),
+                                                    ('hybrid', 'striped', 2)])
+def test_a_group_sorts_what_its_devices_hold(strategy, order, ulysses):
+  """The all-to-all brings tokens together out of order; sorted, the tiles skip again."""
+  size, slots = 4, layouts.permutation(order, PADDED, 4, UNIT)
+  sort = layouts.sorting(order, PADDED, size, ulysses, UNIT)
+  for group in slots.reshape(size // ulysses, -1):
+    assert (np.diff(group[sort]) > 0).all()
+  layout = layout_of(strategy, size, order, 1 if strategy == 'ulysses' else ulysses)
+  put = lambda x: jnp.asarray(np.pad(x, [(0, 0), (0, PADDED - T), (0, 0), (0, 0)])[:, slots],
+                              jnp.float32)
+  qkv, mask = [put(x) for x in inputs()[0]], laid_out(MASKS['packed'], slots)
+  attend = mesh.under(layout, lambda qkv: sequence.attend(KERNEL, layout, *qkv, mask, OPTIONS))
+  out, lse = jax.jit(attend, compiler_options=FAST)(qkv)
+  back = lambda x: np.asarray(x)[:, np.argsort(slots)][:, :T]
+  np.testing.assert_allclose(back(out), expected('packed')[0][0], atol=5e-6)
+  np.testing.assert_allclose(back(lse), expected('packed')[0][1], atol=5e-6)
+
+
+def half_precision_error(size):
+  qkv, (dout, _) = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), inputs())
+  layout = layout_of('ring', size)
+  mask = intervals.causal(B, T)
+  run = mesh.under(layout, lambda *qkv: sequence.attend(
+      KERNEL, layout, *qkv, mask, OPTIONS, lse_gradient=False)[0])
+  def both(qkv, dout):
+    out, pull = jax.vjp(run, *qkv)
+    return out, pull(dout.astype(out.dtype))
+  out, grads = jax.jit(both, compiler_options=FAST)(qkv, dout)
+  exact = [np.asarray(x, np.float64) for x in (*qkv, dout)]
+  sees = np.asarray(intervals.sees(mask))
+  want = (oracles.masked_attention(*exact[:3], sees, SCALE)[0],
+          *oracles.masked_gradients(*exact[:3], sees, SCALE, exact[3],
+                                    np.zeros((B, T, N)))[:3])
+  error = lambda a, b: np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+  return [error(a, b) for a, b in zip((out, *grads), want)]
+
+
+def test_the_error_of_bfloat16_does_not_grow_with_the_ring():
+  for one, eight in zip(half_precision_error(1), half_precision_error(8)):
+    assert eight <= 1.05 * one
+
+
+def test_the_future_and_other_documents_move_nothing_bit_for_bit():
+  """Of a striped ring of 8: keys that a query may not see are changed; out, lse and dq stay."""
+  slots = layouts.permutation('striped', PADDED, 8, UNIT)
+  compiled = program('ring', 8, 1)
+  put = lambda x: np.pad(x, [(0, 0), (0, PADDED - T)] + [(0, 0)] * (x.ndim - 2))[:, slots]
+  (q, k, v), cotangents = jax.tree.map(lambda x: put(x).astype(np.float32), inputs())
+  mask = laid_out(MASKS['packed'], slots)
+  sees = np.asarray(intervals.sees(MASKS['packed']))
+  at = 30   # the token whose key and value change
+  blind = ~sees[:, :, at]
+  moved = slots == at
+  k2, v2 = k.copy(), v.copy()
+  k2[:, moved] += 100
+  v2[:, moved] -= 100
+  first, second = (compiled((q, *kv), mask, cotangents) for kv in ((k, v), (k2, v2)))
+  back = lambda x: np.asarray(x)[:, np.argsort(slots)][:, :T]
+  for a, b in ((first[0][0], second[0][0]), (first[0][1], second[0][1]),
+               (first[1][0], second[1][0])):
+    assert (back(a)[blind] == back(b)[blind]).all()
+    assert (back(a)[~blind] != back(b)[~blind]).any()
+
+
+def test_the_same_bits_every_time():
+  compiled = program('ring', 8, 1)
+  twice = [run(compiled, 8, 'packed', 'striped', jnp.float32) for _ in range(2)]
+  for a, b in zip(*map(jax.tree.leaves, twice)):
+    assert (a == b).all()
+
+
+@pytest.mark.parametrize('window', [3, 9])
+def test_hops_that_a_window_does_not_reach_are_not_missed(window):
+  """The ring of a static window stops early; its values are the definition's, in every order."""
+  mask = intervals.sliding_window(B, PADDED, window)
+  qkv = [jnp.asarray(np.pad(x, [(0, 0), (0, 3), (0, 0), (0, 0)]), jnp.float32) for x in inputs()[0]]
+  want, _ = oracles.masked_attention(*[np.asarray(x, np.float64) for x in qkv],
+                                     np.asarray(intervals.sees(mask)), SCALE)
+  for order in layouts.ORDERS:
+    layout = layout_of('ring', 4, order)
+    slots = layouts.permutation(order, PADDED, 4, UNIT)
+    row = lambda x, slots=slots: x[:, slots]
+    laid = intervals.Intervals(start_BT=row(mask.start_BT), end_BT=row(mask.end_BT),
+                               index_BT=row(mask.index_BT), reach=window)
+    attend = mesh.under(layout, lambda qkv, mask, layout=layout: sequence.attend(
+        KERNEL, layout, *qkv, mask, OPTIONS)[0])
+    out = jax.jit(attend, compiler_options=FAST)([x[:, slots] for x in qkv], laid)
+    np.testing.assert_allclose(np.asarray(out)[:, np.argsort(slots)], want, atol=5e-6)
+
+
+@pytest.mark.parametrize('num_kv_heads,model', [(4, 2), (2, 4)])
+def test_heads_and_sequence_are_cut_together(num_kv_heads, model):
+  """Scores with a learned bias and sink; fewer kv heads than devices that share the heads."""
+  from longctx.attention import biases
+  r = np.random.RandomState(5)
+  qkv = [jnp.asarray(r.randn(B, T, heads, H), jnp.float32) for heads in (N, num_kv_heads,
+                                                                       num_kv_heads)]
+  table, sink = (jnp.asarray(r.randn(*shape), jnp.float32) for shape in ((N, 8), (N,)))
+  mask = MASKS['packed']
+  def loss(qkv, table, sink):
+    out = attention(*qkv, mask, softcap=4.0, bias=biases.T5Buckets(table, max_distance=20),
+                    sink_N=sink, implementation='blockwise')
+    return (out * jnp.asarray(inputs()[1][0], jnp.float32)).sum()
+  gradients = jax.value_and_grad(loss, (0, 1, 2))
+  layout = layout_of('ring', 2, model=model)
+  alone = jax.jit(gradients, compiler_options=FAST)(qkv, table, sink)
+  cut = jax.jit(mesh.under(layout, gradients), compiler_options=FAST)(qkv, table, sink)
+  for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(cut)):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_cross_attention_over_a_ring():
+  """Other numbers of queries and of keys, neither a multiple of the ring."""
+  r = np.random.RandomState(6)
+  q, k, v = (r.randn(B, *shape, H) for shape in ((13, N), (30, K), (30, K)))
+  layout, mask = layout_of('ring', 4), intervals.bidirectional(B, 13, 30)
+  run = mesh.under(layout, lambda *qkv: attention(*qkv, mask, implementation='blockwise'))
+  with jax.enable_x64(True):
+    out = jax.jit(run, compiler_options=FAST)(q, k, v)
+  want, _ = oracles.masked_attention(q, k, v, np.ones((B, 13, 30), bool), SCALE)
+  np.testing.assert_allclose(out, want, atol=1e-12)
+
+
+def test_heads_that_ulysses_cannot_deal_out_are_refused():
+  layout = layout_of('ulysses', 8)
+  with pytest.raises(ConfigError, match=re.escape(
+      "with 8 devices to share 4 query and 2 kv heads of each: the number must divide both, or be "
+      "a multiple of the kv heads; set mesh.strategy='hybrid' with mesh.ulysses=2 or 4")):
+    sequence.check_heads(layout, 4, 2)
+  with pytest.raises(ConfigError, match=re.escape("set mesh.strategy='ring'")):
+    sequence.check_heads(layout, 3, 1)
+
+
+def temp_bytes(size, backward):
+  """Compiled temporary memory of a device, 512 tokens on each."""
+  layout, length = layout_of('ring', size), 512 * size
+  mask = intervals.causal(1, length)
+  run = mesh.under(layout, lambda q, k, v: sequence.attend(
+      Blockwise(), layout, q, k, v, mask, OPTIONS, lse_gradient=False)[0].sum())
+  spec = layout.sharding('batch', 'length', None, None)
+  shape = lambda heads: jax.ShapeDtypeStruct((1, length, heads, 32), jnp.float32, sharding=spec)
+  program = jax.jit(jax.grad(run, (0, 1, 2)) if backward else run)
+  lowered = program.lower(shape(4), shape(2), shape(2))
+  return lowered.compile(compiler_options=FAST).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('backward,growth', [(False, 1.05), (True, 1.15)])
+def test_memory_of_a_device_does_not_grow_with_the_ring(backward, growth):
+  two, eight = temp_bytes(2, backward), temp_bytes(8, backward)
+  assert eight <= growth * two

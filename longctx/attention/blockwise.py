@@ -3,7 +3,8 @@
 Each query block walks the key blocks it needs with the online softmax; the backward pass makes
 each tile's probabilities again from (out, lse). Which blocks are needed is read from the intervals
 (`Plan`), so every mask is one case, under any layout of the tokens; a tile that all its queries see
-whole skips the mask. Pure JAX: any platform.
+whole skips the mask. Pure JAX: any platform. Results and sums are added to in place, so that a
+ring's hops need no memory of their own.
 
 Sources: Rabe & Staats 2021, arXiv:2112.05682; FlashAttention, Dao et al. 2022, arXiv:2205.14135
 (the backward pass from lse and delta = sum(out * dout)).
@@ -13,6 +14,7 @@ B batch  T queries  S keys  N query heads  K kv heads  G = N / K  H head dim
 I query blocks  J key blocks  P queries of a block  R keys of a block  M = G P rows of a tile
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,56 +24,134 @@ import jax.numpy as jnp
 import numpy as np
 
 from longctx.attention.intervals import Intervals, Options
+from longctx.attention.whole import Sums
 
-LSE_GRADIENT = True
 NEG_INF = -1e30   # finite: a row that sees nothing gives 0, not NaN
 BLOCK = 128       # queries and keys of a tile: its scores and probabilities stay in a core's cache
 NEVER = np.iinfo(np.int32).max   # index of a key that pads a block: no interval holds it
 
 
-def cannot(q: Any, k: Any, v: Any, mask: Intervals, options: Options) -> str:
-  """It serves everything."""
-  del q, k, v, mask, options
-  return ''
+class Result(NamedTuple):
+  """What queries have gathered so far, in the folded form: [B, K, G, T, ...], whole blocks."""
+
+  out: jax.Array
+  lse: jax.Array
 
 
-def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
-            options: Options, *, block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
-  """(out_BTNH, lse_BTN), both float32 at least, lse in natural base.
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+  """The kernel; `block` tokens a tile. `forward` and `backward` are made of the other methods,
+  which a ring calls hop by hop on folded arrays (see parallel/ring.py)."""
 
-  A query that sees nothing gives out 0 and lse -1e30.
-  """
-  shapes = _Shapes.of(q_BTNH, k_BSKH, block)
-  q_BKGTH, k_BKSH, v_BKSH = shapes.queries(q_BTNH), shapes.keys(k_BSKH), shapes.keys(v_BSKH)
-  out_BKGTH, lse_BKGT = _every_head(
-      functools.partial(_forward_head, shapes), (q_BKGTH, k_BKSH, v_BKSH),
-      shapes.per_head(options), shapes.rows(mask))
-  return shapes.unfold(out_BKGTH), shapes.unfold(lse_BKGT)
+  block: int = BLOCK
+  LSE_GRADIENT = True
+  KNOWS_KINDS = False
 
+  def cannot(self, q: Any, k: Any, v: Any, mask: Intervals, options: Options) -> str:
+    """It serves everything."""
+    del q, k, v, mask, options
+    return ''
 
-def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
-             options: Options, out_BTNH: jax.Array, lse_BTN: jax.Array, dout_BTNH: jax.Array,
-             dlse_BTN: jax.Array | None = None, *, block: int = BLOCK
-             ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-  """(dq, dk, dv, dbias), float32 at least. (out, lse) may be those over more keys than these."""
-  shapes = _Shapes.of(q_BTNH, k_BSKH, block)
-  wide = _wide(q_BTNH)
-  # A product of matrices and not a sum of products, at which a CPU is slow.
-  delta_BTN = jnp.einsum('BTNH,BTNH->BTN', out_BTNH.astype(wide), dout_BTNH.astype(wide))
-  if dlse_BTN is not None:
-    delta_BTN -= dlse_BTN
-  # A row that saw nothing has p = exp(-1e30 - lse): its lse becomes +1e30, so that p is 0.
-  lse_BTN = jnp.where(lse_BTN > NEG_INF / 2, lse_BTN, -NEG_INF)
-  arrays = (shapes.queries(q_BTNH), shapes.keys(k_BSKH), shapes.keys(v_BSKH),
-            shapes.queries(dout_BTNH.astype(q_BTNH.dtype)), shapes.queries(lse_BTN),
-            shapes.queries(delta_BTN))
-  dq_BKGTH, dk_BKSH, dv_BKSH, dbias_BKG = _every_head(
-      functools.partial(_backward_head, shapes), arrays, shapes.per_head(options),
-      shapes.rows(mask))
-  S = k_BSKH.shape[1]
-  keys = lambda x_BKSH: x_BKSH[:, :, :S].swapaxes(1, 2)
-  dbias = jax.tree.map(lambda x: x.sum(0).reshape(-1, *x.shape[3:]), dbias_BKG)
-  return shapes.unfold(dq_BKGTH), keys(dk_BKSH), keys(dv_BKSH), dbias
+  def forward(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
+              options: Options) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN), both float32 at least, lse in natural base.
+
+    A query that sees nothing gives out 0 and lse -1e30.
+    """
+    q, k, v = self.fold(q_BTNH, k_BSKH, v_BSKH)
+    return self.unfold(self.add(q, k, v, mask, options, self.nothing(q)), q_BTNH.shape[1])
+
+  def backward(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
+               options: Options, out_BTNH: jax.Array, lse_BTN: jax.Array, dout_BTNH: jax.Array,
+               dlse_BTN: jax.Array | None = None
+               ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """(dq, dk, dv, dbias), float32 at least. (out, lse) may be those over more keys than these."""
+    q, k, v = self.fold(q_BTNH, k_BSKH, v_BSKH)
+    saved = self.saved(q_BTNH, k_BSKH, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN)
+    sums = self.add_gradients(q, k, v, mask, options, saved,
+                              Sums(self.no_dq(q), *self.no_dkv(k, v), self.no_dbias(q, options)))
+    return (self.finish_dq(sums.dq, options, q_BTNH.shape[1]),
+            *self.finish_dkv(sums.dk, sums.dv, options, k_BSKH.shape[1]),
+            self.finish_dbias(sums.dbias))
+
+  # What a ring calls. Folded arrays have the heads in front and are filled up to whole blocks.
+
+  def fold(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+           ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    K = k_BSKH.shape[2]
+    return (self._fold_queries(q_BTNH, K), *(self._fold_keys(x) for x in (k_BSKH, v_BSKH)))
+
+  def _fold_queries(self, x_BTN: jax.Array, K: int) -> jax.Array:
+    x = _pad(x_BTN, min(self.block, x_BTN.shape[1]))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, *x.shape[3:]), 1, 3)
+
+  def _fold_keys(self, x_BSKH: jax.Array) -> jax.Array:
+    return _pad(x_BSKH, min(self.block, x_BSKH.shape[1])).swapaxes(1, 2)
+
+  def nothing(self, q_BKGTH: jax.Array) -> Result:
+    """The result over no keys."""
+    wide = _wide(q_BKGTH)
+    return Result(jnp.zeros(q_BKGTH.shape, wide), jnp.full(q_BKGTH.shape[:-1], NEG_INF, wide))
+
+  def add(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals, options: Options,
+          result: Result) -> Result:
+    """The result over the keys of before and these."""
+    shapes = _Shapes.of(self.block, mask)
+    return _every_head(functools.partial(_forward_head, shapes), (q, k, v),
+                       _per_head(options, q), shapes.rows(mask), result)
+
+  def unfold(self, result: Result, length: int) -> tuple[jax.Array, jax.Array]:
+    """(out_BTNH, lse_BTN)."""
+    return _unfold(result.out, length), _unfold(result.lse, length)
+
+  def saved(self, q_BTNH: jax.Array, k_BSKH: jax.Array, out_BTNH: jax.Array, lse_BTN: jax.Array,
+            dout_BTNH: jax.Array, dlse_BTN: jax.Array | None) -> tuple[jax.Array, ...]:
+    """What the backward pass needs of the whole result: (dout, lse, delta), folded."""
+    wide, K = _wide(q_BTNH), k_BSKH.shape[2]
+    # A product of matrices and not a sum of products, at which a CPU is slow.
+    delta_BTN = jnp.einsum('BTNH,BTNH->BTN', out_BTNH.astype(wide), dout_BTNH.astype(wide))
+    if dlse_BTN is not None:
+      delta_BTN -= dlse_BTN
+    # A row that saw nothing has p = exp(-1e30 - lse): its lse becomes +1e30, so that p is 0.
+    lse_BTN = jnp.where(lse_BTN > NEG_INF / 2, lse_BTN, -NEG_INF)
+    return tuple(self._fold_queries(x, K)
+                 for x in (dout_BTNH.astype(q_BTNH.dtype), lse_BTN, delta_BTN))
+
+  def no_dq(self, q: jax.Array) -> jax.Array:
+    return jnp.zeros(q.shape, _wide(q))
+
+  def no_dkv(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    B, K, S, H = k.shape
+    R = min(self.block, S)
+    zeros = lambda x: jnp.zeros((B, K, S // R, H, R), _wide(x))
+    return zeros(k), zeros(v)
+
+  def no_dbias(self, q: jax.Array, options: Options) -> Any:
+    B = q.shape[0]
+    return jax.tree.map(lambda x: jnp.zeros((B, *x.shape), _wide(x)), _per_head(options, q).bias)
+
+  def add_gradients(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals,
+                    options: Options, saved: tuple[jax.Array, ...], sums: Sums) -> Sums:
+    """The gradients so far and those of these keys; dk and dv are [B, K, J, H, R], and neither
+    dk nor dq has the factor `scale` yet."""
+    shapes = _Shapes.of(self.block, mask)
+    return _every_head(functools.partial(_backward_head, shapes), (q, k, v, *saved),
+                       _per_head(options, q), shapes.rows(mask), Sums(*sums))
+
+  def finish_dq(self, dq: jax.Array, options: Options, length: int) -> jax.Array:
+    return options.scale * _unfold(dq, length)
+
+  def finish_dkv(self, dk: jax.Array, dv: jax.Array, options: Options, num_keys: int
+                 ) -> tuple[jax.Array, jax.Array]:
+    def keys(x_BKJHR):
+      x_BKJRH = x_BKJHR.swapaxes(3, 4)
+      x_BKSH = x_BKJRH.reshape(*x_BKJRH.shape[:2], -1, x_BKJRH.shape[-1])
+      return x_BKSH[:, :, :num_keys].swapaxes(1, 2)
+    return options.scale * keys(dk), keys(dv)
+
+  def finish_dbias(self, dbias: Any) -> Any:
+    """With its heads in front."""
+    return jax.tree.map(lambda x: x.sum(0).reshape(-1, *x.shape[3:]), dbias)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:
@@ -79,37 +159,26 @@ def _wide(x: jax.Array) -> jnp.dtype:
   return jnp.promote_types(jnp.float32, x.dtype)
 
 
-class _Shapes(NamedTuple):
-  """Sizes of a call, and its arrays cut and turned to them."""
+def _per_head(options: Options, q_BKGTH: jax.Array) -> Options:
+  """The same options, the bias's arrays with [K, G] in place of their leading N."""
+  K, G = q_BKGTH.shape[1:3]
+  return jax.tree.map(lambda x: x.reshape(K, G, *x.shape[1:]), options)
 
-  T: int
-  K: int
-  G: int
+
+def _unfold(x_BKGT: jax.Array, length: int) -> jax.Array:
+  x = jnp.moveaxis(x_BKGT[:, :, :, :length], 3, 1)
+  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+class _Shapes(NamedTuple):
+  """Tokens of a tile."""
+
   P: int
   R: int
 
   @classmethod
-  def of(cls, q_BTNH: jax.Array, k_BSKH: jax.Array, block: int) -> '_Shapes':
-    T, N = q_BTNH.shape[1:3]
-    S, K = k_BSKH.shape[1:3]
-    return cls(T, K, N // K, min(block, T), min(block, S))
-
-  def queries(self, x_BTN: jax.Array) -> jax.Array:
-    """[B, T, N, ...] to [B, K, G, I P, ...]."""
-    x = _pad(x_BTN, self.P)
-    x = x.reshape(*x.shape[:2], self.K, self.G, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 3)
-
-  def keys(self, x_BSKH: jax.Array) -> jax.Array:
-    return _pad(x_BSKH, self.R).swapaxes(1, 2)
-
-  def unfold(self, x_BKGT: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x_BKGT[:, :, :, :self.T], 3, 1)
-    return x.reshape(*x.shape[:2], self.K * self.G, *x.shape[4:])
-
-  def per_head(self, options: Options) -> Options:
-    """The same options, the bias's arrays with [K, G] in place of their leading N."""
-    return jax.tree.map(lambda x: x.reshape(self.K, self.G, *x.shape[1:]), options)
+  def of(cls, block: int, mask: Intervals) -> '_Shapes':
+    return cls(min(block, mask.start_BT.shape[1]), min(block, mask.keys_BS.shape[1]))
 
   def rows(self, mask: Intervals) -> '_Rows':
     start_BT, end_BT, index_BT = (_pad(x, self.P)
@@ -201,27 +270,33 @@ class _Rows(NamedTuple):
   plan: Plan
 
 
-def _every_head(function: Callable, arrays_BK: Any, options_K: Any, rows_B: _Rows) -> Any:
-  """function(arrays, options, rows) of one row and kv head, for all of them.
+def _every_head(function: Callable, arrays_BK: Any, options_K: Any, rows_B: _Rows,
+                carry_BK: Any) -> Any:
+  """carry = function(arrays, options, rows, carry) of each row and kv head, in place.
 
   A CPU takes them in turn: the tiles of one head stay in cache, and a product of two matrices is
   fast there where a batch of small products is not. Other devices take a row's heads at once.
   """
   B, K = jax.tree.leaves(arrays_BK)[0].shape[:2]
+  at = lambda tree, *where: jax.tree.map(lambda x: x[where], tree)
+  put = lambda tree, new, *where: jax.tree.map(lambda x, y: x.at[where].set(y), tree, new)
 
-  def in_turn(arrays_BK, options_K, rows_B):
-    def turn(i):
+  def in_turn(arrays_BK, options_K, rows_B, carry_BK):
+    def turn(i, carry_BK):
       b, k = i // K, i % K
-      at = lambda tree, *where: jax.tree.map(lambda x: x[where], tree)
-      return function(at(arrays_BK, b, k), at(options_K, k), at(rows_B, b))
-    out = jax.lax.map(turn, jnp.arange(B * K))
-    return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), out)
+      new = function(at(arrays_BK, b, k), at(options_K, k), at(rows_B, b), at(carry_BK, b, k))
+      return put(carry_BK, new, b, k)
+    return jax.lax.fori_loop(0, B * K, turn, carry_BK)
 
-  def at_once(arrays_BK, options_K, rows_B):
-    heads = jax.vmap(function, (0, 0, None))   # the loops' bounds are the row's: not batched
-    return jax.lax.map(lambda x: heads(x[0], options_K, x[1]), (arrays_BK, rows_B))
+  def at_once(arrays_BK, options_K, rows_B, carry_BK):
+    heads = jax.vmap(function, (0, 0, None, 0))   # the loops' bounds are the row's: not batched
+    def turn(b, carry_BK):
+      new = heads(at(arrays_BK, b), options_K, at(rows_B, b), at(carry_BK, b))
+      return put(carry_BK, new, b)
+    return jax.lax.fori_loop(0, B, turn, carry_BK)
 
-  return jax.lax.platform_dependent(arrays_BK, options_K, rows_B, cpu=in_turn, default=at_once)
+  return jax.lax.platform_dependent(arrays_BK, options_K, rows_B, carry_BK,
+                                    cpu=in_turn, default=at_once)
 
 
 class _Head:
@@ -283,13 +358,17 @@ class _Head:
     return scores_MR, slope_MR
 
 
-def _forward_head(shapes, arrays, options, rows):
+def _put_queries(x_GT: jax.Array, new_M: jax.Array, i: jax.Array, P: int) -> jax.Array:
+  new_GP = new_M.reshape(x_GT.shape[0], P, *x_GT.shape[2:])
+  return jax.lax.dynamic_update_slice_in_dim(x_GT, new_GP, i * P, axis=1)
+
+
+def _forward_head(shapes, arrays, options, rows, result):
   q_GTH, k_SH, v_SH = arrays
   head = _Head(shapes, options, rows)
-  G, T, H = q_GTH.shape
   wide = _wide(q_GTH)
 
-  def query_block(i):
+  def query_block(i, result):
     q_MH = head.queries(q_GTH, i)
 
     def tile(j, masked, carry):
@@ -304,27 +383,26 @@ def _forward_head(shapes, arrays, options, rows):
                            preferred_element_type=wide)
       return (new_max_M, sum_M * shrink_M + p_MR.sum(-1), acc_MH * shrink_M[:, None] + part_MH)
 
-    zeros_M = jnp.zeros(q_MH.shape[0], wide)
-    max_M, sum_M, acc_MH = head.walk(i, tile, (zeros_M + NEG_INF, zeros_M,
-                                               jnp.zeros(q_MH.shape, wide)))
+    # What was gathered before counts as one key with score lse and value out.
+    out_MH, lse_M = head.queries(result.out, i), head.queries(result.lse, i)
+    before = (lse_M, jnp.where(lse_M > NEG_INF / 2, 1.0, 0.0).astype(wide), out_MH)
+    max_M, sum_M, acc_MH = head.walk(i, tile, before)
     some_M = max_M > NEG_INF / 2
     safe_M = jnp.where(some_M, sum_M, 1.0)
     out_MH = jnp.where(some_M[:, None], acc_MH / safe_M[:, None], 0.0)
     lse_M = jnp.where(some_M, max_M + jnp.log(safe_M), NEG_INF)
-    return out_MH.reshape(G, shapes.P, H), lse_M.reshape(G, shapes.P)
+    return Result(_put_queries(result.out, out_MH, i, shapes.P),
+                  _put_queries(result.lse, lse_M, i, shapes.P))
 
-  out_IGPH, lse_IGP = jax.lax.map(query_block, jnp.arange(T // shapes.P))
-  return out_IGPH.swapaxes(0, 1).reshape(G, T, H), lse_IGP.swapaxes(0, 1).reshape(G, T)
+  return jax.lax.fori_loop(0, q_GTH.shape[1] // shapes.P, query_block, result)
 
 
-def _backward_head(shapes, arrays, options, rows):
+def _backward_head(shapes, arrays, options, rows, sums):
   q_GTH, k_SH, v_SH, dout_GTH, lse_GT, delta_GT = arrays
   head = _Head(shapes, options, rows)
-  G, T, H = q_GTH.shape
-  S = k_SH.shape[0]
   wide = _wide(q_GTH)
 
-  def query_block(carry, i):
+  def query_block(i, sums):
     q_MH, dout_MH, lse_M, delta_M = (head.queries(x, i)
                                      for x in (q_GTH, dout_GTH, lse_GT, delta_GT))
 
@@ -349,14 +427,7 @@ def _backward_head(shapes, arrays, options, rows):
                          preferred_element_type=wide)
       return dq_MH, dk_JHR.at[j].add(dk_HR), dv_JHR.at[j].add(dv_HR), dbias
 
-    dq_MH, *carry = head.walk(i, tile, (jnp.zeros(q_MH.shape, wide), *carry))
-    return tuple(carry), (options.scale * dq_MH).reshape(G, shapes.P, H)
+    dq_MH, *others = head.walk(i, tile, (head.queries(sums.dq, i), *sums[1:]))
+    return Sums(_put_queries(sums.dq, dq_MH, i, shapes.P), *others)
 
-  zeros_JHR = jnp.zeros((S // shapes.R, H, shapes.R), wide)
-  dbias = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)),
-                       options.bias)
-  (dk_JHR, dv_JHR, dbias), dq_IGPH = jax.lax.scan(
-      query_block, (zeros_JHR, zeros_JHR, dbias), jnp.arange(T // shapes.P))
-  keys = lambda x_JHR: x_JHR.swapaxes(1, 2).reshape(S, H)
-  return (dq_IGPH.swapaxes(0, 1).reshape(G, T, H), options.scale * keys(dk_JHR), keys(dv_JHR),
-          dbias)
+  return jax.lax.fori_loop(0, q_GTH.shape[1] // shapes.P, query_block, sums)

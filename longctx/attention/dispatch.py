@@ -9,17 +9,17 @@ Held by: tests/test_attention.py, tests/test_ring.py.
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from longctx.attention import blockwise, reference
+from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Intervals, Options
+from longctx.attention.reference import Reference
 from longctx.parallel import mesh, sequence
 
-IMPLEMENTATIONS = {'reference': reference, 'blockwise': blockwise}
+IMPLEMENTATIONS = {'reference': Reference(), 'blockwise': Blockwise()}
 
 DENSE_SCORES = 64   # queries up to which 'auto' takes the dense form: a strip of scores is small
 
@@ -87,10 +87,10 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals) -> N
 
 
 def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options: Options,
-           lse_gradient: bool) -> ModuleType:
+           lse_gradient: bool) -> Any:
   """The implementation named, or the first of the platform's that can serve ('auto')."""
   if implementation == 'auto':
-    return reference if q.shape[1] <= DENSE_SCORES else blockwise
+    return IMPLEMENTATIONS['reference' if q.shape[1] <= DENSE_SCORES else 'blockwise']
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation={implementation!r}: must be auto or one of '
                      f'{", ".join(IMPLEMENTATIONS)}')

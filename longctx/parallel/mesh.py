@@ -84,6 +84,7 @@ class Layout:
   ulysses: int = 1               # devices of `seq` that share heads
   order: str = 'contiguous'
   unit: int = layouts.UNIT
+  overlap: bool = False          # whether transfers go on while the devices compute
 
   def spec(self, *dims: str | None, shape: tuple[int, ...] | None = None) -> PartitionSpec:
     """PartitionSpec of a tensor whose dims have these meanings (None: not cut)."""
@@ -187,7 +188,8 @@ def make_layout(config: Config, devices: list | None = None) -> Layout:
   mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
   ulysses = {'ulysses': config.seq, 'hybrid': config.ulysses}.get(config.strategy, 1)
   return Layout(mesh, RULES[config.layout], strategy=config.strategy, ulysses=ulysses,
-                order=config.order, unit=config.unit)
+                order=config.order, unit=config.unit,
+                overlap=mesh.devices.flat[0].platform != 'cpu')
 
 
 _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
@@ -248,4 +250,4 @@ def check_divides(field: str, value: int, dim: str, layout: Layout) -> None:
     divisors = [str(n) for n in range(1, value + 1) if value % n == 0]
     raise ConfigError(
         f'{field}={value}: mesh.{axis}={cuts} must divide it; choose mesh.{axis} from '
-        f'{", ".join(divisors[:12])} or a {field} that is a multiple of {cuts}')
+        f'{", ".join(divisors[:12])}, or let {field} be a multiple of {cuts}')

@@ -16,7 +16,6 @@ B batch  T queries  S keys  N query heads  K kv heads  H head dim
 
 import dataclasses
 import functools
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from longctx.parallel.ring import Ring, hops_needed, ring_attention
 __all__ = ['STRATEGIES', 'attend', 'check_heads']
 
 
-def attend(kernel: ModuleType, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array,
+def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array,
            mask: Any, options: Any, *, cached: bool = False, lse_gradient: bool = True
            ) -> tuple[jax.Array, jax.Array]:
   """(out_BTNH, lse_BTN) of arrays [B, T, ...] that are cut by `layout`; see `attention.attend`.
@@ -114,7 +113,7 @@ def _pad_keys(k, v, mask, size):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def one_device(kernel: ModuleType, lse_gradient: bool, q: jax.Array, k: jax.Array, v: jax.Array,
+def one_device(kernel: Any, lse_gradient: bool, q: jax.Array, k: jax.Array, v: jax.Array,
                mask: Any, options: Any) -> tuple[jax.Array, jax.Array]:
   """(out, lse) of a kernel, differentiable in q, k, v and the bias; in lse if `lse_gradient`."""
   del lse_gradient
@@ -154,7 +153,8 @@ def _cut(kernel, lse_gradient, layout, order, q, k, v, mask, options):
     group = lambda run: layouts.device_of(order, run, size) // layout.ulysses
     hops = hops_needed(group, length // unit, unit, size // layout.ulysses, mask.reach)
   ring = Ring(axis=axis, size=size // layout.ulysses, stride=layout.ulysses, hops=hops,
-              both_ways=layout.strategy == 'bidirectional')
+              both_ways=layout.strategy == 'bidirectional',
+              overlap=layout.overlap)
   if ring.size > 1:
     inner = functools.partial(ring_attention, kernel, ring, lse_gradient)
   else:
@@ -186,4 +186,4 @@ def _ulysses(inner, axis, size, degree, sort, q, k, v, mask, options):
       x, mine * (x.shape[0] // degree), x.shape[0] // degree)
   mask = jax.tree.map(gather, mask)
   out, lse = inner(tokens(q), tokens(k), tokens(v), mask, jax.tree.map(share, options))
-  return heads(out), heads(lse)
+  return heads(out.astype(q.dtype)), heads(lse)   # nothing is merged after: rounded before it is sent
