@@ -62,6 +62,23 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 @dataclasses.dataclass(frozen=True)
+class StandIn:
+  """As much of a device as shapes and shardings ask for; nothing can be compiled for it."""
+
+  id: int
+  device_kind: str
+  platform: str = 'tpu'
+  process_index: int = 0
+  num_cores: int = 1
+
+
+def stand_ins(chip: Chip, count: int) -> list[StandIn]:
+  """Devices for planning, where libtpu need not be installed."""
+  kind = {'v5e': 'TPU v5e', 'v5p': 'TPU v5p', 'v6e': 'TPU v6e'}[chip.name]
+  return [StandIn(i, kind) for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes of one device."""
 
