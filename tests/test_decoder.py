@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import decoder
-from longctx.models.layers import lookup, rotary_angles
+from longctx.models import context, decoder
+from longctx.models.layers import rotary_angles
 from tests import oracles
 
 CONFIG = decoder.Config(vocab_size=19, num_layers=4, embed_dim=16, num_heads=4, num_kv_heads=2,
@@ -151,22 +151,55 @@ def test_a_windowed_state_does_not_grow_and_a_full_one_does():
   assert unrolled().state_grows
 
 
+def stream_outputs(window, lengths, limit, monkeypatch):
+  """Hidden states of two rows read in calls of these lengths, and the largest index on the way."""
+  monkeypatch.setattr(context, 'LIMIT', limit)
+  config = dataclasses.replace(CONFIG, window=window, num_layers=2, max_length=400)
+  model = decoder.Decoder(config, rngs=nnx.Rngs(0))
+  call = jax.jit(lambda *args: model(args[0], args[1], segment_ids_BT=args[2], valid_BT=args[3]))
+  total = sum(lengths)
+  tokens = jax.random.randint(jax.random.key(1), (2, total), 0, 19)
+  segments = jnp.asarray(np.cumsum(np.isin(np.arange(total), [7, 90, 91]))[None].repeat(2, 0))
+  # Padding in the second row only: its indices come to the limit later.
+  valid = jnp.asarray(np.stack([np.ones(total, bool), np.arange(total) % 5 > 0]))
+  state, out, at, largest = model.init_state(2), [], 0, 0
+  for length in lengths:
+    cut = lambda x, at=at, length=length: x[:, at:at + length]
+    hidden, state = call(cut(tokens), state, cut(segments), cut(valid))
+    out.append(jnp.where(cut(valid)[..., None], hidden, 0.0))
+    at, largest = at + length, max(largest, int(state.clock.index.max()))
+  return np.asarray(jnp.concatenate(out, axis=1)), largest
+
+
+@pytest.mark.parametrize('window, lengths, bits', [
+    ((3, 5), (8,) * 24, True),           # rings of 2 and 4: indices go back by a multiple of both
+    ((8,), (1,) * 50 + (16,) * 8, True),
+    ((8, 6), (8,) * 24, False),          # of 7 and 5 in steps of 32: 35 is above, so the rings turn
+])
+def test_a_stream_without_an_end_never_runs_out_of_indices(window, lengths, bits, monkeypatch):
+  whole, far = stream_outputs(window, lengths, 2 ** 30, monkeypatch)
+  again, near = stream_outputs(window, lengths, 64, monkeypatch)
+  assert far == sum(lengths) > 150
+  assert near < 64 + max(lengths)
+  if bits:
+    np.testing.assert_array_equal(again, whole)
+  else:
+    np.testing.assert_allclose(again, whole, atol=1e-5)
+
+
+def test_the_indices_of_a_row_go_back_before_int32_ends():
+  full = jnp.array([2 ** 30 - 1, 2 ** 30, 2 ** 30 + 2 ** 29], jnp.int32)
+  clock = context.Clock(full, jnp.array([5, 2 ** 30 - 9, -2 ** 30], jnp.int32), jnp.zeros(3))
+  after, less, shift = context.rebase(clock, 3 * 5 * 7)
+  assert shift % 105 == 0 and 2 ** 28 < shift <= 2 ** 29
+  assert less.tolist() == [0, shift, shift]
+  assert after.index.tolist() == [2 ** 30 - 1, 2 ** 30 - shift, 2 ** 30 + 2 ** 29 - shift]
+  assert after.start.tolist() == [5, 2 ** 30 - 9 - shift, -2 ** 30]
+
+
 def test_rotary_angles_are_those_of_the_definition():
   positions = jnp.array([[0, 1, 5, 1000]])
   cos, sin = rotary_angles(positions, 8, 10_000.0)
   expected = np.array([0, 1, 5, 1000])[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)
   np.testing.assert_allclose(cos[0, :, 0], np.cos(expected), atol=1e-4)
   np.testing.assert_allclose(sin[0, :, 0], np.sin(expected), atol=1e-4)
-
-
-@pytest.mark.parametrize('vocab', [7, 2000])
-def test_lookup_gradient_adds_up_the_rows(vocab):
-  tokens = jnp.array([[0, 3, 3, 6]])
-  cotangent = jax.random.normal(jax.random.key(0), (1, 4, 5))
-  table = jnp.ones((vocab, 5))
-  grad = jax.vjp(lambda t: lookup(t, tokens), table)[1](cotangent)[0]
-  expected = np.zeros((vocab, 5))
-  for t, token in enumerate([0, 3, 3, 6]):
-    expected[token] += np.asarray(cotangent[0, t])
-  np.testing.assert_allclose(grad, expected, rtol=1e-5)
-  assert np.isnan(lookup(table, jnp.array([[vocab]]))).all()

@@ -105,6 +105,16 @@ def test_count_and_initial_values(tied, hidden):
   assert w.std() == pytest.approx(hidden ** -0.5 / np.sqrt(3), rel=0.1)
 
 
+def test_a_stream_without_an_end_never_runs_out_of_indices(monkeypatch):
+  from longctx.models import context
+  monkeypatch.setattr(context, 'LIMIT', 16)
+  model = lstm.LSTM(lstm.Config(vocab_size=7, embed_dim=4, hidden_dim=4), rngs=nnx.Rngs(0))
+  state = model.init_state(1)
+  for _ in range(12):
+    _, state = model(jnp.zeros((1, 5), jnp.int32), state)
+  assert int(state.clock.index[0]) == 12   # of 60: 8 less six times
+
+
 def test_dropout_needs_a_key_and_scales_what_it_keeps():
   config = lstm.Config(vocab_size=11, embed_dim=64, hidden_dim=64, num_layers=1, dropout=0.4)
   model = lstm.LSTM(dataclasses.replace(config), rngs=nnx.Rngs(0))

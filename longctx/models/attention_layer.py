@@ -51,6 +51,21 @@ def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Arra
   return Cache(put(cache.k, k_BTKH), put(cache.v, v_BTKH), put(cache.index, index_BT))
 
 
+def rebase(cache: Cache, less_B: jax.Array, shift: int) -> Cache:
+  """The cache after its row's indices became less by less_B, each 0 or `shift`.
+
+  What falls below 0 is far behind every window. The key of index i stays in slot i mod S.
+  """
+  slots, less_B1 = cache.index.shape[1], less_B[:, None]
+  index_BS = jnp.where(cache.index < less_B1, -1, cache.index - less_B1)
+  cache = cache._replace(index=index_BS)
+  if slots == 0 or shift % slots == 0:
+    return cache
+  turn = lambda x: jnp.where(less_B.reshape(-1, *[1] * (x.ndim - 1)) > 0,
+                             jnp.roll(x, -shift % slots, axis=1), x)
+  return Cache(*map(turn, cache))
+
+
 class Attention(nnx.Module):
   """Grouped-query self-attention; `window` = 0 sees the whole document."""
 

@@ -27,6 +27,21 @@ class Clock(NamedTuple):
 NO_SEGMENT = -1
 
 
+LIMIT = 2 ** 30   # from here on a row's indices are counted anew; int32 ends at twice as many
+
+
+def rebase(clock: Clock, unit: int = 1) -> tuple[Clock, jax.Array, int]:
+  """The clock with smaller indices in rows that have reached LIMIT, for streams without an end.
+
+  Also how much less they are in each row, int32 [B], 0 or `shift`; and shift: a multiple of `unit`
+  unless that is above LIMIT / 2. A document of more than LIMIT tokens loses count of its positions.
+  """
+  shift = LIMIT // 2 // unit * unit or LIMIT // 2
+  less_B = jnp.where(clock.index >= LIMIT, shift, 0)
+  start_B = jnp.maximum(clock.start - less_B, -LIMIT)
+  return Clock(clock.index - less_B, start_B, clock.segment), less_B, shift
+
+
 def new_clock(batch_size: int) -> Clock:
   zeros = jnp.zeros((batch_size,), jnp.int32)
   return Clock(zeros, zeros, jnp.full((batch_size,), NO_SEGMENT, jnp.int32))

@@ -24,7 +24,8 @@ from flax import nnx
 from longctx.attention import IMPLEMENTATIONS
 from longctx.errors import check, check_choice, check_range
 from longctx.models.attention_layer import Attention, Cache, empty_cache
-from longctx.models.context import Clock, Context, new_clock, place_tokens
+from longctx.models.attention_layer import rebase as rebase_cache
+from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
 from longctx.models.layers import (
     DTYPES,
     MLP,
@@ -259,6 +260,9 @@ class Decoder(nnx.Module):
       if not window:
         full_BT = context.index_BT >= cache.index.shape[1]
         hidden_BTD = jnp.where(full_BT[..., None], jnp.nan, hidden_BTD)
+    if not self.state_grows:   # else the room ends long before the indices do
+      clock, less_B, shift = rebase(clock, math.lcm(*(n for c in caches if (n := c.index.shape[1]))))
+      caches = tuple(rebase_cache(cache, less_B, shift) for cache in caches)
     return hidden_BTD, State(clock, caches)
 
   def _layers(self, x_BTD, caches, context, key):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.errors import check, check_choice, check_range
-from longctx.models.context import Clock, Context, new_clock, place_tokens
+from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
 from longctx.models.layers import DTYPES, Embedding, dropout, param
 from longctx.parallel.mesh import constrain
 from longctx.recurrence.lstm import lstm_scan
@@ -175,7 +175,7 @@ class LSTM(nnx.Module):
       after.append(carry)
     if self.projection is not None:
       x_BTD = x_BTD @ self.projection.get_value().astype(x_BTD.dtype)
-    return x_BTD, None if state is None else State(clock, tuple(after))
+    return x_BTD, None if state is None else State(rebase(clock)[0], tuple(after))
 
   def output_embedding_VD(self) -> jax.Array:
     return (self.embedding if self.head is None else self.head).table.get_value()
