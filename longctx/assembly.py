@@ -99,6 +99,9 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
   check(p.data.form != 'segments' or not state_grows,
         f"data.form='segments': a document of any length is carried on, but with model.window="
         f'{getattr(model, "window", None)} the state grows with it; give every layer a window')
+  check(p.data.form != 'segments' or getattr(model, 'position', '') != 'learned',
+        "data.form='segments': a document of any length is carried on, and model.position='learned' "
+        "has none beyond model.max_length; set model.position='rope'")
   check(p.mesh.seq == 1 or model.name != 'lstm',
         f'mesh.seq={p.mesh.seq}: an LSTM cannot be cut along the sequence, each step needs the one '
         'before; set mesh.seq=1 and give the devices to mesh.data')

@@ -293,6 +293,8 @@ FIELDS = [
      '.model file, and no such file is there (did you mean "bytes"?)'),
     ('data.form=segments', "data.form='segments': ", 'model.window=(0,) the state grows with it; '
      'give every layer a window'),
+    ('data.form=segments model.window=(8,) model.position=learned', "data.form='segments': ",
+     "model.position='learned' has none beyond model.max_length; set model.position='rope'"),
     ('data.length=128', 'data.length=128: must be at most model.max_length=64'),
     ('run.accumulate=3', 'run.accumulate=3: must divide data.batch_size=8'),
     ('evaluation.length=65', 'evaluation.length=65: must be at most model.max_length=64'),
@@ -310,7 +312,8 @@ FIELDS = [
      'model.num_heads=4: mesh.model=8 must divide it; choose mesh.model from 1, 2, 4'),
     ('mesh.seq=8 mesh.layout=sequence data.length=60', 'data.length=60: mesh.seq=8 must divide it; '
      'choose mesh.seq from 1, 2, 3'),
-    ('evaluation.batch_size=4', 'evaluation.batch_size=4: mesh.data=8 must divide it'),
+    ('evaluation.batch_size=4', 'evaluation.batch_size=4: mesh.data=8 must divide it; '
+     'choose mesh.data from 1, 2, 4, or let evaluation.batch_size be a multiple of 8'),
     ('evaluation.segment=60 mesh.seq=8 mesh.layout=sequence', 'evaluation.segment=60: mesh.seq=8 '
      'must divide it'),
 ]

@@ -97,9 +97,10 @@ class TestLock:
     def full(*args):
       raise OSError(28, 'No space left on device')
     monkeypatch.setattr(workdir_lib.os, 'pwrite', full)
-    with workdir_lib.lock(tmp_path):
-      with pytest.raises(ConfigError, match=r'still going \(another process\)'):
-        workdir_lib.lock(tmp_path)
+    held = workdir_lib.lock(tmp_path)
+    with pytest.raises(ConfigError, match=r'still going \(another process\)'):
+      workdir_lib.lock(tmp_path)
+    held.release()
 
   def test_no_name(self):
     with pytest.raises(ConfigError, match='--workdir: missing'):
