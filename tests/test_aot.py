@@ -102,6 +102,7 @@ def test_a_report_of_a_known_program():
       found['memory'][name] for name in ('arguments', 'outputs', 'temporary', 'code'))
   assert found['flops']['counted'] == 2 * 1024 * 512 * 256
   assert found['wire_bytes'] == 2 * out * 7 // 8
+  assert [x['kind'] for x in found['largest_exposed']] == ['all-reduce']
   assert found['exchanges'] == [dict(
       kind='all-reduce', axis='seq', count=1, turns=1, bytes=2 * out * 7 // 8, exposed=1,
       exposed_bytes=2 * out * 7 // 8, largest_exposed=2 * out * 7 // 8)]

@@ -138,6 +138,7 @@ def report(compiled: Any, mesh: dict[str, int], *, model_flops: float,
   complete = not (done.unknown_loops or done.unknown_kernels)
   flops = done.flops if complete else max(done.flops, model_flops)
   wire = sum(x.bytes * x.times for x in found)
+  largest = sorted((x for x in found if x.exposed), key=lambda x: -x.bytes * x.times)[:8]
   out = dict(
       chip=chip.name if chip else '', devices=math.prod(mesh.values()), mesh=dict(mesh),
       memory=dict(dataclasses.asdict(memory), total=memory.total,
@@ -146,7 +147,9 @@ def report(compiled: Any, mesh: dict[str, int], *, model_flops: float,
       flops=dict(counted=done.flops, complete=complete, unknown_loops=done.unknown_loops,
                  unknown_kernels=done.unknown_kernels, model=model_flops),
       traffic_bytes=moved, wire_bytes=wire, exchanges=grouped(found),
-      exposed=sum(x.exposed for x in found), num_exchanges=len(found))
+      exposed=sum(x.exposed for x in found), num_exchanges=len(found),
+      largest_exposed=[dict(kind=x.kind, axis=x.axis, bytes=x.bytes, times=x.times, name=x.name,
+                            where=x.where) for x in largest])
   if chip is not None:
     out['roofline'] = roofline(chip, flops, moved, wire, model_flops)
   return out
@@ -193,6 +196,9 @@ def table(found: dict[str, Any]) -> str:
   lines += [f'  {r["kind"]:<19} {r["axis"]:<12} {r["count"]:>6} {r["turns"]:>7} '
             f'{r["bytes"] / 2**20:>12,.1f} {r["exposed"]:>8} {r["exposed_bytes"] / 2**20:>12,.1f}'
             for r in found['exchanges']]
+  lines += ['  the largest exposed:'] * bool(found['largest_exposed'])
+  lines += [f'    {x["bytes"] * x["times"] / 2**20:,.1f} MiB {x["kind"]} {x["where"][-80:]}'
+            for x in found['largest_exposed'][:4]]
   f = found['flops']
   lines += [f'arithmetic of a device: {f["counted"] / 1e12:.4g} TFLOP read from the program'
             + ('' if f['complete'] else f', without {f["unknown_loops"]} loops of unknown length '
