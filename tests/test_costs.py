@@ -72,9 +72,10 @@ def test_a_window_makes_only_the_hops_it_needs(order, window, hops):
 
 
 def test_a_window_in_stripes_needs_the_devices_its_stripes_lie_on():
-  """Stripes of 4 over 8 devices: a window of 9 reaches two stripes back, so two devices."""
+  """Stripes of 4 over 8 devices: a window of 9 reaches two stripes back, so two devices, and three
+  where a round of the deal ends between."""
   forward, _ = traced_sends('ring', 8, 64, window=9, order='striped')
-  assert forward['ppermute'][0] == 3 * 2
+  assert forward['ppermute'][0] == 3 * 3
 
 
 @pytest.mark.parametrize('strategy,size,ulysses', [('ulysses', 2, 1), ('ulysses', 4, 1),

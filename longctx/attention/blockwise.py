@@ -74,6 +74,10 @@ class Blockwise:
             *self.finish_dkv(sums.dk, sums.dv, options, k_BSKH.shape[1]),
             self.finish_dbias(sums.dbias))
 
+  def tiles(self, mask: Intervals) -> jax.Array:
+    """int32 [B]: tiles that a call with this mask computes for each row (of every head)."""
+    return _Shapes.of(self.block, mask).rows(mask).plan.count().sum(-1)
+
   # What a ring calls. Folded arrays have the heads in front and are filled up to whole blocks.
 
   def fold(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array

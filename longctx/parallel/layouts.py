@@ -2,8 +2,8 @@
 
 A causal token sees all before it, so the owner of the last tokens would do most of the work.
 `zigzag` gives each device one chunk from the front and its mirror image from the back: balanced for
-one document a row. `striped` deals runs of `unit` tokens out in turn: balanced for packed documents
-too. The order is applied once, to the batch; every token carries its index, so the model need not
+one document a row. `striped` deals runs of `unit` tokens out in turn, each round beginning one
+device further: balanced for packed documents too. The order is applied once, to the batch; every token carries its index, so the model need not
 know. Within a device the tokens keep their order.
 Sources: zigzag: Llama 3, arXiv:2407.21783, and ring-flash-attention; striped: Striped Attention,
 arXiv:2311.09431 (unit 1), here in runs that fit a kernel's tiles.
@@ -40,7 +40,9 @@ def device_of(order: str, run: int, size: int) -> int:
   """Which device of the ring holds the run of that number."""
   if order == 'zigzag':
     return run if run < size else 2 * size - 1 - run
-  return run % size   # contiguous has as many runs as devices
+  # Each round of the deal begins one device further: else documents of as many runs as devices
+  # would always end, and so weigh most, on the same one. Contiguous has one round.
+  return (run + run // size) % size
 
 
 def permutation(order: str, length: int, size: int, unit: int = UNIT) -> np.ndarray:
@@ -59,10 +61,10 @@ def permutation(order: str, length: int, size: int, unit: int = UNIT) -> np.ndar
 def sorting(order: str, length: int, size: int, group: int, unit: int = UNIT) -> np.ndarray:
   """Brings the tokens that `group` neighbouring devices hold together into their order.
 
-  int64 [group * length / size]; the same for every group, which `permutation` guarantees.
+  int64 [size / group, group * length / size], a row for each group.
   """
   laid = permutation(order, length, size, unit).reshape(size // group, -1)
-  return np.argsort(laid[0], kind='stable')
+  return np.argsort(laid, axis=1, kind='stable')
 
 
 def lay_out(batch: dict[str, np.ndarray], order: str, size: int, unit: int = UNIT

@@ -171,8 +171,11 @@ def _ulysses(inner, axis, size, degree, sort, q, k, v, mask, options):
   """`inner` on all tokens of a group of neighbours and 1/degree of the heads."""
   groups = np.arange(size).reshape(-1, degree).tolist()
   groups = None if len(groups) == 1 else groups
-  unsort = None if sort is None else np.argsort(sort)
   take = lambda x, order: x if order is None else x[:, order]
+  unsort = None
+  if sort is not None:
+    group = jax.lax.axis_index(axis) // degree
+    sort, unsort = jnp.asarray(sort)[group], jnp.asarray(np.argsort(sort, axis=1))[group]
   tokens = lambda x: take(jax.lax.all_to_all(
       x, axis, split_axis=2, concat_axis=1, tiled=True, axis_index_groups=groups), sort)
   heads = lambda x: jax.lax.all_to_all(
