@@ -95,11 +95,12 @@ def _illegal_value(e: flags.IllegalFlagValueError, table: flags.FlagValues) -> s
   return f'{field}={value}: must be {KINDS.get(kind, kind)}'
 
 
-def parse_with_config(define: Callable[[], flags.FlagValues], argv: list[str]
+def parse_with_config(define: Callable[[], flags.FlagValues], argv: list[str],
+                      stray: str = 'flags begin with --'
                       ) -> tuple[flags.FlagValues, ml_collections.ConfigDict | None]:
   """(flags, config), with the config's leaves overridden; config is None where none was given.
 
-  `define()` makes the table of the face's own flags.
+  `define()` makes the table of the face's own flags; `stray` is of words that are none.
   """
   table = define()
   try:
@@ -111,7 +112,7 @@ def parse_with_config(define: Callable[[], flags.FlagValues], argv: list[str]
     check(not any(OVERRIDE.match(arg) for arg in argv),
           '--config: missing; give a config file before its overrides, such as '
           '--config=configs/quickstart.py')
-    parse_flags(table, argv, ['config'])
+    parse_flags(table, argv, ['config'], stray)
     return table, None
   config = load_config_file(given)
   names = leaves(config.to_dict())
@@ -121,7 +122,7 @@ def parse_with_config(define: Callable[[], flags.FlagValues], argv: list[str]
                                     sys_argv=argv)
   except flags.Error as e:
     raise ConfigError(str(e)) from None
-  parse_flags(table, argv, [f'config.{name}' for name in names])
+  parse_flags(table, argv, [f'config.{name}' for name in names], stray)
   return table, config
 
 

@@ -52,6 +52,36 @@ def test_stdlib_is_the_sources_that_this_python_runs():
   assert names['test']
 
 
+def test_no_file_of_the_stdlib_is_in_two_splits():
+  rule = corpus.SplitRule(kind='hash', validation=0.3, test=0.3)
+  source = corpus.stdlib_source(rule)
+  seen = {split: set(contents(source, split).values()) for split in corpus.SPLITS}
+  for one, other in (('train', 'validation'), ('train', 'test'), ('validation', 'test')):
+    assert not seen[one] & seen[other]
+
+
+def test_of_equal_files_in_several_splits_the_first_stays_and_the_others_are_counted(
+    tmp_path, monkeypatch):
+  names = {split: [f'{i}.py' for i in range(40) if HASH.holds(f'{i}.py', split)]
+           for split in corpus.SPLITS}
+  train, held = sorted(names['train'])[:3], sorted(names['validation'])[:2]
+  files = {train[0]: b'same', train[1]: b'same', held[0]: b'same', train[2]: b'mess', held[1]: b'x'}
+  write(tmp_path, files)
+  monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
+  source = corpus.stdlib_source(HASH)
+  equal = sorted(name for name, data in files.items() if data == b'same')
+  stays = 'train' if equal[0] in train else 'validation'
+  lost = [name for name in equal if (name in held) != (stays == 'validation')]
+  assert source.num_copies == len(lost) > 0
+  kept = {name for split in corpus.SPLITS for name in source.names(split)}
+  assert kept == files.keys() - set(lost)
+  config = stream.Config(cache_dir=str(tmp_path / 'cache'), validation_fraction=0.2,
+                         test_fraction=0.1, length=4, batch_size=1)
+  assert stream.open_stream(config, seed=0).accounting['dropped_copies'] == len(lost)
+  assert corpus.stdlib_source(corpus.SplitRule(kind='contiguous', validation=0.2,
+                                               test=0.1)).num_copies == 0
+
+
 def test_hash_split_is_the_hash_of_the_name():
   """Written out, so that the split of a published number never moves."""
   for name in ('ast.py', 'json/decoder.py', 'ü.txt', 'a/b/c') + tuple(map(str, range(300))):

@@ -140,6 +140,16 @@ def test_a_changed_dataset_is_another_cache(monkeypatch, tmp_path):
     ({'tfds_splits': ('train', 'trian', 'test')}, 'validation', "'trian'.*it has train, test"),
     ({'text_feature': 'titel'}, 'train', r"^data\.text_feature='titel': .*text, title "
      r'\(did you mean "title"\?\)'),
+    ({'tfds_splits': ('train', 'train', 'test')}, 'train',
+     r"^data\.tfds_splits=.*: train and validation share 20 examples; must be apart, such as"),
+    ({'tfds_splits': ('train[:80%]', 'test', 'train[75%:]')}, 'train',
+     r'train and test share 1 examples'),
+    ({'tfds_splits': ('train[:10]', 'test[:6]', 'test[5:]')}, 'train',
+     r'validation and test share 1 examples'),
+    ({'validation_fraction': 0.2}, 'train', r"^data\.validation_fraction=0\.2: is not read, "
+     r"data\.tfds_name='tiny_texts' has splits of its own \(train, test\); leave it at 0\.05"),
+    ({'split': 'contiguous', 'tfds_splits': ('train[:10]', 'train[10:]', 'test')}, 'train',
+     r"^data\.split='contiguous': is not read"),
     ({'tfds_name': 'tiny_text'}, 'train', r'^data\.tfds_name=.*did you mean "tiny_texts"'),
     ({'tfds_name': 'imdb_review'}, 'train', r'did you mean "imdb_reviews"'),
     ({'tfds_name': 'nobody:tiny'}, 'train', r'Namespace nobody not found'),

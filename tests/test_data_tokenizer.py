@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx import train_tokenizer
 from longctx.data import corpus, stream, tokenizer
 from longctx.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = f'--config={ROOT}/tests/programs/mistaken.py'
 TEXT = ('def encode(self, text):\n    return [self.ids[c] for c in text]  # über 32 größer\n\n'
         'class Tokenizer:\n\t"""The quick brown fox jumps over the lazy dog."""\n') * 40
 NASTY = ['', ' ', '  a', 'a  ', '\n\n \n', '<s>', '</s>', '<unk>', '<0x41>', '\u2581',
@@ -172,7 +174,7 @@ def test_documents_that_are_not_text_are_named(tmp_path, model_path):
 
 
 def command(*args, cwd=ROOT):
-  return subprocess.run([sys.executable, '-m', 'longctx.data.train_tokenizer', *args], cwd=cwd,
+  return subprocess.run([sys.executable, '-m', 'longctx.train_tokenizer', *args], cwd=cwd,
                         capture_output=True, text=True, timeout=300)
 
 
@@ -188,23 +190,54 @@ def test_command_trains(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--vocab_size=100', '--output=x.model'], 'vocab_size=100: must be at least 259'),
-    (['--output=x'], "output='x': must be a path that ends in .model"),
+    (['--vocab_size=100', '--output=x.model'], '--vocab_size=100: must be at least 259'),
+    (['--vocab_size=x', '--output=x.model'], '--vocab_size=x: must be a whole number'),
+    (['--vocab_sise=300'], '--vocab_sise: unknown flag (did you mean "vocab_size"?)'),
+    (['--output=x'], '--output=x: must be a path that ends in .model'),
+    ([], '--output=: must be a path that ends in .model'),
+    (['--text_feature=title', '--output=x.model'], "data.text_feature='title': is not read with "
+     "data.corpus='stdlib'; set data.corpus='tfds'"),
+    (['--tfds_name=a', '--tfds_splits=b,c', '--output=x.model'],
+     "data.tfds_splits=('b', 'c'): must be empty or three names"),
+    ([CONFIG, '--files=*.txt', '--output=x.model'],
+     '--files: the corpus is that of --config; give --config.data.files=... instead'),
+    ([CONFIG, '--config.data.lenght=3', '--output=x.model'], 'data.lenght: no such field'),
     (['--files=none*', '--output=x.model'], "data.files='none*': matches no file"),
     (['--corpus=stdlb', '--output=x.model'], '(did you mean "stdlib"?)'),
-    (['x.txt', '--output=x.model'], "'x.txt': is not a flag"),
+    (['x.txt', '--output=x.model'],
+     "'x.txt': not a flag; quote a glob, or the shell opens it; see --help"),
 ])
-def test_command_mistakes(monkeypatch, capsys, args, message):
-  """In this process: absl parses, main answers in one line."""
-  from longctx.data import train_tokenizer
-  train_tokenizer.FLAGS.unparse_flags()
-  for flag in train_tokenizer.FLAGS.flags_by_module_dict()[train_tokenizer.__name__]:
-    flag.unparse()
-  argv = train_tokenizer.FLAGS(['train_tokenizer', *args])
-  with pytest.raises(SystemExit) as e:
-    train_tokenizer.main(argv)
-  assert message in str(e.value)
-  assert '\n' not in str(e.value)
+def test_command_mistakes(capsys, args, message):
+  assert train_tokenizer.main(['train_tokenizer', *args]) == 2
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert message in err
+  assert err.startswith('longctx: ')
+  assert err.count('\n') == 1
+
+
+def test_it_reads_what_the_config_trains_on_and_nothing_that_it_holds_out(tmp_path, capsys,
+                                                                          monkeypatch):
+  (tmp_path / 'a.txt').write_text('a' * 600 + 'b' * 300 + 'c' * 100)
+  read = []
+  def trained(texts, vocab_size, *, max_bytes):
+    read.append((b''.join(texts), vocab_size))
+    return tokenizer_bytes
+  tokenizer_bytes = tokenizer.train_sentencepiece([TEXT.encode()], 380)
+  monkeypatch.setattr(tokenizer, 'train_sentencepiece', trained)
+  assert train_tokenizer.main([
+      'train_tokenizer', CONFIG, '--config.data.corpus=files',
+      f'--config.data.files={tmp_path}/*.txt', '--config.data.split=contiguous',
+      '--config.data.validation_fraction=0.3', '--config.data.test_fraction=0.1',
+      '--vocab_size=300', f'--output={tmp_path}/x.model']) == 0
+  assert read == [(b'a' * 600, 300)]
+  assert '380 tokens' in capsys.readouterr().out
+
+
+def test_command_help(capsys):
+  assert train_tokenizer.main(['train_tokenizer', '--help']) == 0
+  said = capsys.readouterr().out
+  assert all(f'--{name}=' in said for name in train_tokenizer.CORPUS)
 
 
 @pytest.mark.parametrize('vocab_size, texts, message', [

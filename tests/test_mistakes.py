@@ -289,6 +289,10 @@ FIELDS = [
     ('data.corpus=files', "data.files='': data.corpus='files' needs it"),
     ('data.files=*.txt', "data.files='*.txt': is not read with data.corpus='stdlib'; set "
      "data.corpus='files'"),
+    ('data.tfds_dir=/x', "data.tfds_dir='/x': is not read with data.corpus='stdlib'; set "
+     "data.corpus='tfds'"),
+    ("data.tfds_splits=('a','b','c')", "data.tfds_splits=('a', 'b', 'c'): is not read with "),
+    ('data.text_feature=title', "data.text_feature='title': is not read with data.corpus='stdlib'"),
     ('data.tokenizer=byte', "data.tokenizer='byte': must be 'bytes' or the path of a SentencePiece "
      '.model file, and no such file is there (did you mean "bytes"?)'),
     ('data.form=segments', "data.form='segments': ", 'model.window=(0,) the state grows with it; '

@@ -31,7 +31,7 @@ from absl import logging
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +172,7 @@ def _write(part: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> dict
   return {
       'format': FORMAT, 'label': source.label, 'split': split, 'dtype': dtype.name,
       'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.fingerprint,
-      'documents': num_documents, 'empty_documents': num_empty, 'tokens': offsets[-1],
+      'documents': num_documents, 'empty_documents': num_empty,
+      'dropped_copies': source.num_copies, 'tokens': offsets[-1],
       'bytes': num_bytes, 'content': content.hexdigest(),
       'sizes': {name: (part / name).stat().st_size for name in ('tokens.bin', 'offsets.npy')}}

@@ -2,7 +2,8 @@
 
 A source names its documents in a stable order and reads one as chunks of bytes, so that a document
 larger than memory is never held whole. `stdlib` is the source code of the running Python's standard
-library, text that every machine has; `files` is any glob; `tfds` is in tfds_corpus.py.
+library, text that every machine has, without files that another split has too; `files` is any glob;
+`tfds` is in tfds_corpus.py.
 
 Splits: 'hash' puts a whole document where sha256(name) says, whatever else the corpus holds;
 'contiguous' gives the first part of every document's bytes to train, the next to validation, the
@@ -10,6 +11,7 @@ last to test, cut between UTF-8 characters.
 Held by: tests/test_data_corpus.py.
 """
 
+import collections
 import dataclasses
 import glob
 import hashlib
@@ -115,12 +117,14 @@ def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int) ->
 class FileSource:
   """Documents that are files; the name is the path below `root`."""
 
-  def __init__(self, label: str, root: pathlib.Path, paths: list[pathlib.Path], rule: SplitRule):
+  def __init__(self, label: str, root: pathlib.Path, paths: list[pathlib.Path], rule: SplitRule,
+               copies: frozenset[str] = frozenset()):
     self.label = label
+    self.num_copies = len(copies)   # documents that are left out because another split has them
     self._rule = rule
     self._root = root
     self._paths = {p.relative_to(root).as_posix(): p for p in paths}
-    self._paths = dict(sorted(self._paths.items()))
+    self._paths = {n: p for n, p in sorted(self._paths.items()) if n not in copies}
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -164,7 +168,23 @@ def stdlib_source(rule: SplitRule) -> FileSource:
     paths += [pathlib.Path(folder) / f for f in files if f.endswith('.py')]
   check(bool(paths), f"data.corpus='stdlib': {str(root)!r} holds no .py file (a Python shipped "
         "without its sources); use data.corpus='files'")
-  return FileSource('stdlib', root, paths, rule)
+  return FileSource('stdlib', root, paths, rule, copies_in_other_splits(root, paths, rule))
+
+
+def copies_in_other_splits(root: pathlib.Path, paths: list[pathlib.Path],
+                           rule: SplitRule) -> frozenset[str]:
+  """Names of files that are, byte for byte, an earlier one of another split; by name, sorted."""
+  if rule.kind != 'hash':
+    return frozenset()   # equal files are cut alike
+  sizes = collections.Counter(_stat(path)[0] for path in paths)
+  first, copies = {}, set()
+  for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+    if sizes[_stat(path)[0]] > 1:
+      split = next(s for s in SPLITS if rule.holds(name, s))
+      digest = hashlib.sha256(b''.join(read_chunks(path, rule, split))).digest()
+      if first.setdefault(digest, split) != split:
+        copies.add(name)
+  return frozenset(copies)
 
 
 def files_source(pattern: str, rule: SplitRule) -> FileSource:

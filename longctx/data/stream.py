@@ -61,6 +61,10 @@ class Config:
             f'data.corpus={self.corpus!r}; set data.corpus={owner!r}')
     check(len(self.tfds_splits) in (0, 3), f'data.tfds_splits={self.tfds_splits}: must be empty '
           'or three names, of train, validation and test')
+    for field, unset in (('tfds_dir', ''), ('tfds_splits', ()), ('text_feature', 'text')):
+      value = getattr(self, field)
+      check(value == unset or self.corpus == 'tfds', f'data.{field}={value!r}: is not read with '
+            f"data.corpus={self.corpus!r}; set data.corpus='tfds'")
     check_choice('data.split', self.split, ('hash', 'contiguous'))
     check_range('data.validation_fraction', self.validation_fraction, 0, 1)
     check_range('data.test_fraction', self.test_fraction, 0, 1)
@@ -171,7 +175,8 @@ class BatchSource:
   def accounting(self) -> dict:
     """What an epoch trains on and what it leaves out; see packing.py."""
     meta = self._store.meta
-    counts = {k: meta[k] for k in ('documents', 'empty_documents', 'bytes', 'tokens')}
+    counts = {k: meta[k] for k in ('documents', 'empty_documents', 'dropped_copies', 'bytes',
+                                   'tokens')}
     return counts | self._layout.accounting()
 
 

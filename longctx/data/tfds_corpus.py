@@ -20,6 +20,8 @@ from longctx.errors import ConfigError, check, nearest
 class TfdsSource:
   """Documents that are the `text_feature` of a dataset's examples."""
 
+  num_copies = 0   # none is looked for
+
   def __init__(self, config, rule: SplitRule):
     self._name = config.tfds_name
     self._rule = rule
@@ -27,11 +29,31 @@ class TfdsSource:
     self._builder = _open_builder(config.tfds_name, config.tfds_dir)
     self._splits = dict(zip(SPLITS, config.tfds_splits or SPLITS))
     self._divide = not config.tfds_splits and set(self._builder.info.splits) == {'train'}
+    if not self._divide:
+      self._check_own_splits(config)
     self.label = 'tfds-' + re.sub(r'\W+', '-', config.tfds_name)
     features = self._builder.info.features
     known = sorted(features) if hasattr(features, 'keys') else []
     check(self._feature in known, f'data.text_feature={self._feature!r}: {self._name!r} has the '
           f'features {", ".join(known) or "of no name"}{nearest(self._feature, known)}')
+
+  def _check_own_splits(self, config) -> None:
+    for field in dataclasses.fields(config):
+      value = getattr(config, field.name)
+      check(field.name not in ('split', 'validation_fraction', 'test_fraction')
+            or value == field.default, f'data.{field.name}={value!r}: is not read, '
+            f'data.tfds_name={self._name!r} has splits of its own ('
+            f'{", ".join(config.tfds_splits or self._builder.info.splits)}); leave it at '
+            f'{field.default!r}, or say with data.tfds_splits what is held out')
+    if not config.tfds_splits:
+      return
+    parts = {split: self._info(split)[1].file_instructions for split in SPLITS}
+    for i, one in enumerate(SPLITS):
+      for other in SPLITS[i + 1:]:
+        shared = sum(max(0, min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip))
+                     for a in parts[one] for b in parts[other] if a.filename == b.filename)
+        check(not shared, f'data.tfds_splits={config.tfds_splits}: {one} and {other} share {shared} '
+              "examples; must be apart, such as ('train[:90%]', 'train[90%:]', 'test')")
 
   def _info(self, split: str):
     name = 'train' if self._divide else self._splits[split]

@@ -67,7 +67,7 @@ class SentencePiece:
     self.separator = next((i for i in (self._processor.bos_id(), self._processor.eos_id())
                            if i >= 0), -1)
     check(self.separator >= 0, f'data.tokenizer={path!r}: has neither a begin nor an end symbol to '
-          'separate documents; train one with python -m longctx.data.train_tokenizer')
+          'separate documents; train one with python -m longctx.train_tokenizer')
     self._bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
     self._num_bytes = np.array([len(b) for b in self._bytes], np.int32)
     self._space_ids = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in SPACE.encode()]
@@ -83,13 +83,13 @@ class SentencePiece:
   def _check_lossless(self, path: str) -> None:
     num_byte_tokens = sum(self._processor.is_byte(i) for i in range(self.vocab_size))
     check(num_byte_tokens == 256, f'data.tokenizer={path!r}: has no byte tokens, so it cannot '
-          'write every text; train one with python -m longctx.data.train_tokenizer')
+          'write every text; train one with python -m longctx.train_tokenizer')
     # what NFKC, case folding and cleaning of white space would change
     probe = (' a  b\t\r\n\n Ａ１ﬁ①\u00a0e\u0301\u00e9\u200b한\u1112\u1161'
              '\U0001f600\ufeff\u2581Z ')
     check(self.decode(self._ids(probe)) == probe.encode(), f'data.tokenizer={path!r}: changes the '
           'text (a normaliser such as nmt_nfkc), so that bits per byte would be wrong; train one '
-          'with python -m longctx.data.train_tokenizer')
+          'with python -m longctx.train_tokenizer')
 
   def encode(self, data: bytes, name: str = 'the text') -> np.ndarray:
     try:
