@@ -372,6 +372,8 @@ def test_auto_takes_tiles_for_long_queries_and_bad_calls_are_refused():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match='3 query heads must be a multiple of 2'):
     attend(qkv[0][:, :, :3], *qkv[1:], mask)
+  with pytest.raises(NotImplementedError, match="'splash' cannot serve this call: it runs on TPUs"):
+    attend(*qkv, mask, implementation='splash')
   with pytest.raises(ValueError, match='must be auto or one of'):
     attend(*qkv, mask, implementation='fast')
   with pytest.raises(ValueError, match=r'the mask is of \(2, 100\) queries'):

@@ -63,7 +63,8 @@ def test_what_is_known_beforehand_is_true():
     if kind == 'full':
       assert sees.all()
     if kind == 'causal':
-      assert (sees == (slots[None] <= slots[:, None])).all()
+      assert (sees == ((slots[None] <= slots[:, None]) &
+                       (slots[:, None] - slots[None] < (mask.reach or T)))).all()
     if kind == 'ordered':
       assert (sees.argmax(-1) + sees.sum(-1) == slots + 1).all()
     if mask.reach and not mask.has_sinks:

@@ -46,6 +46,7 @@ class Blockwise:
   block: int = BLOCK
   LSE_GRADIENT = True
   KNOWS_KINDS = False
+  platform = ''
 
   def cannot(self, q: Any, k: Any, v: Any, mask: Intervals, options: Options) -> str:
     """It serves everything."""

@@ -9,6 +9,7 @@ Held by: tests/test_attention.py, tests/test_ring.py.
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,9 +18,16 @@ import jax.numpy as jnp
 from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Intervals, Options
 from longctx.attention.reference import Reference
+from longctx.attention.whole import Foreign
 from longctx.parallel import mesh, sequence
 
-IMPLEMENTATIONS = {'reference': Reference(), 'blockwise': Blockwise()}
+IMPLEMENTATIONS = {
+    'reference': Reference(),
+    'cudnn': Foreign('cudnn', 'gpu'),
+    'mosaic_gpu': Foreign('mosaic_gpu', 'gpu'),
+    'splash': Foreign('splash', 'tpu'),
+    'blockwise': Blockwise(),
+}
 
 DENSE_SCORES = 64   # queries up to which 'auto' takes the dense form: a strip of scores is small
 
@@ -58,7 +66,7 @@ def _attend(q, k, v, mask, *, scale=None, softcap=0.0, bias=None, sink_N=None,
   options = Options(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
                     bias=bias)
   q, k, v, mask, options = jax.tree.map(jnp.asarray, (q, k, v, mask, options))
-  kernel = choose(implementation, q, k, v, mask, options, lse_gradient)
+  kernel = choose(implementation, q, k, v, mask, options, lse_gradient, cached)
   layout = mesh.current()
   if layout is None or layout.mesh.size == 1:
     out, lse = sequence.one_device(kernel, lse_gradient, q, k, v, mask, options)
@@ -87,17 +95,34 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals) -> N
 
 
 def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options: Options,
-           lse_gradient: bool) -> Any:
-  """The implementation named, or the first of the platform's that can serve ('auto')."""
+           lse_gradient: bool, cached: bool = False) -> Any:
+  """The implementation named, or the first in the table that can serve the call ('auto')."""
+  layout = mesh.current()
+  platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+  travels = layout is not None and sequence.keys_travel(layout) and not cached
+
+  def refusal(name: str) -> str:
+    kernel = IMPLEMENTATIONS[name]
+    if kernel.platform not in ('', platform):
+      return f'it runs on {kernel.platform.upper()}s, and the devices are {platform.upper()}s'
+    if lse_gradient and not kernel.LSE_GRADIENT:
+      return 'it gives no gradient through lse; call attention(), which returns none'
+    reason = kernel.cannot(q, k, v, mask, options)
+    if travels and not reason:   # of keys from other devices no order is known
+      hop = dataclasses.replace(mask, key_index_BS=mask.keys_BS,
+                                kind='full' if mask.kind == 'full' else 'any')
+      reason = kernel.cannot(q, k, v, hop, options)
+    return reason
+
   if implementation == 'auto':
-    return IMPLEMENTATIONS['reference' if q.shape[1] <= DENSE_SCORES else 'blockwise']
+    if q.shape[1] <= DENSE_SCORES:
+      return IMPLEMENTATIONS['reference']
+    names = [name for name in IMPLEMENTATIONS if name != 'reference']
+    return IMPLEMENTATIONS[next(name for name in names if not refusal(name))]
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation={implementation!r}: must be auto or one of '
                      f'{", ".join(IMPLEMENTATIONS)}')
-  kernel = IMPLEMENTATIONS[implementation]
-  reason = kernel.cannot(q, k, v, mask, options)
-  if not reason and lse_gradient and not kernel.LSE_GRADIENT:
-    reason = 'it gives no gradient through lse; call attention(), which returns none'
+  reason = refusal(implementation)
   if reason:
     raise NotImplementedError(f'implementation={implementation!r} cannot serve this call: {reason}')
-  return kernel
+  return IMPLEMENTATIONS[implementation]

@@ -27,10 +27,11 @@ KINDS = ('any', 'ordered', 'causal', 'full')
 class Intervals:
   """Query t of row b sees key s iff start <= key_index[b, s] < end, or likewise for the sinks.
 
-  `kind` says what is known before the arrays are: 'causal' (T = S, index = arange, start = 0,
-  end = index + 1), 'ordered' (the same, but start is anything up to index: packed documents,
-  windows, chunks), 'full' (every query sees every key) or 'any'. `reach` > 0 promises that no query
-  sees a key `reach` or more tokens before itself (a window), sinks excepted. Both only save work.
+  `kind` says what is known, of slots, before the arrays are: 'causal' (T = S, query slot t sees key
+  slots 0 to t, or the last `reach` of them), 'ordered' (it sees some slot up to t, and all from
+  there to t: packed documents, chunks), 'full' (every query sees every key) or 'any'. `reach` > 0
+  promises that no query sees a key `reach` or more tokens before itself (a window), sinks excepted.
+  Both only save work.
   """
 
   start_BT: jax.Array
@@ -106,7 +107,7 @@ def sliding_window(batch: int, length: int, window: int) -> Intervals:
     raise ValueError(f'window={window}: must be at least 1 (a token sees itself)')
   index_BT = _index(batch, length)
   return Intervals(start_BT=jnp.maximum(index_BT + 1 - window, 0), end_BT=index_BT + 1,
-                   index_BT=index_BT, kind='ordered', reach=window)
+                   index_BT=index_BT, kind='causal', reach=window)
 
 
 def chunked(batch: int, length: int, chunk: int) -> Intervals:

@@ -1,12 +1,16 @@
 """What a ring calls hop by hop, for kernels that only know forward and backward of whole arrays.
 
 Parts are merged by their log-sum-exp; nothing is folded. A kernel that needs its mask's kind to be
-known (`KNOWS_KINDS`) gets the device's own tokens apart from those that travel.
+known (`KNOWS_KINDS`) gets the device's own tokens apart from those that travel. `Foreign` makes a
+kernel of a module that adapts somebody else's, imported when it is first asked.
 Held by: tests/test_ring.py.
 
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +34,7 @@ class Whole:
 
   LSE_GRADIENT = False
   KNOWS_KINDS = False
+  platform = ''   # where it runs; '' anywhere
 
   def fold(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
     return q, k, v
@@ -78,3 +83,31 @@ class Whole:
 
   def finish_dbias(self, dbias: Any) -> Any:
     return dbias
+
+
+class Foreign(Whole):
+  """The kernel of longctx/attention/NAME.py, which has cannot, forward and backward."""
+
+  def __init__(self, name: str, platform: str):
+    self.name, self.platform = name, platform
+
+  @functools.cached_property
+  def module(self) -> ModuleType:
+    return importlib.import_module(f'longctx.attention.{self.name}')
+
+  @property
+  def LSE_GRADIENT(self) -> bool:
+    return self.module.LSE_GRADIENT
+
+  @property
+  def KNOWS_KINDS(self) -> bool:
+    return self.module.KNOWS_KINDS
+
+  def cannot(self, *call: Any) -> str:
+    return self.module.cannot(*call)
+
+  def forward(self, *call: Any) -> tuple[jax.Array, jax.Array]:
+    return self.module.forward(*call)
+
+  def backward(self, *call: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    return self.module.backward(*call)

@@ -66,7 +66,7 @@ class Context(NamedTuple):
       start_BT = jnp.maximum(start_BT, end_BT - window)
     if self.valid_BT is not None:
       end_BT = jnp.where(self.valid_BT, end_BT, start_BT)   # padding sees nothing
-    kind = 'causal' if self.whole and not window else 'ordered' if self.dense else 'any'
+    kind = 'causal' if self.whole else 'ordered' if self.dense else 'any'
     return Intervals(start_BT=start_BT, end_BT=end_BT, index_BT=self.index_BT, kind=kind,
                      reach=window)
 

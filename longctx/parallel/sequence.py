@@ -65,6 +65,11 @@ def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array
   return out[:, :length], lse[:, :length]
 
 
+def keys_travel(layout: Layout) -> bool:
+  """Whether a kernel meets keys of other devices hop by hop."""
+  return layout.size('length') > layout.ulysses and layout.strategy != 'allgather'
+
+
 def share_heads(x_BSKH: jax.Array, layout: Layout) -> jax.Array:
   """Kv heads repeated, where there are fewer than devices to share the heads: one for each."""
   devices, K = layout.size('heads'), x_BSKH.shape[2]
