@@ -314,8 +314,8 @@ FIELDS = [
      'multiple of mesh.data=8'),
     ('mesh.model=8',
      'model.num_heads=4: mesh.model=8 must divide it; choose mesh.model from 1, 2, 4'),
-    ('mesh.seq=8 mesh.layout=sequence data.length=60', 'data.length=60: mesh.seq=8 must divide it; '
-     'choose mesh.seq from 1, 2, 3'),
+    ('mesh.seq=8 mesh.layout=sequence data.length=60 data.form=segments model.window=(8,)',
+     'data.length=60 over mesh.seq=8: ', 'a data.length that mesh.seq divides'),
     ('evaluation.batch_size=4', 'evaluation.batch_size=4: mesh.data=8 must divide it; '
      'choose mesh.data from 1, 2, 4, or let evaluation.batch_size be a multiple of 8'),
     ('evaluation.segment=60 mesh.seq=8 mesh.layout=sequence', 'evaluation.segment=60: mesh.seq=8 '
