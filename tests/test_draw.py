@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from longctx.draw import position
 
 
-def mode(values, tokens=None):
-  rows = [dict(first=0, last=0, tokens=t, bits_per_byte=v) for v, t in
-          zip(values, tokens or range(1, 1 + len(values)))]
+def mode(values, tokens=None, few=()):
+  rows = [dict(first=0, last=0, tokens=t, bits_per_byte=v, few=i in few) for i, (v, t) in
+          enumerate(zip(values, tokens or range(1, 1 + len(values))))]
   return dict(tokens=sum(r['tokens'] for r in rows), bits_per_byte=2.25, positions=rows)
 
 
@@ -30,14 +30,14 @@ def drawn(monkeypatch):
 
 
 def test_every_run_and_mode_is_a_line_with_its_values(tmp_path, drawn):
-  runs = {'a': run(full=mode([8.0, 4.0, 3.0, 2.5]), sliding=mode([8.0, 3.9, 2.8, 2.4])),
+  runs = {'a': run(full=mode([8.0, 4.0, 3.0, 2.5]), sliding=mode([8.0, 3.9, 2.8, 2.4], few={0})),
           'b': run(full=mode([7.0, None, 2.0]))}
   position.draw(runs, tmp_path / 'f.png')
   axes, counts = drawn[0].axes
   lines = {line.get_label(): [list(x) for x in line.get_data()] for line in axes.get_lines()}
   assert lines == {
       'a, full: 2.250 overall': [[0, 1, 2, 3], [8.0, 4.0, 3.0, 2.5]],
-      'a, sliding: 2.250 overall': [[0, 1, 2, 3], [8.0, 3.9, 2.8, 2.4]],
+      'a, sliding: 2.250 overall': [[1, 2, 3], [3.9, 2.8, 2.4]],   # of few tokens: left out
       'b, full: 2.250 overall': [[0, 2], [7.0, 2.0]]}  # a bin without a value is left out
   assert [text.get_text() for text in axes.texts] == ['2.50', '2.40', '2.00']
   assert [bar.get_height() for bar in counts.patches] == [1, 2, 3, 4] * 2

@@ -277,6 +277,25 @@ def test_json_holds_what_the_table_shows():
   assert values['bits_per_byte'] == full['bits_per_byte']
 
 
+def test_bins_that_sliding_reaches_at_the_starts_of_documents_alone_are_not_shown():
+  found = evaluate(toy_models.CountModel(VOCAB), make_documents([1500]), length=16, segment=8)
+  sliding = found.passes['sliding']
+  assert [score.tokens for score in sliding.bins] == [1, 1, 2, 4, 1492]
+  shown = [[cell.strip() for cell in (line[50:61], line[61:71], line[71:])]
+           for line in found.table().splitlines()[3:8]]
+  assert shown[:4] == [[str(n), '-', '-'] for n in (1, 1, 2, 4)]
+  assert shown[4] == ['1,492', f'{sliding.bins[4].bits_per_byte:.4f}',
+                      f'{sliding.bins[4].perplexity:.3f}']
+  assert 'bins with under 1% of the tokens of sliding' in found.table()
+  modes = found.to_json()['modes']
+  assert [row['few'] for row in modes['sliding']['positions']] == [True] * 4 + [False]
+  assert not any(row['few'] for row in modes['full']['positions'])   # of every window, all over
+  # Where all documents are short their starts are what there is.
+  found = evaluate(toy_models.CountModel(VOCAB), make_documents([9] * 300), length=16, segment=8)
+  assert not any(row['few'] for row in found.to_json()['modes']['sliding']['positions'])
+  assert 'bins with under' not in found.table()
+
+
 def test_a_bin_of_separators_alone_has_no_bits_per_byte():
   found = evaluate(toy_models.CountModel(VOCAB), [np.array([SEP], np.int32)], length=8)
   score = found.passes['full'].total

@@ -15,9 +15,9 @@ MARKS = {'full': 'o', 'sliding': 's'}
 
 
 def points(mode: dict[str, Any]) -> list[tuple[int, float]]:
-  """(bin, bits per byte) of the bins that have a value above 0; bin i > 0 begins at 2^(i-1)."""
+  """(bin, bits per byte) of bins with a value above 0 and enough tokens; bin i > 0: from 2^(i-1)."""
   return [(i, row['bits_per_byte']) for i, row in enumerate(mode['positions'])
-          if row['bits_per_byte']]
+          if row['bits_per_byte'] and not row['few']]
 
 
 def labels(count: int) -> list[str]:

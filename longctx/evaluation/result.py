@@ -5,6 +5,8 @@ Sums are kept (nats, tokens, bytes) and ratios are made from them:
   perplexity     = exp(nats / tokens)                     per token of this tokenizer
 A separator has no bytes, but to predict where a document ends costs bits: its nats count. So a bin
 may hold tokens and no bytes, and its bits per byte are then not defined ('-').
+A sliding pass reaches the first positions of a window at the starts of documents alone: a bin of it
+with less than FEW of its tokens is neither printed nor drawn, for it tells of those starts.
 A token whose nats are not finite makes the sums of its bin and the total not finite; they are
 counted, printed as nan or inf, and null in JSON.
 Held by: tests/test_perplexity.py.
@@ -15,6 +17,8 @@ import math
 from typing import Any
 
 from longctx.evaluation import windows
+
+FEW = 0.01   # of a pass's tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,12 @@ class Pass:
   seconds: float
   tokens_per_second: float
 
-  def to_json(self) -> dict[str, Any]:
-    rows = [dict(zip(('first', 'last'), windows.bin_edges(i)), **score.to_json())
+  def few(self) -> set[int]:
+    """The bins that hold some of the tokens, but less than FEW."""
+    return {i for i, score in enumerate(self.bins) if 0 < score.tokens < FEW * self.total.tokens}
+
+  def to_json(self, few: set[int] = frozenset()) -> dict[str, Any]:
+    rows = [dict(zip(('first', 'last'), windows.bin_edges(i)), **score.to_json(), few=i in few)
             for i, score in enumerate(self.bins)]
     return dict(self.total.to_json(), windows=self.windows, tokens_read=self.tokens_read,
                 seconds=self.seconds, tokens_per_second=self.tokens_per_second, positions=rows)
@@ -91,7 +99,12 @@ class Result:
         bits_per_byte=_finite(self.bits_per_byte), loss=_finite(self.loss),
         tokens_per_second=self.first.tokens_per_second,
         peak_memory_bytes=self.peak_memory_bytes,
-        modes={mode: one.to_json() for mode, one in self.passes.items()})
+        modes={mode: one.to_json(self.few(mode)) for mode, one in self.passes.items()})
+
+  def few(self, mode: str) -> set[int]:
+    """Bins of a pass that tell of the starts of documents alone."""
+    slides = mode == 'sliding' and self.passes[mode] is not self.passes.get('full')
+    return self.passes[mode].few() if slides else set()
 
   def table(self) -> str:
     """Loss by context position, a line a bin, the passes side by side; lines of text."""
@@ -109,15 +122,18 @@ class Result:
     for i in range(max(len(one.bins) for one in self.passes.values())):
       low, high = windows.bin_edges(i)
       label = f'{low:,}' if low == high else f'{low:,}-{high:,}'
-      scores = [one.bins[i] if i < len(one.bins) else Score(0, 0, 0)
-                for one in self.passes.values()]
-      lines.append(f'{label:<{width}}' + ''.join(map(_cells, scores)))
+      lines.append(f'{label:<{width}}' + ''.join(
+          _cells(one.bins[i] if i < len(one.bins) else Score(0, 0, 0), i in self.few(mode))
+          for mode, one in self.passes.items()))
     lines.append(f'{"all":<{width}}' +
                  ''.join(_cells(one.total) for one in self.passes.values()))
     lines.append(f'{"tokens/s":<{width}}' + ''.join(
         f'{one.tokens_per_second:>11,.0f}{"":>22}' for one in self.passes.values()).rstrip())
     if self.peak_memory_bytes:
       lines.append(f'{"peak memory":<{width}}{self.peak_memory_bytes / 2**20:>7,.0f} MiB')
+    if any(map(self.few, self.passes)):
+      lines.append(f'of bins with under {FEW:.0%} of the tokens of sliding, which are starts of '
+                   'documents, the count alone is told')
     broken = max(one.total.not_finite for one in self.passes.values())
     if broken:
       lines.append(f'{broken:,} tokens have a loss that is not finite: the parameters hold NaN or '
@@ -129,9 +145,9 @@ def _finite(x: float) -> float | None:
   return float(x) if math.isfinite(x) else None
 
 
-def _cells(score: Score) -> str:
-  if not score.tokens:
-    return f'{"-":>11}{"-":>10}{"-":>12}'
+def _cells(score: Score, few: bool = False) -> str:
+  if not score.tokens or few:
+    return f'{f"{score.tokens:,}" if few else "-":>11}{"-":>10}{"-":>12}'
   bits = f'{score.bits_per_byte:.4f}' if score.bytes else '-'
   perplexity = f'{score.perplexity:,.3f}' if score.perplexity < 1e6 else f'{score.perplexity:.2e}'
   return f'{score.tokens:>11,}{bits:>10}{perplexity:>12}'
