@@ -5,6 +5,7 @@ context, a state that would outgrow its room) before anything is compiled.
 Held by: tests/test_train.py, tests/test_mistakes.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from longctx.data import stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
 from longctx.evaluation import perplexity
-from longctx.parallel import layouts, mesh, sequence
+from longctx.parallel import chips, costs, layouts, mesh, sequence
 from longctx.training import optim, step, workdir
 from longctx.training.checkpoint import Checkpoints
 
@@ -36,6 +37,7 @@ class Assembly(NamedTuple):
   schedule: optax.Schedule
   init: Callable[[], step.TrainState]      # jitted, sharded
   abstract: step.TrainState                # ShapeDtypeStructs with shardings
+  advice: str = ''                         # why mesh.strategy='auto' became what it is
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What the stream yields, as shapes with shardings."""
@@ -56,6 +58,10 @@ def make_model(config: Any, key: jax.Array) -> nnx.Module:
 def assemble(config: Any, devices: list | None = None) -> Assembly:
   """Builds and checks; ConfigError names the first thing that cannot work."""
   p = parts(config)
+  advice = ''
+  if p.mesh.strategy == 'auto':
+    chosen, advice = choose_strategy(p, (devices or jax.devices())[0].device_kind)
+    p = p._replace(mesh=chosen)
   layout = mesh.make_layout(p.mesh, devices)
   tokenizer = load_tokenizer(p.data.tokenizer)
   check(p.model.vocab_size in (0, tokenizer.vocab_size) or
@@ -82,7 +88,25 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
   return Assembly(p, layout, tokenizer, graphdef, model_config, model.state_grows,
                   make_tx(abstract_params), optim.make_schedule(p.optimizer, p.run.num_steps),
-                  init, abstract)
+                  init, abstract, advice)
+
+
+def choose_strategy(p: Parts, device_kind: str) -> tuple[mesh.Config, str]:
+  """The mesh with the strategy that costs the least by parallel/costs.py, and why."""
+  chip, m = chips.chip_of(device_kind), p.mesh
+  if m.seq == 1 or not hasattr(p.model, 'num_heads') or chip is None or not chip.link:
+    why = (f'nothing is published of {device_kind}' if m.seq > 1 else 'mesh.seq is 1')
+    return dataclasses.replace(m, strategy='ring'), f'mesh.strategy: ring ({why})'
+  widths = p.model.widths()
+  windows = p.model.window
+  best, why = costs.recommend(costs.Shape(
+      batch=max(1, p.data.batch_size // p.run.accumulate // max(m.data, 1)),
+      tokens=-(-p.data.length // m.seq), heads=max(1, p.model.num_heads // m.model),
+      kv_heads=max(1, widths['num_kv_heads'] // m.model), head_dim=widths['head_dim'],
+      bytes_per_element=2 if p.model.dtype == 'bfloat16' else 4, devices=m.seq,
+      reach=0 if 0 in windows else max(windows)), chip)
+  return (dataclasses.replace(m, strategy=best.strategy, ulysses=best.ulysses),
+          f'mesh.strategy: {why}, on {chip.name}')
 
 
 def _once(layout: mesh.Layout) -> dict[str, Any] | None:

@@ -320,6 +320,8 @@ class Trainer:
     kind = self.a.layout.mesh.devices.flat[0].device_kind
     print(f'{self.a.model_config.name}: {count:,} parameters on {sizes} ({kind}), layout '
           f'{self.a.parts.mesh.layout!r}')
+    if self.a.advice:
+      print(self.a.advice)
     print('largest arrays:')
     for line in metrics_lib.largest_arrays(state._asdict()):
       print(f'  {line}')

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from longctx import assembly, configuration
 from longctx.attention import intervals
 from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Options
@@ -113,3 +114,22 @@ def test_the_advice_follows_the_lengths_and_the_heads():
   # Three heads cannot be dealt out to eight devices.
   odd = dataclasses.replace(long, heads=3, kv_heads=3, devices=8)
   assert {c.strategy for c in costs.costs(odd, chip)} == {'ring', 'bidirectional', 'allgather'}
+
+
+def test_the_strategy_is_chosen_from_the_config():
+  """mesh.strategy='auto': by the chip's figures where there are any, and told either way."""
+  p = configuration.parts(command_line_config())
+  chosen, why = assembly.choose_strategy(p, 'TPU v5p')
+  assert chosen.strategy in ('ring', 'bidirectional', 'hybrid')
+  assert why.startswith(f'mesh.strategy: {chosen.strategy}: ') and why.endswith('on v5p')
+  chosen, why = assembly.choose_strategy(p, 'cpu')
+  assert (chosen.strategy, why) == ('ring', 'mesh.strategy: ring (nothing is published of cpu)')
+  a = assembly.assemble(command_line_config())
+  assert (a.layout.strategy, a.advice) == ('ring', why)
+
+
+def command_line_config():
+  config = configuration.base('decoder')
+  config.mesh.seq, config.mesh.layout, config.mesh.strategy = 8, 'sequence', 'auto'
+  config.data.length = config.model.max_length = 1024
+  return config

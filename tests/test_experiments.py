@@ -22,3 +22,15 @@ def test_speed_of_one_device(tmp_path):
     assert abs(ours['parameters'] / (theirs['parameters'] - tables) - 1) < 0.05
     assert abs(ours['loss'] - theirs['loss']) < 0.5
   assert (tmp_path / 'speed.png').stat().st_size > 10_000
+
+
+def test_cost_of_attention(tmp_path):
+  run = ROOT / 'experiments' / '01_cost_of_attention' / 'run.py'
+  done = subprocess.run([sys.executable, run, '--tier=smoke', f'--out={tmp_path}'],
+                        capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / 'results.json').read_text())
+  memory = found['memory']['1024']
+  assert memory['ring, 8 devices'] < memory['jax.nn dense over 8 devices (GSPMD)']
+  assert found['ratios']['1024']['ring, 8 devices'] == 1
+  assert found['ratios']['1024']['jax.nn dense, 1 device'] > 0

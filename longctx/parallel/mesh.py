@@ -43,7 +43,7 @@ class Config:
   seq: int = 1
   model: int = 1
   layout: str = 'tensor'
-  strategy: str = 'ring'         # how attention crosses `seq`: one of STRATEGIES
+  strategy: str = 'ring'         # how attention crosses `seq`: 'auto' or one of STRATEGIES
   ulysses: int = 1               # devices that share heads in strategy='hybrid'; the ring has the rest
   order: str = 'contiguous'      # of the tokens over `seq`: see parallel/layouts.py
   unit: int = layouts.UNIT       # tokens of a stripe in order='striped'
@@ -54,7 +54,7 @@ class Config:
     check_range('mesh.seq', self.seq, 1)
     check_range('mesh.model', self.model, 1)
     check_choice('mesh.layout', self.layout, RULES)
-    check_choice('mesh.strategy', self.strategy, STRATEGIES)
+    check_choice('mesh.strategy', self.strategy, ('auto', *STRATEGIES))
     check_choice('mesh.order', self.order, layouts.ORDERS)
     check_range('mesh.unit', self.unit, 1)
     if self.strategy == 'hybrid':
