@@ -380,3 +380,23 @@ def test_auto_takes_tiles_for_long_queries_and_bad_calls_are_refused():
     attend(*qkv, intervals_module.causal(2, 100))
   with pytest.raises(ValueError, match='must be'):
     attend(qkv[0], qkv[1], qkv[2][:, :5], mask)
+
+
+def test_heads_at_once_are_the_definition_too(monkeypatch):
+  """What other platforms than a CPU run: all heads of a row together."""
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cpu, default: default(*args))
+  mask, qkv = MASKS['packed'], arrays(13, LENGTH, LENGTH, 'GQA')
+  cotangents = cotangents_of(qkv[0])
+  table = biases.T5Buckets(np.random.RandomState(3).randn(6, 8).astype(np.float32), max_distance=20)
+  run = lambda *qkv: RUNS['blockwise'](*qkv[:3], *mask, options=Options(scale=SCALE, bias=qkv[3]))
+  out, pull = jax.vjp(run, *qkv, table)
+  *grads, dtable = pull(cotangents)
+  bias = np.asarray([oracle_bias(table, n, np.arange(LENGTH), mask[2][0]) for n in range(6)])
+  qkv64, sees = [x.astype(np.float64) for x in qkv], oracles.interval_mask(*mask)
+  want = oracles.masked_attention(*qkv64, sees, SCALE, bias=bias)
+  *want_grads, dbias, _ = oracles.masked_gradients(*qkv64, sees, SCALE, *cotangents, bias=bias)
+  check_close((out, grads), (want, want_grads), 1e-5)
+  want_table = np.zeros((6, 8))
+  for n, t, s in np.ndindex(*dbias.shape):
+    want_table[n, oracle_bucket(t - s, 8, 20)] += dbias[n, t, s]
+  np.testing.assert_allclose(dtable.table_NX, want_table, rtol=1e-4, atol=1e-4)

@@ -277,44 +277,67 @@ class _Rows(NamedTuple):
 
 def _every_head(function: Callable, arrays_BK: Any, options_K: Any, rows_B: _Rows,
                 carry_BK: Any) -> Any:
-  """carry = function(arrays, options, rows, carry) of each row and kv head, in place.
+  """carry = function(at, arrays, options, rows, carry) for each row and kv head, in place.
 
-  A CPU takes them in turn: the tiles of one head stay in cache, and a product of two matrices is
-  fast there where a batch of small products is not. Other devices take a row's heads at once.
+  `at` says where in the arrays its row and head stand: nothing is copied out. A CPU takes the heads
+  in turn: the tiles of one stay in cache, and a product of two matrices is fast there where a batch
+  of small products is not. Other devices take a row's heads at once.
   """
   B, K = jax.tree.leaves(arrays_BK)[0].shape[:2]
-  at = lambda tree, *where: jax.tree.map(lambda x: x[where], tree)
-  put = lambda tree, new, *where: jax.tree.map(lambda x, y: x.at[where].set(y), tree, new)
+  pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
 
   def in_turn(arrays_BK, options_K, rows_B, carry_BK):
     def turn(i, carry_BK):
       b, k = i // K, i % K
-      new = function(at(arrays_BK, b, k), at(options_K, k), at(rows_B, b), at(carry_BK, b, k))
-      return put(carry_BK, new, b, k)
+      return function((b, k), arrays_BK, pick(options_K, k), pick(rows_B, b), carry_BK)
     return jax.lax.fori_loop(0, B * K, turn, carry_BK)
 
   def at_once(arrays_BK, options_K, rows_B, carry_BK):
-    heads = jax.vmap(function, (0, 0, None, 0))   # the loops' bounds are the row's: not batched
     def turn(b, carry_BK):
-      new = heads(at(arrays_BK, b), options_K, at(rows_B, b), at(carry_BK, b))
-      return put(carry_BK, new, b)
+      # The loops' bounds are the row's: not batched.
+      heads = jax.vmap(functools.partial(function, (b,)), (1, 0, None, 1), 1)
+      return heads(arrays_BK, options_K, pick(rows_B, b), carry_BK)
     return jax.lax.fori_loop(0, B, turn, carry_BK)
 
   return jax.lax.platform_dependent(arrays_BK, options_K, rows_B, carry_BK,
                                     cpu=in_turn, default=at_once)
 
 
+def _slice(x: jax.Array, at: tuple, dim: int, start: jax.Array, size: int) -> jax.Array:
+  """x[at] from `start` on along its dim `dim`, without x[at]."""
+  starts = [*at, *[0] * (x.ndim - len(at))]
+  sizes = [*[1] * len(at), *x.shape[len(at):]]
+  starts[len(at) + dim], sizes[len(at) + dim] = start, size
+  return jax.lax.dynamic_slice(x, starts, sizes).reshape(sizes[len(at):])
+
+
+def _put(x: jax.Array, new: jax.Array, at: tuple, dim: int, start: jax.Array) -> jax.Array:
+  """The inverse of `_slice`, in place."""
+  starts = [*at, *[0] * (x.ndim - len(at))]
+  starts[len(at) + dim] = start
+  return jax.lax.dynamic_update_slice(x, new.reshape((1,) * len(at) + new.shape), starts)
+
+
 class _Head:
   """The blocks of one row and kv head, and the scores of a tile."""
 
-  def __init__(self, shapes: _Shapes, options: Options, rows: _Rows):
-    self.shapes, self.options, self.rows = shapes, options, rows
+  def __init__(self, shapes: _Shapes, at: tuple, options: Options, rows: _Rows):
+    self.shapes, self.at, self.options, self.rows = shapes, at, options, rows
 
-  def queries(self, x_GT: jax.Array, i: jax.Array) -> jax.Array:
+  def queries(self, x_BKGT: jax.Array, i: jax.Array) -> jax.Array:
     """[M, ...] of query block i."""
-    P = self.shapes.P
-    x = jax.lax.dynamic_slice_in_dim(x_GT, i * P, P, axis=1)
+    x = _slice(x_BKGT, self.at, 1, i * self.shapes.P, self.shapes.P)
     return x.reshape(-1, *x.shape[2:])
+
+  def put_queries(self, x_BKGT: jax.Array, new_M: jax.Array, i: jax.Array) -> jax.Array:
+    new_GP = new_M.reshape(-1, self.shapes.P, *new_M.shape[1:])
+    return _put(x_BKGT, new_GP, self.at, 1, i * self.shapes.P)
+
+  def keys(self, x_BKS: jax.Array, j: jax.Array) -> jax.Array:
+    return _slice(x_BKS, self.at, 0, j * self.shapes.R, self.shapes.R)
+
+  def add_tile(self, x_BKJHR: jax.Array, new_HR: jax.Array, j: jax.Array) -> jax.Array:
+    return _put(x_BKJHR, _slice(x_BKJHR, self.at, 0, j, 1) + new_HR, self.at, 0, j)
 
   def of_queries(self, x_T: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x_T, i * self.shapes.P, self.shapes.P)
@@ -363,22 +386,17 @@ class _Head:
     return scores_MR, slope_MR
 
 
-def _put_queries(x_GT: jax.Array, new_M: jax.Array, i: jax.Array, P: int) -> jax.Array:
-  new_GP = new_M.reshape(x_GT.shape[0], P, *x_GT.shape[2:])
-  return jax.lax.dynamic_update_slice_in_dim(x_GT, new_GP, i * P, axis=1)
-
-
-def _forward_head(shapes, arrays, options, rows, result):
-  q_GTH, k_SH, v_SH = arrays
-  head = _Head(shapes, options, rows)
-  wide = _wide(q_GTH)
+def _forward_head(shapes, at, arrays, options, rows, result):
+  q, k, v = arrays
+  head = _Head(shapes, at, options, rows)
+  wide = _wide(q)
 
   def query_block(i, result):
-    q_MH = head.queries(q_GTH, i)
+    q_MH = head.queries(q, i)
 
     def tile(j, masked, carry):
       max_M, sum_M, acc_MH = carry
-      k_RH, v_RH = head.of_keys(k_SH, j), head.of_keys(v_SH, j)
+      k_RH, v_RH = head.keys(k, j), head.keys(v, j)
       scores_MR, _ = head.scores(i, j, q_MH, k_RH, masked, options)
       new_max_M = jnp.maximum(max_M, scores_MR.max(-1))
       # Rows that have seen nothing yet gather exp(0) here; the first key they see weighs it away.
@@ -396,24 +414,22 @@ def _forward_head(shapes, arrays, options, rows, result):
     safe_M = jnp.where(some_M, sum_M, 1.0)
     out_MH = jnp.where(some_M[:, None], acc_MH / safe_M[:, None], 0.0)
     lse_M = jnp.where(some_M, max_M + jnp.log(safe_M), NEG_INF)
-    return Result(_put_queries(result.out, out_MH, i, shapes.P),
-                  _put_queries(result.lse, lse_M, i, shapes.P))
+    return Result(head.put_queries(result.out, out_MH, i), head.put_queries(result.lse, lse_M, i))
 
-  return jax.lax.fori_loop(0, q_GTH.shape[1] // shapes.P, query_block, result)
+  return jax.lax.fori_loop(0, q.shape[-2] // shapes.P, query_block, result)
 
 
-def _backward_head(shapes, arrays, options, rows, sums):
-  q_GTH, k_SH, v_SH, dout_GTH, lse_GT, delta_GT = arrays
-  head = _Head(shapes, options, rows)
-  wide = _wide(q_GTH)
+def _backward_head(shapes, at, arrays, options, rows, sums):
+  q, k, v, dout, lse, delta = arrays
+  head = _Head(shapes, at, options, rows)
+  wide = _wide(q)
 
   def query_block(i, sums):
-    q_MH, dout_MH, lse_M, delta_M = (head.queries(x, i)
-                                     for x in (q_GTH, dout_GTH, lse_GT, delta_GT))
+    q_MH, dout_MH, lse_M, delta_M = (head.queries(x, i) for x in (q, dout, lse, delta))
 
     def tile(j, masked, carry):
-      dq_MH, dk_JHR, dv_JHR, dbias = carry
-      k_RH, v_RH = head.of_keys(k_SH, j), head.of_keys(v_SH, j)
+      dq_MH, dk, dv, dbias = carry
+      k_RH, v_RH = head.keys(k, j), head.keys(v, j)
       scores_MR, slope_MR = head.scores(i, j, q_MH, k_RH, masked, options)
       p_MR = jnp.exp(scores_MR - lse_M[:, None])
       dp_MR = jnp.einsum('MH,RH->MR', dout_MH, v_RH, preferred_element_type=wide)
@@ -423,16 +439,16 @@ def _backward_head(shapes, arrays, options, rows, sums):
                                         head.of_keys(rows.key_BS, j))
         bias_GPR, pull = jax.vjp(block, options.bias)
         part, = pull(ds_MR.reshape(bias_GPR.shape).astype(bias_GPR.dtype))
-        dbias = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dbias, part)
+        dbias = jax.tree.map(lambda a, b: a.at[at].add(b.astype(a.dtype)), dbias, part)
       ds_MR = (ds_MR * slope_MR).astype(q_MH.dtype)
       dq_MH += jnp.einsum('MR,RH->MH', ds_MR, k_RH, preferred_element_type=wide)
       # [H, R] and not [R, H]: a CPU then transposes the thin operand and not the tile (2x faster).
       dk_HR = jnp.einsum('MH,MR->HR', q_MH, ds_MR, preferred_element_type=wide)
       dv_HR = jnp.einsum('MH,MR->HR', dout_MH, p_MR.astype(dout_MH.dtype),
                          preferred_element_type=wide)
-      return dq_MH, dk_JHR.at[j].add(dk_HR), dv_JHR.at[j].add(dv_HR), dbias
+      return dq_MH, head.add_tile(dk, dk_HR, j), head.add_tile(dv, dv_HR, j), dbias
 
     dq_MH, *others = head.walk(i, tile, (head.queries(sums.dq, i), *sums[1:]))
-    return Sums(_put_queries(sums.dq, dq_MH, i, shapes.P), *others)
+    return Sums(head.put_queries(sums.dq, dq_MH, i), *others)
 
-  return jax.lax.fori_loop(0, q_GTH.shape[1] // shapes.P, query_block, sums)
+  return jax.lax.fori_loop(0, q.shape[-2] // shapes.P, query_block, sums)

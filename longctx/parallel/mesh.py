@@ -86,6 +86,10 @@ class Layout:
   unit: int = layouts.UNIT
   overlap: bool = False          # whether transfers go on while the devices compute
 
+  def __hash__(self) -> int:
+    return hash((self.mesh, tuple(self.rules.items()), self.strategy, self.ulysses, self.order,
+                 self.unit, self.overlap))
+
   def spec(self, *dims: str | None, shape: tuple[int, ...] | None = None) -> PartitionSpec:
     """PartitionSpec of a tensor whose dims have these meanings (None: not cut)."""
     axes = []

@@ -197,7 +197,8 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
     return _finish(call, q, k, v, options, sums, home)
 
   if not ring.overlap:
-    sums, home = _gradients_in_turn(call, saved, sums)
+    sums, home = _gradients_in_turn(call, saved, sums, lambda k, v: _Call(
+        kernel, ring, q, k, v, mask, options).parts, k, v)
     return _finish(call, q, k, v, options, sums, home)
 
   first_T = jnp.arange(q.shape[1]) < q.shape[1] // 2
@@ -226,8 +227,12 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
   return _finish(call, q, k, v, options, sums, add(home, arrived))
 
 
-def _gradients_in_turn(call: _Call, saved: list, sums: list) -> tuple[list, list]:
-  """(sums, home) where nothing is sent while the device computes: no gradients wait for others."""
+def _gradients_in_turn(call: _Call, saved: list, sums: list, fold: Callable, k: jax.Array,
+                       v: jax.Array) -> tuple[list, list]:
+  """(sums, home) where nothing is sent while the device computes: no gradients wait for others.
+
+  The device's own keys come last, folded anew: they need not be kept folded through the hops.
+  """
   parts = call.hand_on(call.parts)
   sums, travelling = call.gradients(parts, saved, sums, call.no_sums())
   def hop(carry, _):
@@ -239,7 +244,8 @@ def _gradients_in_turn(call: _Call, saved: list, sums: list) -> tuple[list, list
     (_, travelling, sums), _ = jax.lax.scan(hop, (parts, travelling, sums), None,
                                             length=call.ring.hops - 1)
   arrived = call.hand_on(travelling, -call.ring.hops)
-  return call.gradients(call.parts, saved, sums, arrived, own=True)
+  k, v, arrived = jax.lax.optimization_barrier((k, v, arrived))
+  return call.gradients(fold(k, v), saved, sums, arrived, own=True)
 
 
 def _finish(call, q, k, v, options, sums, home):
