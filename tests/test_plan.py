@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from longctx import assembly, configuration, main, plan, train
+from longctx.errors import ConfigError
 from longctx.parallel import aot, chips
 
 MIB = 2**20
@@ -47,11 +48,11 @@ CONFIGS = [
 ]
 
 
-def check_prediction(devices, fields):
+def check_prediction(devices: list, fields: dict) -> None:
   config = config_of(**fields)
-  a = assembly.assemble(config, jax.devices()[:devices])
+  a = assembly.assemble(config, devices)
   compiled = train.jit_step(a).lower(a.abstract, a.abstract_batch()).compile()
-  found = plan.plan(config, jax.devices()[:devices])
+  found = plan.plan(config, devices)
   _, total = plan.peak(found)
   assert total == pytest.approx(aot.memory_of(compiled).total, rel=0.1)
   stays = sum(p.bytes for p in found if p.name in ('parameters', 'optimiser', 'batch'))
@@ -61,14 +62,27 @@ def check_prediction(devices, fields):
 @pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('devices, fields', QUICK)
 def test_the_plan_is_within_a_tenth_of_the_program(devices, fields):
-  check_prediction(devices, fields)
+  check_prediction(jax.devices()[:devices], fields)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('devices, fields', CONFIGS)
 def test_the_plan_of_every_layout_is_within_a_tenth_of_the_program(devices, fields):
-  check_prediction(devices, fields)
+  check_prediction(jax.devices()[:devices], fields)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_tpu_slice_is_within_a_tenth_of_the_program():
+  try:
+    devices = aot.topology_devices('v5e:2x2')
+  except ConfigError as e:
+    pytest.skip(str(e))
+  check_prediction(devices, dict(
+      data__length=65536, data__batch_size=1, model__num_layers=4, model__embed_dim=2048,
+      model__num_heads=16, model__num_kv_heads=4, model__mlp_dim=7168, model__vocab_size=1024,
+      model__dtype='bfloat16', model__remat='full', mesh__layout='sequence_fsdp', mesh__seq=4,
+      mesh__order='zigzag'))
 
 
 def bytes_of(**fields) -> dict[str, int]:
