@@ -1,7 +1,7 @@
 """A small byte-level transformer on the source of the running Python's standard library.
 
 Command:  python -m longctx.main --config=configs/quickstart.py --workdir=runs/quickstart
-Expected: validation 2.3 bits per byte after 1,000 steps (1 million tokens), in under 3 minutes on 2 cores.
+Expected: validation 2.37 bits per byte after 1,000 steps (1 million tokens), in under 3 minutes on 2 cores.
 Debug:    python -m longctx.main --config=configs/quickstart.py:debug --workdir=runs/debug
 """
 
@@ -23,11 +23,11 @@ def get_config(variant: str = ''):
   config.optimizer.beta2 = 0.99
   config.mesh.layout = 'single'
   config.run.num_steps = 1000
-  config.run.expect = ('loss 2.4 by step 100, 2.0 by 500, 1.7 at the end, each +-0.3; '
-                       'held out 2.3 bits per byte')
+  config.run.expect = ('loss (of one batch, so it jumps) 2.4 to 3.0 by step 100, 1.7 to 2.8 by 500, '
+                       '1.2 to 2.1 at the end; held out 2.37 bits per byte')
   config.run.log_every = 50
   config.run.checkpoint_every = 250
-  config.evaluation.max_tokens = 262_144
+  config.evaluation.modes = ('full',)   # all of the split: a part of it is too little for a curve
   if variant == 'debug':
     config.data.length = 64
     config.model.max_length = 64
