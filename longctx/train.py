@@ -174,8 +174,8 @@ class Trainer:
     self.tell_failures()   # of the last save, which ended as the checkpoints were closed
     finished = done == self.config.num_steps
     written = not finished or publish(found or self.evaluate(state), self.folder, done)
-    newest = max(self.checkpoints.steps(), default=0)
-    lost = done not in self.checkpoints.steps()
+    steps = processes.of_first(self.checkpoints.steps())   # who made the last one whole
+    newest, lost = max(steps, default=0), done not in steps
     if not finished or lost:
       why = 'lost' if finished else self.stop.name or 'another process was stopped'
       self.say(f'{why}: {f"step {done} could not be saved" if lost else f"saved step {done}"}; the '
