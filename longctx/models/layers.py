@@ -76,14 +76,17 @@ def _linear_forward(x, w_DF):
 def _linear_backward(residuals, grad):
   x, w_DF = residuals
   dx = grad @ w_DF.astype(grad.dtype).T
-  x_MD, grad_MF = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+  # Over all leading dims at once: flattened first, dims that are cut over two mesh axes would be
+  # gathered whole.
+  dims = tuple(range(x.ndim - 1))
+  product = lambda a, b: jax.lax.dot_general(a, b, ((dims, dims), ((), ())),
+                                             preferred_element_type=jnp.float32)
   # A CPU transposes the left operand of this product: let it be the narrow one.
   D, F = w_DF.shape
   if D <= F:
-    dw_DF = jnp.einsum('MD,MF->DF', x_MD, grad_MF, preferred_element_type=jnp.float32)
+    dw_DF = product(x, grad)
   else:
-    dw_FD = jnp.einsum('MF,MD->FD', grad_MF, x_MD, preferred_element_type=jnp.float32)
-    dw_DF = jax.lax.optimization_barrier(dw_FD).T
+    dw_DF = jax.lax.optimization_barrier(product(grad, x)).T
   return dx, dw_DF.astype(w_DF.dtype)
 
 
