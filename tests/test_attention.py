@@ -400,3 +400,20 @@ def test_heads_at_once_are_the_definition_too(monkeypatch):
   for n, t, s in np.ndindex(*dbias.shape):
     want_table[n, oracle_bucket(t - s, 8, 20)] += dbias[n, t, s]
   np.testing.assert_allclose(dtable.table_NX, want_table, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('length', [1000, 1024, 1025, 1300])
+def test_tiles_are_chosen_by_length_alike_before_and_after_filling_up(length):
+  """Lengths about where tiles grow: the last tile is part padding, of queries and of keys."""
+  kernel = Blockwise()
+  assert kernel.size(length) == kernel.size(length + -length % kernel.size(length))
+  r = np.random.RandomState(0)
+  q, k, v, dout = (jnp.asarray(r.randn(1, length, 1, 4), jnp.float32) for _ in range(4))
+  mask = intervals_module.sliding_window(1, length, 300)
+  results = []
+  for implementation in ('blockwise', 'reference'):
+    out, pull = jax.vjp(lambda *qkv, name=implementation: attention(
+        *qkv, mask, implementation=name), q, k, v)
+    results.append((out, *pull(dout)))
+  for a, b in zip(*results):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)

@@ -112,7 +112,7 @@ def work(order, kind):
       mine, theirs = slots[d], slots[(d - hop) % SIZE]
       mask = Intervals(start_BT=row(first[mine]), end_BT=row(mine + 1), index_BT=row(mine),
                        key_index_BS=row(theirs))
-      tiles[d, hop] = int(Blockwise().tiles(mask)[0])
+      tiles[d, hop] = int(Blockwise(block=128).tiles(mask)[0])
   return tiles
 
 

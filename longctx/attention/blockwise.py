@@ -27,7 +27,9 @@ from longctx.attention.intervals import Intervals, Options
 from longctx.attention.whole import Sums
 
 NEG_INF = -1e30   # finite: a row that sees nothing gives 0, not NaN
-BLOCK = 128       # queries and keys of a tile: its scores and probabilities stay in a core's cache
+# Queries and keys of a tile. A small one's scores stay in a core's first caches; a large one's products
+# are large enough that a CPU shares them among its cores, which long rows gain by and short ones not.
+SHORT, LONG, LONG_FROM = 128, 256, 1025
 NEVER = np.iinfo(np.int32).max   # index of a key that pads a block: no interval holds it
 
 
@@ -40,10 +42,10 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-  """The kernel; `block` tokens a tile. `forward` and `backward` are made of the other methods,
+  """The kernel; `block` tokens a tile, 0: by the length. `forward` and `backward` are made of the other methods,
   which a ring calls hop by hop on folded arrays (see parallel/ring.py)."""
 
-  block: int = BLOCK
+  block: int = 0
   LSE_GRADIENT = True
   KNOWS_KINDS = False
   platform = ''
@@ -77,7 +79,14 @@ class Blockwise:
 
   def tiles(self, mask: Intervals) -> jax.Array:
     """int32 [B]: tiles that a call with this mask computes for each row (of every head)."""
-    return _Shapes.of(self.block, mask).rows(mask).plan.count().sum(-1)
+    return self.shapes(mask).rows(mask).plan.count().sum(-1)
+
+  def size(self, length: int) -> int:
+    """Tokens of a tile of a row that long; the same when the row is filled up to whole tiles."""
+    return min(self.block or (LONG if length >= LONG_FROM else SHORT), length)
+
+  def shapes(self, mask: Intervals) -> '_Shapes':
+    return _Shapes(self.size(mask.start_BT.shape[1]), self.size(mask.keys_BS.shape[1]))
 
   # What a ring calls. Folded arrays have the heads in front and are filled up to whole blocks.
 
@@ -87,11 +96,11 @@ class Blockwise:
     return (self._fold_queries(q_BTNH, K), *(self._fold_keys(x) for x in (k_BSKH, v_BSKH)))
 
   def _fold_queries(self, x_BTN: jax.Array, K: int) -> jax.Array:
-    x = _pad(x_BTN, min(self.block, x_BTN.shape[1]))
+    x = _pad(x_BTN, self.size(x_BTN.shape[1]))
     return jnp.moveaxis(x.reshape(*x.shape[:2], K, -1, *x.shape[3:]), 1, 3)
 
   def _fold_keys(self, x_BSKH: jax.Array) -> jax.Array:
-    return _pad(x_BSKH, min(self.block, x_BSKH.shape[1])).swapaxes(1, 2)
+    return _pad(x_BSKH, self.size(x_BSKH.shape[1])).swapaxes(1, 2)
 
   def nothing(self, q_BKGTH: jax.Array) -> Result:
     """The result over no keys."""
@@ -101,7 +110,7 @@ class Blockwise:
   def add(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals, options: Options,
           result: Result) -> Result:
     """The result over the keys of before and these."""
-    shapes = _Shapes.of(self.block, mask)
+    shapes = self.shapes(mask)
     return _every_head(functools.partial(_forward_head, shapes), (q, k, v),
                        _per_head(options, q), shapes.rows(mask), result)
 
@@ -127,7 +136,7 @@ class Blockwise:
 
   def no_dkv(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     B, K, S, H = k.shape
-    R = min(self.block, S)
+    R = self.size(S)
     zeros = lambda x: jnp.zeros((B, K, S // R, H, R), _wide(x))
     return zeros(k), zeros(v)
 
@@ -139,7 +148,7 @@ class Blockwise:
                     options: Options, saved: tuple[jax.Array, ...], sums: Sums) -> Sums:
     """The gradients so far and those of these keys; dk and dv are [B, K, J, H, R], and neither
     dk nor dq has the factor `scale` yet."""
-    shapes = _Shapes.of(self.block, mask)
+    shapes = self.shapes(mask)
     return _every_head(functools.partial(_backward_head, shapes), (q, k, v, *saved),
                        _per_head(options, q), shapes.rows(mask), Sums(*sums))
 
@@ -180,10 +189,6 @@ class _Shapes(NamedTuple):
 
   P: int
   R: int
-
-  @classmethod
-  def of(cls, block: int, mask: Intervals) -> '_Shapes':
-    return cls(min(block, mask.start_BT.shape[1]), min(block, mask.keys_BS.shape[1]))
 
   def rows(self, mask: Intervals) -> '_Rows':
     start_BT, end_BT, index_BT = (_pad(x, self.P)
