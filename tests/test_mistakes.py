@@ -318,6 +318,16 @@ FIELDS = [
      'data.length=60 over mesh.seq=8: ', 'a data.length that mesh.seq divides'),
     ('evaluation.batch_size=4', 'evaluation.batch_size=4: mesh.data=8 must divide it; '
      'choose mesh.data from 1, 2, 4, or let evaluation.batch_size be a multiple of 8'),
+    ('mesh.strategy=rings', "mesh.strategy='rings': must be one of auto, allgather, ring, "
+     'bidirectional, ulysses, hybrid (did you mean "ring"?)'),
+    ('mesh.order=stripped', "mesh.order='stripped': must be one of contiguous, zigzag, striped "
+     '(did you mean "striped"?)'),
+    ('mesh.seq=8 mesh.layout=sequence mesh.strategy=hybrid mesh.ulysses=3',
+     "mesh.ulysses=3: with mesh.strategy='hybrid' it must divide mesh.seq=8 and leave a ring of at "
+     'least 2; one of 2, 4'),
+    ('mesh.ulysses=2', "mesh.ulysses=2: is read with mesh.strategy='hybrid' only, not 'ring'"),
+    ('mesh.seq=8 mesh.layout=sequence mesh.strategy=ulysses',
+     "mesh.strategy='ulysses' with 8 devices to share 4 query and 4 kv heads of each"),
     ('evaluation.segment=60 mesh.seq=8 mesh.layout=sequence', 'evaluation.segment=60: mesh.seq=8 '
      'must divide it'),
 ]

@@ -92,7 +92,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
     mesh.check_divides('evaluation.segment', config.segment, 'length', layout)
   shape = (config.batch_size, segment_size(config, length, layout))
   carries = not length or length > shape[1]
-  programs = _programs(graphdef, _key(layout), carries, shape[0], length, loss_chunk)
+  programs = _programs(graphdef, layout, carries, shape[0], length, loss_chunk)
   reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), shape, scored)
   passes = {}
   for mode in config.modes:
@@ -127,14 +127,9 @@ class _Programs(NamedTuple):
   put: Any  # host array [B, T] of all rows -> array
 
 
-def _key(layout: mesh.Layout | None) -> tuple | None:
-  return layout and (layout.mesh, tuple(layout.rules.items()))
-
-
 @functools.lru_cache(maxsize=4)
-def _programs(graphdef, layout_key, carries, batch_size, capacity, loss_chunk) -> _Programs:
+def _programs(graphdef, layout, carries, batch_size, capacity, loss_chunk) -> _Programs:
   """The compiled parts, shared by all evaluations of one run: compiled once."""
-  layout = layout_key and mesh.Layout(layout_key[0], dict(layout_key[1]))
   wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
   rows = layout.sharding('batch') if layout else None
   whole = layout.sharding() if layout else None

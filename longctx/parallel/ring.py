@@ -101,7 +101,8 @@ class _Call:
 
   def against(self, index: jax.Array, own: bool) -> Any:
     """The mask against keys of these indices. Of keys from elsewhere nothing is known beforehand."""
-    kind = self.mask.kind if own or self.mask.kind == 'full' else 'any'
+    known = own and index.shape[1] == self.mask.start_BT.shape[1]   # not of a lane's half
+    kind = self.mask.kind if known or self.mask.kind == 'full' else 'any'
     return dataclasses.replace(self.mask, key_index_BS=index, kind=kind)
 
   def attend(self, parts: list, results: list, own: bool = False) -> list:
