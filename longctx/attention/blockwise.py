@@ -36,8 +36,9 @@ NEVER = np.iinfo(np.int32).max   # index of a key that pads a block: no interval
 class Result(NamedTuple):
   """What queries have gathered so far, in the folded form: [B, K, G, T, ...], whole blocks."""
 
-  out: jax.Array
-  lse: jax.Array
+  acc: jax.Array      # sum of exp(score - top) v
+  top: jax.Array      # the largest score
+  total: jax.Array    # sum of exp(score - top)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Blockwise:
   def nothing(self, q_BKGTH: jax.Array) -> Result:
     """The result over no keys."""
     wide = _wide(q_BKGTH)
-    return Result(jnp.zeros(q_BKGTH.shape, wide), jnp.full(q_BKGTH.shape[:-1], NEG_INF, wide))
+    rows = q_BKGTH.shape[:-1]
+    return Result(jnp.zeros(q_BKGTH.shape, wide), jnp.full(rows, NEG_INF, wide),
+                  jnp.zeros(rows, wide))
 
   def add(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Intervals, options: Options,
           result: Result) -> Result:
@@ -116,7 +119,11 @@ class Blockwise:
 
   def unfold(self, result: Result, length: int) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN)."""
-    return _unfold(result.out, length), _unfold(result.lse, length)
+    some = result.top > NEG_INF / 2
+    total = jnp.where(some, result.total, 1.0)
+    out = jnp.where(some[..., None], result.acc / total[..., None], 0.0)
+    lse = jnp.where(some, result.top + jnp.log(total), NEG_INF)
+    return _unfold(out, length), _unfold(lse, length)
 
   def saved(self, q_BTNH: jax.Array, k_BSKH: jax.Array, out_BTNH: jax.Array, lse_BTN: jax.Array,
             dout_BTNH: jax.Array, dlse_BTN: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -313,14 +320,19 @@ def _slice(x: jax.Array, at: tuple, dim: int, start: jax.Array, size: int) -> ja
   starts = [*at, *[0] * (x.ndim - len(at))]
   sizes = [*[1] * len(at), *x.shape[len(at):]]
   starts[len(at) + dim], sizes[len(at) + dim] = start, size
-  return jax.lax.dynamic_slice(x, starts, sizes).reshape(sizes[len(at):])
+  return jax.lax.dynamic_slice(x, _int32(starts), sizes).reshape(sizes[len(at):])
 
 
 def _put(x: jax.Array, new: jax.Array, at: tuple, dim: int, start: jax.Array) -> jax.Array:
   """The inverse of `_slice`, in place."""
   starts = [*at, *[0] * (x.ndim - len(at))]
   starts[len(at) + dim] = start
-  return jax.lax.dynamic_update_slice(x, new.reshape((1,) * len(at) + new.shape), starts)
+  return jax.lax.dynamic_update_slice(x, new.reshape((1,) * len(at) + new.shape), _int32(starts))
+
+
+def _int32(starts: list) -> list[jax.Array]:
+  """Of one type, whether 64-bit types are enabled or not."""
+  return [jnp.asarray(x, jnp.int32) for x in starts]
 
 
 class _Head:
@@ -411,15 +423,10 @@ def _forward_head(shapes, at, arrays, options, rows, result):
                            preferred_element_type=wide)
       return (new_max_M, sum_M * shrink_M + p_MR.sum(-1), acc_MH * shrink_M[:, None] + part_MH)
 
-    # What was gathered before counts as one key with score lse and value out.
-    out_MH, lse_M = head.queries(result.out, i), head.queries(result.lse, i)
-    before = (lse_M, jnp.where(lse_M > NEG_INF / 2, 1.0, 0.0).astype(wide), out_MH)
-    max_M, sum_M, acc_MH = head.walk(i, tile, before)
-    some_M = max_M > NEG_INF / 2
-    safe_M = jnp.where(some_M, sum_M, 1.0)
-    out_MH = jnp.where(some_M[:, None], acc_MH / safe_M[:, None], 0.0)
-    lse_M = jnp.where(some_M, max_M + jnp.log(safe_M), NEG_INF)
-    return Result(head.put_queries(result.out, out_MH, i), head.put_queries(result.lse, lse_M, i))
+    before = [head.queries(x, i) for x in (result.top, result.total, result.acc)]
+    top_M, total_M, acc_MH = head.walk(i, tile, tuple(before))
+    put = lambda x, new: head.put_queries(x, new, i)
+    return Result(put(result.acc, acc_MH), put(result.top, top_M), put(result.total, total_M))
 
   return jax.lax.fori_loop(0, q.shape[-2] // shapes.P, query_block, result)
 

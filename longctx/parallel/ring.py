@@ -234,16 +234,15 @@ def _gradients_in_turn(call: _Call, saved: list, sums: list, fold: Callable, k: 
 
   The device's own keys come last, folded anew: they need not be kept folded through the hops.
   """
-  parts = call.hand_on(call.parts)
-  sums, travelling = call.gradients(parts, saved, sums, call.no_sums())
   def hop(carry, _):
     parts, travelling, sums = carry
-    parts, travelling = call.hand_on(parts), call.hand_on(travelling)
     sums, travelling = call.gradients(parts, saved, sums, travelling)
-    return (parts, travelling, sums), None
+    return (call.hand_on(parts), call.hand_on(travelling), sums), None
+  carry = (call.hand_on(call.parts), call.no_sums(), sums)
   if call.ring.hops > 1:
-    (_, travelling, sums), _ = jax.lax.scan(hop, (parts, travelling, sums), None,
-                                            length=call.ring.hops - 1)
+    carry, _ = jax.lax.scan(hop, carry, None, length=call.ring.hops - 1)
+  parts, travelling, sums = carry
+  sums, travelling = call.gradients(parts, saved, sums, travelling)
   arrived = call.hand_on(travelling, -call.ring.hops)
   k, v, arrived = jax.lax.optimization_barrier((k, v, arrived))
   return call.gradients(fold(k, v), saved, sums, arrived, own=True)

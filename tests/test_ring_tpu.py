@@ -1,0 +1,52 @@
+"""The ring with the splash kernel, compiled for TPUs that are not here: no exchange is exposed.
+
+The schedule is the compiler's own: an exchange is hidden when a kernel or a loop stands between its
+start and its end.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longctx.attention import attention
+from longctx.attention.intervals import Intervals
+from longctx.errors import ConfigError
+from longctx.parallel import aot, hlo, hlo_exchanges, mesh
+
+HEADS, KV_HEADS, HEAD_DIM, TOKENS = 8, 2, 128, 4096   # tokens of a chip
+
+
+def compiled_exchanges(topology: str, order: str, backward: bool) -> list:
+  try:
+    devices = aot.topology_devices(topology)
+  except ConfigError as e:
+    pytest.skip(str(e))
+  layout = mesh.make_layout(mesh.Config(data=1, seq=len(devices), layout='sequence', order=order),
+                            devices)
+  length = TOKENS * len(devices)
+  cut = layout.sharding('batch', 'length', 'heads', None)
+  row = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=layout.sharding('batch', 'length'))
+  qkv = [jax.ShapeDtypeStruct((1, length, heads, HEAD_DIM), jnp.bfloat16, sharding=cut)
+         for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+  def attend(q, k, v, start, index):   # the mask is data: packed documents, windows, any order
+    return attention(q, k, v, Intervals(start_BT=start, end_BT=index + 1, index_BT=index))
+
+  gradient = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))
+  program = jax.jit(mesh.under(layout, gradient if backward else attend),
+                    out_shardings=(cut,) * 3 if backward else cut)
+  text = program.lower(*qkv, row, row).compile().as_text()
+  assert 'tpu_custom_call' in text   # splash, not tiles in plain JAX
+  return hlo_exchanges.exchanges(hlo.parse(text), dict(layout.mesh.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v5e:2x4', 'v6e:2x4'])
+def test_every_transfer_is_hidden(topology):
+  """Eight chips: 7 sends of (k, v, index) forward; 7 more, and 7 of (dk, dv), backward."""
+  forward, both = (compiled_exchanges(topology, 'zigzag', backward) for backward in (False, True))
+  sends = lambda found: sum(x.times for x in found if x.kind == 'collective-permute')
+  assert sends(forward) == 3 * 7
+  assert sends(both) == 3 * 7 + 3 * 7 + 2 * 7
+  assert {x.kind for x in both} == {'collective-permute'}   # nothing is gathered
+  assert not [x.name for x in forward + both if x.exposed]
