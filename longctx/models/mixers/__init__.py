@@ -1,0 +1,3 @@
+"""Recurrent token mixers by name: what `model.layers` may say beside 'attention'."""
+
+MIXERS: dict[str, type] = {}

@@ -1,0 +1,67 @@
+"""Recurrent state over a sequence that is cut over the mesh axis `seq`, exact.
+
+The tokens of a shard map the state before them to the state after them. Each device makes the map of
+its shard from the tokens alone, all devices exchange their maps (one all-gather, float32), each joins
+those of the shards before its own, and does with the true incoming state what depends on it.
+
+A kernel is what `over_sequence` asks of a recurrence (longctx/recurrence):
+
+    prepared   = kernel.prepare(inputs)            what needs no state
+    transition = kernel.transition(prepared)       the map of the state that these tokens make
+    transition = kernel.join(first, second)        the map of `first`, then `second`
+    state      = kernel.apply(transition, state)
+    out, state = kernel.finish(prepared, state)    the outputs, from the true state before
+
+`kernel.cut` names the meaning of the third dim of inputs ('heads' or 'recurrent').
+Sources: affine maps under composition, as in Mamba-2 (arXiv:2405.21060, section 8) and fla's
+context parallelism. Held by: tests/test_state_scan.py.
+
+B batch  T tokens  R devices of `seq`
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longctx.parallel import mesh
+
+
+def over_sequence(kernel: Any, inputs: Any, state: Any) -> tuple[Any, Any]:
+  """(out, state after) of a kernel; inputs [B, T, ...] (None allowed), state [B, ...] leaves.
+
+  Under a layout each device has its rows, its heads and its tokens; without one, or where `seq` does
+  not divide the tokens (one token at a time), every device has all tokens of its rows and heads.
+  """
+  layout = mesh.current()
+  if layout is None or layout.mesh.size == 1:
+    return kernel.finish(kernel.prepare(inputs), state)
+  length = jax.tree.leaves(inputs)[0].shape[1]
+  size = layout.size('length')
+  cut = size > 1 and length % size == 0
+  rest = lambda x, known: (None,) * (x.ndim - known)
+  token_spec = lambda x: layout.spec('batch', 'length' if cut else None,
+                                     *((kernel.cut,) if x.ndim > 2 else ()), *rest(x, min(x.ndim, 3)))
+  state_spec = lambda x: layout.spec('batch', kernel.cut, *rest(x, 2))
+  states = jax.tree.map(state_spec, state)
+  out = jax.eval_shape(lambda i, s: kernel.finish(kernel.prepare(i), s)[0], inputs, state)
+  local = _local(kernel, layout.rules['length'], size) if cut else (
+      lambda inputs, state: kernel.finish(kernel.prepare(inputs), state))
+  return jax.shard_map(
+      local, mesh=layout.mesh, in_specs=(jax.tree.map(token_spec, inputs), states),
+      out_specs=(jax.tree.map(token_spec, out), states), check_vma=False)(inputs, state)
+
+
+def _local(kernel, axis: str, size: int):
+  def run(inputs, state):
+    prepared = kernel.prepare(inputs)
+    gathered = jax.lax.all_gather(kernel.transition(prepared), axis)   # [R, ...] leaves
+    shard = lambda r: jax.tree.map(lambda x: x[r], gathered)
+    me = jax.lax.axis_index(axis)
+    before, incoming = state, state
+    for r in range(size):   # the states between the shards; each device keeps the one before its own
+      incoming = jax.tree.map(lambda a, b: jnp.where(me == r, a, b), before, incoming)
+      before = kernel.apply(shard(r), before)
+    out, _ = kernel.finish(prepared, incoming)
+    return out, before
+  return run
