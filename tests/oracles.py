@@ -339,3 +339,16 @@ def decoder_block(x, p, *, num_heads, num_kv_heads, positions, base, epsilon, wi
   x = x + out
   h = rms_norm(x, p['mlp_norm'], epsilon)
   return x + (silu(h @ p['w_in'][:, 0]) * (h @ p['w_in'][:, 1])) @ p['w_out']
+
+
+# Recurrences, element-wise and with a decayed matrix state. One row, one head, one token at a time.
+
+
+def elementwise(a, b, h, reset, valid):
+  """h_t = a_t h_{t-1} + b_t; a, b [T, E]; what padding gives is left 0."""
+  out = np.zeros_like(b)
+  for t in range(len(a)):
+    if valid[t]:
+      h = a[t] * (0 * h if reset[t] else h) + b[t]
+      out[t] = h
+  return out, h

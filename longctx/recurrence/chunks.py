@@ -1,0 +1,19 @@
+"""What the chunked recurrences share: tokens of a chunk by platform, documents within a chunk.
+
+Held by: tests/test_elementwise.py, tests/test_decay.py.
+"""
+
+import jax
+
+from longctx.parallel import mesh
+
+
+def platform() -> str:
+  """Of the devices that the code being traced is for."""
+  layout = mesh.current()
+  return layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+
+
+def choose(chunk: int, by_platform: dict[str, int]) -> int:
+  """`chunk`, or where it is 0 the platform's; the table's entry '' is for platforms not named."""
+  return chunk or by_platform.get(platform(), by_platform[''])
