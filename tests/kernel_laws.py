@@ -4,6 +4,7 @@ A case is (inputs, state): a kernel's NamedTuple with reset_BT and valid_BT, and
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def splits(kernel, case, edges, **tolerance):
   inputs, state = case
   out, after, _ = compiled(kernel)(inputs, state)
   pieces = []
-  for a, b in zip(edges, edges[1:]):
+  for a, b in itertools.pairwise(edges):
     piece, state, _ = compiled(kernel)(cut(inputs, a, b), state)
     pieces.append(piece)
   close(seen(np.concatenate(pieces, axis=1), inputs), seen(out, inputs), **tolerance)

@@ -1,3 +1,7 @@
 """Recurrent token mixers by name: what `model.layers` may say beside 'attention'."""
 
-MIXERS: dict[str, type] = {}
+from longctx.models.mixers.rglru import RGLRU
+
+MIXERS: dict[str, type] = {
+    'rglru': RGLRU,
+}

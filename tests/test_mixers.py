@@ -1,0 +1,120 @@
+"""Recurrent layers as published: those of transformers with copied weights, else loops in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.models.context import new_clock, place_tokens
+from longctx.models.mixers import base, rglru
+
+B, T, D = 2, 11, 12
+SEGMENTS = np.array([[1] * 4 + [2] * 7, [3] * 9 + [4] * 2])
+
+
+def shaken(mixer, seed=0):
+  """Every parameter moved off its initial value, so that none may be forgotten."""
+  graphdef, params = nnx.split(mixer)
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(seed)
+  moved = [x + jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
+  return nnx.merge(graphdef, jax.tree.unflatten(tree, moved))
+
+
+def inputs(seed=1):
+  return np.random.default_rng(seed).standard_normal((B, T, D)).astype(np.float32)
+
+
+def run(mixer, x, segments=None):
+  ids = None if segments is None else jnp.asarray(segments)
+  context, _ = place_tokens(jnp.zeros(x.shape[:2], jnp.int32), new_clock(B), None, ids, None)
+  return jax.jit(lambda x: mixer(x, mixer.init_state(B), context))(jnp.asarray(x))
+
+
+def arrays(mixer):
+  """The parameters by name, float64."""
+  found = {}
+  for path, leaf in nnx.to_flat_state(nnx.state(mixer)):
+    found['.'.join(map(str, path))] = np.asarray(leaf.get_value(), np.float64)
+  return found
+
+
+def test_rglru_is_the_block_of_recurrent_gemma():
+  import torch
+  from transformers.models.recurrent_gemma import modeling_recurrent_gemma as published
+  settings = base.Settings(dim=D, num_heads=2, width=16, std=0.3, out_std=0.3)
+  mixer = shaken(rglru.RGLRU(settings, rngs=nnx.Rngs(0)))
+  config = published.RecurrentGemmaConfig(
+      hidden_size=D, lru_width=16, num_attention_heads=2, num_hidden_layers=1, conv1d_width=4)
+  theirs = published.RecurrentGemmaRecurrentBlock(config, 0)
+  ours = arrays(mixer)
+  tensor = lambda x: torch.tensor(np.asarray(x, np.float32).copy())
+  gates = ours['w_gates'].transpose(1, 2, 0, 3)   # [I, 2, H, J] -> [2, H, I, J]
+  weights = {
+      'linear_x.weight': ours['w_in'][:, 0].T, 'linear_x.bias': ours['bias_x'],
+      'linear_y.weight': ours['w_in'][:, 1].T, 'linear_y.bias': ours['bias_y'],
+      'linear_out.weight': ours['w_out'].T, 'linear_out.bias': ours['bias_out'],
+      'conv_1d.weight': ours['conv.taps'][::-1].T[:, None], 'conv_1d.bias': ours['conv.bias'],
+      'rg_lru.recurrent_param': ours['decay'],
+      'rg_lru.recurrent_gate_weight': gates[0], 'rg_lru.input_gate_weight': gates[1],
+      'rg_lru.recurrent_gate_bias': ours['bias_r'].reshape(2, 8),
+      'rg_lru.input_gate_bias': ours['bias_i'].reshape(2, 8)}
+  theirs.load_state_dict({name: tensor(x) for name, x in weights.items()})
+  x = inputs()
+  with torch.no_grad():
+    expected, _ = theirs(torch.tensor(x), torch.arange(T)[None].expand(B, T), None, use_cache=False)
+  got, _ = run(mixer, x)
+  np.testing.assert_allclose(got, expected.numpy(), atol=2e-5, rtol=2e-5)
+  assert np.abs(expected.numpy()).max() > 0.3
+
+
+def test_rglru_starts_as_published():
+  mixer = rglru.RGLRU(base.Settings(dim=8, num_heads=2, width=512), rngs=nnx.Rngs(0))
+  found = arrays(mixer)
+  a = np.exp(-np.log1p(np.exp(found['decay'])))
+  assert 0.9 <= a.min() < 0.91 and 0.99 < a.max() <= 0.9991
+  assert (a ** 2).mean() == pytest.approx((0.9 ** 2 + 0.999 ** 2) / 2, abs=0.01)
+  assert found['w_gates'].std() == pytest.approx(256 ** -0.5, rel=0.02)
+  assert found['conv.taps'].std() == pytest.approx(0.05, rel=0.1)
+  assert all(np.all(x == 0) for name, x in found.items() if 'bias' in name)
+
+
+def test_rglru_has_a_finite_gradient_where_the_gate_keeps_everything():
+  slope = jax.grad(lambda x: rglru.bounded_sqrt(x))
+  assert float(slope(0.0)) == rglru.MAX_SLOPE
+  assert float(slope(0.25)) == pytest.approx(1.0)
+  mixer = rglru.RGLRU(base.Settings(dim=D, num_heads=2), rngs=nnx.Rngs(0))
+  mixer.bias_r.set_value(jnp.full((D,), -200.0))   # r = 0, a = 1
+  graphdef, params = nnx.split(mixer)
+  grads = jax.jit(jax.grad(lambda p: run(nnx.merge(graphdef, p), inputs(), SEGMENTS)[0].sum()))(params)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+CASES = {
+    'rglru': (rglru.RGLRU, dict(width=20, num_heads=2)),
+    'rglru, no convolution': (rglru.RGLRU, dict(conv=1)),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_cost_counts_parameters_and_state(name):
+  mixer_class, changes = CASES[name]
+  settings = base.Settings(**(dict(dim=D, num_heads=2) | changes))
+  mixer = mixer_class(settings, rngs=nnx.Rngs(0))
+  cost = mixer_class.cost(settings)
+  leaves = jax.tree.leaves(nnx.state(mixer))
+  assert cost.parameters == sum(x.size for x in leaves)
+  assert cost.state == sum(x.size for x in jax.tree.leaves(mixer.init_state(3))) / 3
+  assert cost.matrices == sum(x.size for name, x in arrays(mixer).items() if name.startswith('w_'))
+  assert cost.flops > 0 and cost.wire > 0
+
+
+@pytest.mark.parametrize('mixer_class,changes,message', [
+    (rglru.RGLRU, dict(num_heads=5), 'model.num_heads=5: must divide the width of rglru'),
+    (rglru.RGLRU, dict(num_heads=3, width=16), 'model.mixer_width=16'),
+])
+def test_mistakes_are_named(mixer_class, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    mixer_class.cost(base.Settings(**(dict(dim=D, num_heads=2) | changes)))
