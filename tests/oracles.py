@@ -352,3 +352,14 @@ def elementwise(a, b, h, reset, valid):
       h = a[t] * (0 * h if reset[t] else h) + b[t]
       out[t] = h
   return out, h
+
+
+def decayed_sum(q, k, v, log_decay, S, reset, valid):
+  """S = diag(exp g) S + k^T v, o = q S; q, k [T, K], v [T, V], log_decay [T] or [T, K]."""
+  out = np.zeros_like(v)
+  for t in range(len(q)):
+    if valid[t]:
+      S = np.diag(np.exp(log_decay[t]) * np.ones(len(S))) @ (0 * S if reset[t] else S)
+      S = S + np.outer(k[t], v[t])
+      out[t] = q[t] @ S
+  return out, S
