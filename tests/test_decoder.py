@@ -27,8 +27,8 @@ def unrolled():
 
 def block_weights(block):
   value = lambda p: np.asarray(p.get_value(), np.float64)
-  return dict(attention_norm=value(block.attention_norm.scale), w_q=value(block.attention.w_q),
-              w_kv=value(block.attention.w_kv), w_attention_out=value(block.attention.w_out),
+  return dict(attention_norm=value(block.mixer_norm.scale), w_q=value(block.mixer.w_q),
+              w_kv=value(block.mixer.w_kv), w_attention_out=value(block.mixer.w_out),
               mlp_norm=value(block.mlp_norm.scale), w_in=value(block.mlp.w_in),
               w_out=value(block.mlp.w_out))
 
@@ -102,11 +102,11 @@ def test_initial_spread_is_as_stated():
   std = lambda p: float(jnp.std(p.get_value()))
   block = model.blocks[0]
   out = 0.02 / math.sqrt(2 * 3)
-  for param, expected in ((model.embedding.table, 0.02), (block.attention.w_q, 0.02),
-                          (block.attention.w_kv, 0.02), (block.mlp.w_in, 0.02),
-                          (block.attention.w_out, out), (block.mlp.w_out, out)):
+  for param, expected in ((model.embedding.table, 0.02), (block.mixer.w_q, 0.02),
+                          (block.mixer.w_kv, 0.02), (block.mlp.w_in, 0.02),
+                          (block.mixer.w_out, out), (block.mlp.w_out, out)):
     assert std(param) == pytest.approx(expected, rel=0.05)
-  stacked = block.attention.w_q.get_value()
+  stacked = block.mixer.w_q.get_value()
   assert not np.array_equal(stacked[0], stacked[1])
   assert (block.mlp_norm.scale.get_value() == 1).all()
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from longctx import assembly
 from longctx.errors import ConfigError
-from longctx.models import decoder, lstm
+from longctx.models import decoder, recurrent
 from longctx.parallel import mesh
 from longctx.training import loss, optim, step
 
@@ -19,8 +19,8 @@ DECODER = decoder.Config(vocab_size=V, num_layers=2, embed_dim=32, num_heads=8, 
                          mlp_dim=64, max_length=T, init_std=0.2, window=(9,)).resolved(V)
 GROUPED = decoder.Config(vocab_size=V, num_layers=1, embed_dim=32, num_heads=8, num_kv_heads=2,
                          mlp_dim=64, max_length=T, init_std=0.2, attention='blockwise').resolved(V)
-LSTM = lstm.Config(vocab_size=V, embed_dim=32, hidden_dim=32, init_std=0.3)
-CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
+LSTM = recurrent.Config(vocab_size=V, embed_dim=32, hidden_dim=32, init_std=0.3)
+CLASSES = {'decoder': decoder.Decoder, 'lstm': recurrent.Recurrent}
 
 
 def batch():
@@ -132,7 +132,7 @@ def test_parameters_are_cut_as_the_table_says():
   layout = mesh.make_layout(mesh.Config(data=2, seq=1, model=4, layout='tensor'))
   shapes = nnx.state(nnx.eval_shape(lambda: decoder.Decoder(DECODER, rngs=nnx.Rngs(0))))
   shardings = layout.params_sharding(shapes)
-  spec = shardings['blocks'][0]['attention']['w_q'].spec
+  spec = shardings['blocks'][0]['mixer']['w_q'].spec
   assert spec == jax.sharding.PartitionSpec(None, 'data', 'model', None)
   spec = shardings['embedding']['table'].spec
   assert spec == jax.sharding.PartitionSpec('model', 'data')

@@ -96,8 +96,9 @@ def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Ar
     index_BT, start_BT = places
     if positions_BT is None:
       positions_BT = jnp.maximum(index_BT - start_BT, 0)
-    return Context(index_BT, start_BT, positions_BT, None, index_BT >= 0, whole=False,
-                   dense=False), None
+    valid_BT = index_BT >= 0
+    return Context(index_BT, start_BT, positions_BT, valid_BT & (index_BT == start_BT), valid_BT,
+                   whole=False, dense=False), None
   seen = clock if clock is not None else new_clock(batch)
   slot_T = jnp.arange(length, dtype=jnp.int32)
   if valid_BT is None:

@@ -22,7 +22,6 @@ B batch  T tokens  R devices of `seq`
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from longctx.parallel import mesh
 
@@ -56,12 +55,11 @@ def _local(kernel, axis: str, size: int):
   def run(inputs, state):
     prepared = kernel.prepare(inputs)
     gathered = jax.lax.all_gather(kernel.transition(prepared), axis)   # [R, ...] leaves
-    shard = lambda r: jax.tree.map(lambda x: x[r], gathered)
+    states = [state]   # before each shard, and after the last
+    for r in range(size):
+      states.append(kernel.apply(jax.tree.map(lambda x, r=r: x[r], gathered), states[-1]))
     me = jax.lax.axis_index(axis)
-    before, incoming = state, state
-    for r in range(size):   # the states between the shards; each device keeps the one before its own
-      incoming = jax.tree.map(lambda a, b: jnp.where(me == r, a, b), before, incoming)
-      before = kernel.apply(shard(r), before)
+    incoming = jax.tree.map(lambda *x: jax.lax.select_n(me, *x), *states[:-1])
     out, _ = kernel.finish(prepared, incoming)
-    return out, before
+    return out, states[-1]
   return run
