@@ -23,8 +23,8 @@ def run(config: Any, folder: str, topology: str) -> int:
                length=a.parts.data.length, batch_size=a.parts.data.batch_size)
   began = time.perf_counter()
   try:
-    compiled = aot.compile_lowered(train.jit_step(a).lower(a.abstract, a.abstract_batch()))
-    found |= aot.report(compiled, dict(a.layout.mesh.shape), model_flops=model_flops(a),
+    compiled, text = aot.compile_to_read(train.jit_step(a).lower(a.abstract, a.abstract_batch()))
+    found |= aot.report(compiled, dict(a.layout.mesh.shape), model_flops=model_flops(a), text=text,
                         chip=aot.chip_of(a.layout.mesh.devices.flat[0].device_kind))
   except aot.DoesNotFitError as e:
     found |= dict(fits=False, memory=dict(total=e.used, chip=e.limit))

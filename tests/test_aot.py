@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from longctx import assembly, configuration, main, train
 from longctx.errors import ConfigError
-from longctx.parallel import aot, chips
+from longctx.parallel import aot, chips, hlo, hlo_work
 
 SMALL = ['--config=configs/quickstart.py:debug', '--mode=compile', '--config.mesh.layout=sequence',
          '--config.mesh.data=2', '--config.mesh.seq=2', '--config.mesh.model=2']
@@ -146,6 +146,17 @@ def test_the_compilers_refusal_is_read():
   assert (e.value.used, e.value.limit) == (int(20.5 * 2**30), int(15.75 * 2**30))
 
 
+def test_the_text_that_the_compiler_writes_is_the_programs_own():
+  """Where a program can be read back, both ways agree."""
+  lowered = jax.jit(lambda x, w: jnp.tanh(x @ w)).lower(
+      jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 4), jnp.float32))
+  compiled, text = aot.compile_to_read(lowered)
+  programs = [hlo.parse(t) for t in (text, compiled.as_text())]
+  assert hlo_work.work(programs[0]) == hlo_work.work(programs[1]) == (2 * 8 * 16 * 4, 0, 0)
+  shapes = [[(x.opcode, x.shape) for x in p.computations[p.entry]] for p in programs]
+  assert shapes[0] == shapes[1]
+
+
 # The command.
 
 
@@ -214,7 +225,7 @@ def test_a_step_that_does_not_fit_exits_with_1(tmp_path, monkeypatch, capsys):
   from longctx import compile as compile_mode
   def refuse(lowered, options=None):
     raise aot.DoesNotFitError(20 * 2**30, 16 * 2**30)
-  monkeypatch.setattr(compile_mode.aot, 'compile_lowered', refuse)
+  monkeypatch.setattr(compile_mode.aot, 'compile_to_read', refuse)
   assert main.main(['main', *SMALL, f'--workdir={tmp_path}']) == 1
   found = json.loads((tmp_path / 'compile.json').read_text())
   assert found['fits'] is False and found['memory']['total'] == 20 * 2**30

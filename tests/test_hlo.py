@@ -127,6 +127,22 @@ def test_a_loop_without_products_hides_nothing():
   assert rows['reduce-start'] and rows['hidden-start']
 
 
+def test_notes_over_several_lines_and_threads_of_their_own_change_nothing():
+  """As TPUs' programs have them; a closing brace in the first column is not the end."""
+  notes = 'frontend_attributes={kernel_metadata={\n"blocks":"{\\"block_q\\": 1024}"\n}}, backend'
+  text = RING.replace('"tpu_custom_call", backend', f'"tpu_custom_call", {notes}')
+  text = text.replace('%b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}',
+                      '%b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n'
+                      '}, execution_thread="sparsecore"')
+  assert text.count('\n}}, backend') == text.count('}, execution_thread') == 1
+  program = hlo.parse(text.replace('LIMIT', '21'))
+  plain = ring()
+  assert {name: [x.name for x in body] for name, body in program.computations.items()} == {
+      name: [x.name for x in body] for name, body in plain.computations.items()}
+  assert hlo_exchanges.exchanges(program, MESH) == hlo_exchanges.exchanges(plain, MESH)
+  assert hlo_work.work(program) == hlo_work.work(plain)
+
+
 def test_work_of_the_ring():
   assert hlo_work.work(ring()) == (7 * 1000 + 2 * 8 * 16 * 4, 0, 0)
   silent = hlo.parse(RING.replace('"flops":1000,', '').replace('LIMIT', '21'))

@@ -9,11 +9,13 @@ Held by: tests/test_aot.py.
 """
 
 import dataclasses
+import glob
 import importlib.util
 import itertools
 import math
 import os
 import re
+import tempfile
 from typing import Any
 
 import jax
@@ -122,14 +124,30 @@ def compile_lowered(lowered: Any, options: dict | None = None) -> Any:
     raise DoesNotFitError(of(*said.groups()[:2]), of(*said.groups()[2:])) from e
 
 
+def compile_to_read(lowered: Any, options: dict | None = None) -> tuple[Any, str]:
+  """(compiled, its text as scheduled), as `compile_lowered`.
+
+  The compiler writes the text itself: jaxlib 0.10 cannot read back some programs for v5p
+  ("async-update instruction should have 1 operands").
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    dump = dict(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+    compiled = compile_lowered(lowered, (options or {}) | dump)
+    written = glob.glob(f'{folder}/*after_optimizations.txt')
+    if len(written) == 1:
+      with open(written[0]) as file:
+        return compiled, file.read()
+  return compiled, compiled.as_text()
+
+
 def report(compiled: Any, mesh: dict[str, int], *, model_flops: float,
-           chip: Chip | None = None) -> dict[str, Any]:
+           chip: Chip | None = None, text: str = '') -> dict[str, Any]:
   """What a compiled program needs and does, of one device; JSON-able.
 
-  `mesh`: names and sizes of the axes in the order of the devices. `model_flops`: what the model's
+  `text`: from compile_to_read, where `compiled` may not give it. `mesh`: names and sizes of the axes in the order of the devices. `model_flops`: what the model's
   formula says of one device's part, counted instead where it is more than can be read.
   """
-  program = hlo.parse(compiled.as_text())
+  program = hlo.parse(text or compiled.as_text())
   if chip is None:
     chip = chip_of(compiled.runtime_executable().local_devices()[0].device_kind)
   memory = memory_of(compiled)

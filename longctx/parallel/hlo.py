@@ -13,6 +13,8 @@ ITEM_BYTES = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 
               'u32': 4, 's64': 8, 'u64': 8, 'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8,
               'c128': 16, 'f8e4m3fn': 1, 'f8e5m2': 1, 'f8e4m3b11fnuz': 1}
 ARRAY = re.compile(r'\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]')
+INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
+END = re.compile(r'\}(, execution_thread="\w+")?\s*')   # of a computation
 COLLECTIVES = ('collective-permute', 'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
                'ragged-all-to-all', 'collective-broadcast')
 # Custom calls that compute nothing: allocation, layout, and the ends of fused exchanges.
@@ -74,20 +76,34 @@ def num_bytes(shape: str) -> int:
 
 def parse(text: str) -> Program:
   computations, entry, body = {}, '', None
-  for line in text.splitlines():
+  for line in _whole_lines(text):
     if line[:1].strip() and line.rstrip().endswith('{'):
       name = re.match(r'(?:ENTRY )?%?([\w.\-]+)', line)[1]
       body = computations.setdefault(name, [])
       entry = name if line.startswith('ENTRY') else entry
-    elif line.startswith('}'):
+    elif re.fullmatch(END, line):
       body = None
     elif body is not None:
-      found = re.match(r'\s+(ROOT )?%?([\w.\-]+) = (.*)', line)
+      found = re.match(INSTRUCTION, line)
       if found:
         body.append(_instruction(found[2], found[3], bool(found[1])))
   if not entry:
     raise ValueError('this text is no HLO module: it has no line that begins with ENTRY.')
   return Program(entry, computations, 'is_scheduled=true' in text.split('\n', 1)[0])
+
+
+def _whole_lines(text: str) -> list[str]:
+  """Lines, those joined over which one instruction's attributes are spread (a kernel's notes)."""
+  lines, inside = [], False
+  for line in text.splitlines():
+    begins = line[:1].strip() and line.rstrip().endswith('{')
+    ends = re.fullmatch(END, line)
+    if inside and not ends and not begins and not re.match(INSTRUCTION, line):
+      lines[-1] += ' ' + line
+      continue
+    lines.append(line)
+    inside = not ends and (inside or bool(begins))
+  return lines
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:

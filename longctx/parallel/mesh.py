@@ -239,9 +239,14 @@ def compiler_options(layout: Layout) -> dict[str, str] | None:
 
   On CPU: full-width vectors, which make exp and silu 1.5 to 2 times as fast where the processor
   has AVX-512, and Eigen's matrix products, a fifth faster than YNNPACK's at these sizes, which
-  keeps the reductions (experiments/00_speed_of_one_device).
+  keeps the reductions (experiments/00_speed_of_one_device). On TPU: a scheduler that lets kernels
+  and products hide transfers, and counts no element-wise pass as such: a hop's transfer then begins
+  before its kernel and not with the merge after it (tests/test_ring_tpu.py).
   """
-  if layout.mesh.devices.flat[0].platform != 'cpu':
+  platform = layout.mesh.devices.flat[0].platform
+  if platform == 'tpu' and layout.size('length') > 1:
+    return {'xla_lhs_loop_fusion_latency_multiplier': '0'}
+  if platform != 'cpu':
     return None
   return {'xla_cpu_prefer_vector_width': '512',
           'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}

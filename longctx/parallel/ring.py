@@ -206,7 +206,8 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
   coming = call.hand_on(parts)
   sums, home = call.gradients(parts, saved, sums, home, own=True, only=first_T)   # hides hop 1
-  parts = coming
+  # Done before the keys of hop 1 are used, and not at some later place that hides nothing.
+  parts, sums, home = jax.lax.optimization_barrier((coming, sums, home))
   if ring.hops > 1:
     coming = call.hand_on(parts)
   sums, mine = call.gradients(parts, saved, sums, call.no_sums())
