@@ -8,7 +8,7 @@ from flax import nnx
 
 from longctx.errors import ConfigError
 from longctx.models.context import new_clock, place_tokens
-from longctx.models.mixers import base, rglru
+from longctx.models.mixers import base, mamba2, rglru
 
 B, T, D = 2, 11, 12
 SEGMENTS = np.array([[1] * 4 + [2] * 7, [3] * 9 + [4] * 2])
@@ -70,6 +70,46 @@ def test_rglru_is_the_block_of_recurrent_gemma():
   assert np.abs(expected.numpy()).max() > 0.3
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+def test_mamba2_is_the_mixer_of_mamba2(groups):
+  import torch
+  from transformers.models.mamba2 import modeling_mamba2 as published
+  settings = base.Settings(dim=D, num_heads=4, key_dim=5, std=0.3, out_std=0.3, chunk=4,
+                           norm_epsilon=1e-5)
+  mixer = shaken(mamba2.Mamba2(settings, groups=groups, rngs=nnx.Rngs(0)))
+  config = published.Mamba2Config(
+      hidden_size=D, num_heads=4, head_dim=6, state_size=5, n_groups=groups, conv_kernel=4,
+      chunk_size=8, num_hidden_layers=1, initializer_range=0.3)
+  theirs = published.Mamba2Mixer(config, 0).eval()
+  ours = arrays(mixer)
+  tensor = lambda x: torch.tensor(np.asarray(x, np.float32).copy())
+  flat = lambda w: w.reshape(D, -1).T
+  taps = np.concatenate([ours['conv_x.taps'], ours['conv_bc.taps']], axis=1)
+  weights = {
+      'in_proj.weight': np.concatenate([flat(ours[n]) for n in ('w_zx', 'w_bc', 'w_dt')]),
+      'conv1d.weight': taps[::-1].T[:, None],
+      'conv1d.bias': np.concatenate([ours['conv_x.bias'], ours['conv_bc.bias']]),
+      'out_proj.weight': ours['w_out'].reshape(-1, D).T, 'norm.weight': ours['norm_scale'],
+      'dt_bias': ours['dt_bias'], 'A_log': ours['A_log'], 'D': ours['D']}
+  theirs.load_state_dict({name: tensor(x) for name, x in weights.items()})
+  x = inputs()
+  with torch.no_grad():
+    expected = theirs(torch.tensor(x)).numpy()
+  got, _ = run(mixer, x)
+  np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+  assert np.abs(expected).max() > 0.3
+
+
+def test_mamba2_starts_as_published():
+  found = arrays(mamba2.Mamba2(base.Settings(dim=16, num_heads=512, value_dim=1), rngs=nnx.Rngs(0)))
+  dt = np.log1p(np.exp(found['dt_bias']))
+  assert 0.001 <= dt.min() < 0.0012 and 0.08 < dt.max() <= 0.1001
+  assert np.log(dt).mean() == pytest.approx(np.log(0.01), abs=0.2)
+  decay = np.exp(found['A_log'])
+  assert 1 <= decay.min() < 1.3 and 15.5 < decay.max() <= 16.001
+  assert (found['D'] == 1).all() and (found['norm_scale'] == 1).all()
+
+
 def test_rglru_starts_as_published():
   mixer = rglru.RGLRU(base.Settings(dim=8, num_heads=2, width=512), rngs=nnx.Rngs(0))
   found = arrays(mixer)
@@ -95,6 +135,8 @@ def test_rglru_has_a_finite_gradient_where_the_gate_keeps_everything():
 CASES = {
     'rglru': (rglru.RGLRU, dict(width=20, num_heads=2)),
     'rglru, no convolution': (rglru.RGLRU, dict(conv=1)),
+    'mamba2': (mamba2.Mamba2, {}),
+    'mamba2 of other sizes': (mamba2.Mamba2, dict(key_dim=3, value_dim=7, num_heads=3, conv=1)),
 }
 
 
@@ -114,6 +156,7 @@ def test_cost_counts_parameters_and_state(name):
 @pytest.mark.parametrize('mixer_class,changes,message', [
     (rglru.RGLRU, dict(num_heads=5), 'model.num_heads=5: must divide the width of rglru'),
     (rglru.RGLRU, dict(num_heads=3, width=16), 'model.mixer_width=16'),
+    (mamba2.Mamba2, dict(num_heads=5), 'model.num_heads=5: must divide the inner width of mamba2'),
 ])
 def test_mistakes_are_named(mixer_class, changes, message):
   with pytest.raises(ConfigError, match=message):

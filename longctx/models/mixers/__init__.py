@@ -1,7 +1,9 @@
 """Recurrent token mixers by name: what `model.layers` may say beside 'attention'."""
 
+from longctx.models.mixers.mamba2 import Mamba2
 from longctx.models.mixers.rglru import RGLRU
 
 MIXERS: dict[str, type] = {
+    'mamba2': Mamba2,
     'rglru': RGLRU,
 }
