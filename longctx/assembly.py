@@ -74,6 +74,7 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   model = nnx.eval_shape(lambda: new_model(jax.random.key(0)))
   graphdef, abstract_params = nnx.split(model, nnx.Param)
   _check_shapes(p, model_config, model.state_grows, layout)
+  _check_dependency(p, model)
   _check_evaluation(p, model, layout)
   layout.params_sharding(abstract_params)   # refuses a mesh that does not divide a parameter
 
@@ -126,9 +127,6 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
   check(p.data.form != 'segments' or getattr(model, 'position', '') != 'learned',
         "data.form='segments': a document of any length is carried on, and model.position='learned' "
         "has none beyond model.max_length; set model.position='rope'")
-  check(p.mesh.seq == 1 or model.name != 'lstm',
-        f'mesh.seq={p.mesh.seq}: an LSTM cannot be cut along the sequence, each step needs the one '
-        'before; set mesh.seq=1 and give the devices to mesh.data')
   check(p.data.batch_size % p.run.accumulate == 0,
         f'run.accumulate={p.run.accumulate}: must divide data.batch_size={p.data.batch_size}')
   micro = p.data.batch_size // p.run.accumulate
@@ -149,6 +147,14 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
           f'model.num_kv_heads={model.num_kv_heads}: mesh.model={cuts} must divide it, or be a '
           'multiple of it (each device then has the kv head of its query heads)')
     sequence.check_heads(layout, model.num_heads // cuts, max(1, model.num_kv_heads // cuts))
+
+
+def _check_dependency(p: Parts, model: nnx.Module) -> None:
+  """What a mesh cannot cut: models whose every step needs the one before, class P2."""
+  check(p.mesh.seq == 1 or getattr(model, 'dependency', 'P0') == 'P0',
+        f'mesh.seq={p.mesh.seq}: model.name={p.model.name!r} cannot be cut along the sequence, each '
+        'step needs the one before (dependency class P2); set mesh.seq=1 and give the devices to '
+        'mesh.data')
 
 
 def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:

@@ -17,7 +17,7 @@ import ml_collections
 from longctx.data import stream
 from longctx.errors import ConfigError, check, check_range, nearest
 from longctx.evaluation import perplexity
-from longctx.models import decoder, lstm
+from longctx.models import decoder, recurrent
 from longctx.parallel import mesh
 from longctx.training import loss, optim
 
@@ -49,7 +49,10 @@ class Run:
 
 MODELS = {
     'decoder': (decoder.Config, decoder.Decoder),
-    'lstm': (lstm.Config, lstm.LSTM),
+    'elman': (recurrent.Config, recurrent.Recurrent),
+    'lstm': (recurrent.Config, recurrent.Recurrent),
+    'gru': (recurrent.Config, recurrent.Recurrent),
+    'slstm': (recurrent.Config, recurrent.Recurrent),
 }
 
 SECTIONS = {
@@ -87,10 +90,12 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   check(model in MODELS, f'model={model!r}: must be one of {", ".join(MODELS)}'
         f'{nearest(model, MODELS)}')
   sections = {'model': MODELS[model][0], **SECTIONS}
-  return ml_collections.ConfigDict({
+  config = ml_collections.ConfigDict({
       'seed': 0,
       **{name: {f.name: f.default for f in dataclasses.fields(part)}
          for name, part in sections.items()}})
+  config.model.name = model
+  return config
 
 
 def parts(config: ml_collections.ConfigDict) -> Parts:

@@ -363,3 +363,46 @@ def decayed_sum(q, k, v, log_decay, S, reset, valid):
       S = S + np.outer(k[t], v[t])
       out[t] = q[t] @ S
   return out, S
+
+
+# Classical recurrent cells (longctx/recurrence/elman, gru, slstm). One step of one row; x is the
+# projected input of each gate, biases included.
+
+
+def elman_cell(x, w_hidden, h):
+  """x [E], w_hidden [E, E], h [E]."""
+  return np.array([np.tanh(x[e] + sum(h[d] * w_hidden[d, e] for d in range(len(h))))
+                   for e in range(len(x))])
+
+
+def gru_cell(x, w_hidden, b_n, h):
+  """x [3, E], w_hidden [E, 3, E], gates r, z, n; b_n [E] is reset with the product."""
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+  new = np.zeros_like(h)
+  for e in range(len(h)):
+    products = [sum(h[d] * w_hidden[d, n, e] for d in range(len(h))) for n in range(3)]
+    r, z = sigmoid(x[0, e] + products[0]), sigmoid(x[1, e] + products[1])
+    n = np.tanh(x[2, e] + r * (products[2] + b_n[e]))
+    new[e] = (1 - z) * n + z * h[e]
+  return new
+
+
+def slstm_cell(x, w_hidden, h, c, n, m=None):
+  """x [4, E], w_hidden [H, N, 4, H], gates i, f, z, o; no stabiliser: c and n as the paper's (8).
+
+  With m the incoming c and n are taken times e^m. Returns (h, c, n) and m = 0 if m was given.
+  """
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+  width, heads = w_hidden.shape[:2]
+  if m is not None:
+    c, n = c * np.exp(m), n * np.exp(m)
+  after = np.zeros((3, len(h)))
+  for head in range(heads):
+    for j in range(width):
+      e = head * width + j
+      i, f, z, o = (x[k, e] + sum(h[head * width + d] * w_hidden[d, head, k, j]
+                                  for d in range(width)) for k in range(4))
+      cell = sigmoid(f) * c[e] + np.exp(i) * np.tanh(z)
+      norm = sigmoid(f) * n[e] + np.exp(i)
+      after[:, e] = sigmoid(o) * cell / norm, cell, norm
+  return (*after,) if m is None else (*after, np.zeros_like(m))

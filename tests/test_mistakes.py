@@ -159,7 +159,7 @@ FILES = [
     ('c.py:debug', 'from longctx.configuration import base\ndef get_config():\n  return base()\n',
      ["c.py:debug: variant 'debug': get_config of this file takes no variant"]),
     ('c.py', BASE + '  return base("decodr")\n',
-     ["model='decodr': must be one of decoder, lstm (did you mean \"decoder\"?)"]),
+     ["model='decodr': must be one of decoder, elman, lstm, gru, slstm (did you mean \"decoder\"?)"]),
     ('c.py', BASE + '  c = base()\n  c.data.length = "64"\n', ['c.py: line 4: TypeError: ',
      'length']),
     ('c.py', BASE + '  c = base()\n  c.data.lenght = 64\n  return c\n',
@@ -176,8 +176,9 @@ FILES = [
      ['data.tfds_splits=(1, 2, 3): must hold str alone, not int']),
     ('c.py', BASE + '  c = base()\n  del c.data.files\n  c.data.files = None\n  return c\n',
      ['data.files=None: must be of type str, not NoneType']),
-    ('c.py', BASE + '  c = base()\n  c.model.name = "gru"\n  return c\n',
-     ["model.name='gru': must be one of decoder, lstm"]),
+    ('c.py', BASE + '  c = base()\n  c.model.name = "gur"\n  return c\n',
+     ["model.name='gur': must be one of decoder, elman, lstm, gru, slstm (did you mean "
+      '"gru"?)']),
     ('c.py', BASE + '  c = base("lstm")\n  c.model.num_heads = 4\n  return c\n',
      ['model.num_heads: no such field; model has name, vocab_size']),
 ]
@@ -344,7 +345,8 @@ def test_a_mistake_in_a_field(tmp_path, capfd, overrides, expected):
 def test_a_sequence_cut_of_an_lstm(tmp_path, capfd):
   check_mistake(main, [LSTM, '--config.mesh.seq=2', '--config.mesh.layout=sequence',
                        f'--workdir={tmp_path}/w'],
-                ['mesh.seq=2: an LSTM cannot be cut along the sequence', 'set mesh.seq=1'], capfd)
+                ["mesh.seq=2: model.name='lstm' cannot be cut along the sequence",
+                 'set mesh.seq=1 and give the devices to mesh.data'], capfd)
 
 
 def test_each_of_the_tables_is_long_enough():

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import decoder, lstm
+from longctx.models import decoder, recurrent
 
 VOCAB, BATCH, LENGTH = 29, 2, 24
 
+cell = functools.partial(recurrent.Config, vocab_size=VOCAB, embed_dim=12, hidden_dim=16, init_std=0.5)
 small = functools.partial(decoder.Config, vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=4,
                           max_length=64, init_std=0.3)
 MODELS = {
@@ -25,9 +26,12 @@ MODELS = {
     'mixed': small(window=(0, 3), num_layers=4, layer_loop='unrolled'),
     'window of one': small(window=(1, 0)),
     'gelu learned': small(mlp='gelu', position='learned', remat='dots'),
-    'lstm': lstm.Config(vocab_size=VOCAB, embed_dim=12, hidden_dim=16, tied=True, init_std=0.5),
+    'elman': cell(name='elman', num_layers=1),
+    'lstm': cell(tied=True),
+    'gru': cell(name='gru', layer_norm=True),
+    'slstm': cell(name='slstm', num_layers=1, cell_heads=4),
 }
-CLASSES = {'decoder': decoder.Decoder, 'lstm': lstm.LSTM}
+CLASSES = {'decoder': decoder.Decoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
 
 @functools.cache
@@ -163,7 +167,7 @@ def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   assert hidden.dtype == jnp.bfloat16
   error = np.abs(np.asarray(hidden, np.float32) - whole).max() / np.abs(whole).max()
   assert error < 0.06
-  if config.name == 'lstm':
+  if config.name != 'decoder':
     assert {x.dtype for x in jax.tree.leaves(state.layers)} == {jnp.dtype('float32')}
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import perplexity, result, windows
-from longctx.models import decoder, lstm
+from longctx.models import decoder, recurrent
 from longctx.parallel import mesh
 from tests import oracles, toy_models
 
@@ -140,8 +140,8 @@ def test_segments_of_real_models_add_up_to_the_full_forward_pass(which):
     config = decoder.Config(max_length=20, num_layers=1, embed_dim=16, num_heads=2)
     model = decoder.Decoder(config.resolved(VOCAB), rngs=nnx.Rngs(0))
   else:
-    model = lstm.LSTM(lstm.Config(vocab_size=VOCAB, num_layers=1, embed_dim=16, hidden_dim=16),
-                      rngs=nnx.Rngs(0))
+    config = recurrent.Config(vocab_size=VOCAB, num_layers=1, embed_dim=16, hidden_dim=16)
+    model = recurrent.Recurrent(config, rngs=nnx.Rngs(0))
   graphdef, params = nnx.split(model)
   model = nnx.merge(graphdef, jax.tree.map(lambda x: 5 * x, params))
   forward = jax.jit(lambda tokens_BT: model.logits(model(tokens_BT, None)[0]))

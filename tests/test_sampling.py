@@ -11,7 +11,7 @@ from flax import nnx
 from longctx.errors import ConfigError
 from longctx.inference import sampling
 from longctx.inference.sampling import ENDED, Sampling, filter_logits, generate, generate_batch
-from longctx.models import decoder, lstm
+from longctx.models import decoder, recurrent
 from tests import oracles, toy_models
 
 VOCAB = 11
@@ -148,8 +148,8 @@ def build_toy(which):
 def build_real(which):
   def build():
     if which == 'lstm':
-      config = lstm.Config(vocab_size=VOCAB, num_layers=2, embed_dim=16, hidden_dim=16)
-      return lstm.LSTM(config, rngs=nnx.Rngs(0))
+      config = recurrent.Config(vocab_size=VOCAB, num_layers=2, embed_dim=16, hidden_dim=16)
+      return recurrent.Recurrent(config, rngs=nnx.Rngs(0))
     window = which == 'window'
     config = decoder.Config(
         vocab_size=VOCAB, max_length=64, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1,
