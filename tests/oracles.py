@@ -406,3 +406,24 @@ def slstm_cell(x, w_hidden, h, c, n, m=None):
       norm = sigmoid(f) * n[e] + np.exp(i)
       after[:, e] = sigmoid(o) * cell / norm, cell, norm
   return (*after,) if m is None else (*after, np.zeros_like(m))
+
+
+# The delta rule (longctx/recurrence/delta.py): one row and head, number by number.
+
+
+def delta_rule(q, k, v, beta, log_decay, S, reset, valid):
+  """q, k [T, K], v [T, V], beta [T], log_decay [T] or [T, K] or None; S [K, V] -> (out [T, V], S)."""
+  out, S = np.zeros((len(q), v.shape[1])), S.copy()
+  for t in range(len(q)):
+    if not valid[t]:
+      continue
+    if reset[t]:
+      S[:] = 0
+    for i in range(len(S)):
+      decay = 0 if log_decay is None else log_decay[t] if log_decay.ndim == 1 else log_decay[t, i]
+      S[i] *= np.exp(decay)
+    wrong = v[t] - k[t] @ S
+    for i in range(len(S)):
+      S[i] += beta[t] * k[t, i] * wrong
+    out[t] = q[t] @ S
+  return out, S

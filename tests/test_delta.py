@@ -1,0 +1,248 @@
+"""The delta rule against loops: each decay and form, corners, splits, maps, devices; its layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.models.mixers import gated_delta
+from longctx.models.mixers.base import Settings
+from longctx.parallel.state_scan import over_sequence
+from longctx.recurrence.delta import FLOOR, Delta, Inputs
+from longctx.recurrence.triangular import decayed_products, inverse
+from tests import kernel_laws, oracles
+from tests.test_mixers import arrays, run, shaken
+
+B, T, H, K, V = 2, 16, 2, 4, 3
+FORMS = {'sequential': Delta('sequential'), 'chunked': Delta('chunked', 4), 'scan': Delta('scan', 4)}
+DECAYS = ('none', 'head', 'channel')
+
+
+@functools.cache
+def case(decay):
+  """beta from 0 to 2, keys of length 1 and 0, decays of exactly 1 and 0 among others."""
+  keys = jax.random.split(jax.random.key(0), 6)
+  normal = lambda i, *shape: jax.random.normal(keys[i], shape)
+  unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+  k = unit(normal(1, B, T, H, K)).at[:, 5].set(0.0)
+  beta = (2 * jax.nn.sigmoid(2 * normal(3, B, T, H))).at[:, 3].set(0.0).at[:, 11].set(2.0)
+  log_decay = None
+  if decay != 'none':
+    log_decay = -jnp.exp(normal(4, B, T, H, K) - 1).at[:, 1::6].set(0.0)
+    log_decay = log_decay.at[:, 9::6, 0, :2].set(-jnp.inf)
+    log_decay = log_decay[..., 0] if decay == 'head' else log_decay
+  return (Inputs(normal(0, B, T, H, K), k, normal(2, B, T, H, V), beta, log_decay,
+                 **kernel_laws.marks(B, T)), normal(5, B, H, K, V))
+
+
+def loops(inputs, state):
+  out, after = np.zeros(inputs.v.shape), np.zeros(state.shape)
+  for b in range(len(out)):
+    for h in range(out.shape[2]):
+      rows = [None if x is None else x[b, :, h] for x in inputs[:5]]
+      out[b, :, h], after[b, h] = oracles.delta_rule(
+          *rows, state[b, h], inputs.reset_BT[b], inputs.valid_BT[b])
+  return out, after
+
+
+@pytest.mark.parametrize('decay', DECAYS)
+@pytest.mark.parametrize('form', ['sequential', 'chunked'])
+def test_equals_loops(form, decay):
+  kernel_laws.equals_loops(FORMS[form], case(decay), loops)
+
+
+@pytest.mark.parametrize('decay', DECAYS)
+@pytest.mark.parametrize('form', ['chunked', 'scan'])
+def test_forms_are_equal_in_values_and_gradients(form, decay):
+  kernel_laws.same(FORMS[form], FORMS['sequential'], case(decay))
+
+
+@pytest.mark.parametrize('decay', ['head', 'channel'])
+def test_any_split_and_one_token_at_a_time(decay):
+  kernel_laws.splits(FORMS['chunked'], case(decay), (0, 10, 16))
+  kernel_laws.splits(FORMS['chunked'], case(decay), tuple(range(17)))
+
+
+@pytest.mark.parametrize('form,decay', [('sequential', 'head'), ('chunked', 'channel')])
+def test_maps_join_and_apply(form, decay):
+  kernel_laws.joins(FORMS[form], case(decay))
+
+
+@pytest.mark.parametrize('devices', kernel_laws.MESHES)
+def test_cut_over_devices(devices):
+  decay = 'channel' if devices == 'ring of 4' else 'head'
+  kernel_laws.same(FORMS['chunked'], FORMS['sequential'], case(decay), kernel_laws.MESHES[devices])
+
+
+def test_one_key_again_and_again_keeps_its_digits():
+  """Powers of L cancel here: the doubled Neumann series of a chunk of 64 has no digit left."""
+  k = np.broadcast_to([[[[0.6, 0.8]]]], (1, 128, 1, 2))
+  rng = np.random.default_rng(0)
+  v = rng.standard_normal((1, 128, 1, 2))
+  for most in (1.0, 2.0):
+    inputs = Inputs(k, k, v, np.full((1, 128, 1), most), None, np.zeros((1, 128), bool),
+                    np.ones((1, 128), bool))
+    expected, after = loops(inputs, np.zeros((1, 1, 2, 2)))
+    out, state = jax.jit(functools.partial(over_sequence, Delta('chunked', 64)))(
+        jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32), inputs),
+        jnp.zeros((1, 1, 2, 2)))
+    np.testing.assert_allclose(out, expected, atol=2e-4)   # 128 reflections one after the other
+    np.testing.assert_allclose(state, after, atol=2e-4)
+
+
+@pytest.mark.parametrize('size', [1, 2, 4, 8, 32])
+def test_inverse_and_its_gradient(size):
+  rng = np.random.default_rng(size)
+  lower = np.tril(rng.standard_normal((3, size, size)), -1)
+  weights = np.tril(rng.standard_normal((3, size, size)), -1)
+  expected = np.linalg.inv(np.eye(size) + lower)
+  got, slope = jax.jit(lambda x: jax.vjp(inverse, x)[1](jnp.asarray(weights, jnp.float32)) + (
+      inverse(x),))(jnp.asarray(lower, jnp.float32))[::-1]
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+  swap = lambda x: np.swapaxes(x, -1, -2)
+  expected = -swap(expected) @ weights @ swap(expected)
+  np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('diagonal', [True, False])
+def test_decayed_products(diagonal):
+  """Decays of e^-60 a token overflow in neither factor."""
+  C = 8
+  rng = np.random.default_rng(0)
+  x, y, g = rng.standard_normal((2, C, 3)), rng.standard_normal((C, 3)), -rng.random((C, 3))
+  g[2], g[5, 1] = -60, -60
+  b = np.cumsum(g, 0)
+  to = b if diagonal else b - g
+  expected = np.zeros((2, C, C))
+  for t in range(C):
+    for i in range(t + diagonal):
+      for d in range(3):
+        expected[:, t, i] += x[:, t, d] * y[i, d] * np.exp(to[t, d] - b[i, d])
+  args = [jnp.asarray(a, jnp.float32) for a in (x, to, y, b)]
+  got = jax.jit(decayed_products, static_argnums=4)(*args, diagonal)
+  np.testing.assert_allclose(got, expected, atol=2e-5)
+  np.testing.assert_allclose(decayed_products(args[0][0], *args[1:], diagonal), got[0], atol=1e-6)
+
+
+@pytest.mark.parametrize('decay', ['head', 'channel'])
+def test_corners_have_finite_gradients(decay):
+  """All decays 0, all 1, a log decay just above the floor; keys all zero; nothing but padding."""
+  inputs, state = case(decay)
+  inputs = jax.tree.map(lambda x: x[:, :4], inputs)
+  for changes in (
+      {'log_decay': jnp.full_like(inputs.log_decay, -jnp.inf)},
+      {'log_decay': jnp.zeros_like(inputs.log_decay), 'beta': jnp.ones_like(inputs.beta)},
+      {'log_decay': jnp.full_like(inputs.log_decay, FLOOR + 1e-3)},
+      {'k': jnp.zeros_like(inputs.k), 'q': jnp.zeros_like(inputs.q)},
+      {'valid_BT': jnp.zeros_like(inputs.valid_BT)}):
+    kernel_laws.same(FORMS['chunked'], FORMS['sequential'],
+                     (inputs._replace(**changes), state))
+
+
+def test_state_is_float32_whatever_the_inputs():
+  inputs, state = case('head')
+  half = inputs._replace(**{n: getattr(inputs, n).astype(jnp.bfloat16) for n in 'qkv'})
+  out, after, grads = kernel_laws.compiled(FORMS['chunked'])(half, state)
+  exact = half._replace(**{n: getattr(half, n).astype(jnp.float32) for n in 'qkv'})
+  expected, after_expected, _ = kernel_laws.compiled(FORMS['chunked'])(exact, state)
+  assert (out.dtype, after.dtype, grads[0].q.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+  np.testing.assert_allclose(after, after_expected, atol=1e-5)   # bf16 never enters the map
+  np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.05)
+
+
+# Layers.
+
+D = 12
+small = functools.partial(Settings, dim=D, num_heads=2, key_dim=4, value_dim=6, std=0.3, out_std=0.3)
+tokens = lambda: np.random.default_rng(1).standard_normal((2, 11, D)).astype(np.float32)
+
+
+def test_gated_delta_is_the_layer_of_qwen3_next():
+  import torch
+  from transformers.models.qwen3_next import modeling_qwen3_next as published
+  mixer = shaken(gated_delta.GatedDelta(small(chunk=4), rngs=nnx.Rngs(0)))
+  config = published.Qwen3NextConfig(
+      hidden_size=D, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=4,
+      linear_value_head_dim=6, linear_conv_kernel_dim=4, num_hidden_layers=1, rms_norm_eps=1e-6,
+      layer_types=['linear_attention'])
+  theirs = published.Qwen3NextGatedDeltaNet(config, 0)
+  ours = arrays(mixer)
+  rows = lambda w: w.reshape(D, 2, -1).transpose(1, 2, 0)   # [D, H, K] -> [H, K, D]
+  stack = lambda *names: np.concatenate([rows(ours[n]) for n in names], 1).reshape(-1, D)
+  taps = np.split(ours['qkv.conv.taps'].reshape(4, 2, 14), [4, 8], axis=-1)   # a head's q, k, v
+  taps = np.concatenate([x.reshape(4, -1) for x in taps], axis=1)             # q, k, v of all heads
+  weights = {
+      'in_proj_qkvz.weight': stack('qkv.w_q', 'qkv.w_k', 'qkv.w_v', 'w_gate'),
+      'in_proj_ba.weight': stack('w_beta', 'w_decay'), 'conv1d.weight': taps[::-1].T[:, None],
+      'dt_bias': ours['dt_bias'], 'A_log': ours['a_log'], 'norm.weight': ours['norm.scale'],
+      'out_proj.weight': ours['w_out'].reshape(12, D).T}
+  theirs.load_state_dict({n: torch.tensor(x.astype(np.float32)) for n, x in weights.items()})
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens())).numpy()
+  got, _ = run(mixer, tokens())
+  np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+  assert np.abs(expected).max() > 0.3
+
+
+def test_gated_delta_starts_as_published():
+  mixer = gated_delta.GatedDelta(Settings(dim=16, num_heads=256, key_dim=1), rngs=nnx.Rngs(0))
+  found = arrays(mixer)
+  rate, step = np.exp(found['a_log']), np.log1p(np.exp(found['dt_bias']))
+  assert 0.01 <= rate.min() < 0.5 and 15.5 < rate.max() <= 16 and abs(rate.mean() - 8) < 0.8
+  assert 1e-3 <= step.min() < 1.3e-3 and 0.08 < step.max() <= 0.1001
+  assert abs(np.log(step).mean() - np.log(1e-2)) < 0.2
+  assert gated_delta.GatedDelta.cost(Settings(dim=256, num_heads=4)).state == 4 * 48 * 96 + 3 * 768
+
+
+LAYERS = {'gated_delta': gated_delta.GatedDelta}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_negative_doubles_beta(name):
+  """beta = 2 reflects: with it, and not without, a memory can change its sign for ever."""
+  betas = []
+  for negative in (False, True):
+    mixer = LAYERS[name](small(negative=negative), rngs=nnx.Rngs(0))
+    seen = {}
+    class Spy:
+      cut = 'heads'
+      prepare = staticmethod(lambda inputs, seen=seen: seen.setdefault('beta', inputs.beta) is None or inputs)
+      finish = staticmethod(lambda inputs, state: (inputs.v, state))
+    mixer.kernel = Spy
+    with jax.disable_jit():
+      run(mixer, tokens())
+    betas.append(np.asarray(seen['beta']))
+  np.testing.assert_allclose(betas[1], 2 * betas[0], rtol=1e-6)
+  assert betas[1].max() > 1
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_zero_inputs_and_saturated_gates_have_finite_gradients(name):
+  mixer = LAYERS[name](small(chunk=4), rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(mixer)
+  loss = jax.jit(jax.grad(lambda p, x: jnp.sum(run(nnx.merge(graphdef, p), x)[0] ** 2)))
+  for x in (np.zeros((2, 11, D), np.float32), 1e4 * tokens()):
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(loss(params, x)))
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_costs(name):
+  for settings in (small(), small(conv=1), Settings(dim=16, num_heads=2)):
+    mixer, cost = LAYERS[name](settings, rngs=nnx.Rngs(0)), LAYERS[name].cost(settings)
+    found = arrays(mixer)
+    assert cost.parameters == sum(x.size for x in found.values())
+    assert cost.matrices == sum(x.size for n, x in found.items() if n.split('.')[-1][:2] == 'w_')
+    assert cost.state == sum(x[0].size for x in jax.tree.leaves(mixer.init_state(1)))
+    assert cost.wire == 2 * np.prod(mixer.dims[:2]) * sum(mixer.dims[1:]) / 2
+
+
+def test_mistakes_are_named():
+  cost = gated_delta.GatedDelta.cost
+  with pytest.raises(ConfigError, match=r'model.num_heads=5: must divide 3/4 of model.embed_dim=12'):
+    cost(Settings(dim=12, num_heads=5))
+  with pytest.raises(ConfigError, match=r'model.mixer_chunk=24: must be a power of two, as 32, or 0'):
+    cost(small(chunk=24))
