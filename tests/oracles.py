@@ -427,3 +427,17 @@ def delta_rule(q, k, v, beta, log_decay, S, reset, valid):
       S[i] += beta[t] * k[t, i] * wrong
     out[t] = q[t] @ S
   return out, S
+
+
+def short_conv(x, taps, bias, reset):
+  """y_t = bias + sum_j taps[j] x_{t-j} over the tokens of t's document; x [T, C], taps [W, C]."""
+  out = np.zeros_like(x)
+  for t in range(len(x)):
+    out[t] = bias
+    for j in range(len(taps)):
+      if t - j < 0:
+        break
+      out[t] += taps[j] * x[t - j]
+      if reset[t - j]:
+        break
+  return out

@@ -8,7 +8,8 @@ from flax import nnx
 
 from longctx.errors import ConfigError
 from longctx.models.context import new_clock, place_tokens
-from longctx.models.mixers import base, mamba2, rglru
+from longctx.models.mixers import base, linear_attention, mamba2, minimal, rglru
+from tests import oracles
 
 B, T, D = 2, 11, 12
 SEGMENTS = np.array([[1] * 4 + [2] * 7, [3] * 9 + [4] * 2])
@@ -132,7 +133,100 @@ def test_rglru_has_a_finite_gradient_where_the_gate_keeps_everything():
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+silu = lambda x: x * sigmoid(x)
+heads = lambda x, w: np.einsum('td,dhk->htk', x, w)
+RESET = np.concatenate([np.ones((B, 1), bool), SEGMENTS[:, 1:] != SEGMENTS[:, :-1]], axis=1)
+
+
+def by_loops(mixer, row):
+  """Our layer on packed documents against `row(parameters, x, reset)` in float64, row by row."""
+  mixer, x = shaken(mixer), inputs()
+  got, _ = run(mixer, x, SEGMENTS)
+  expected = np.stack([row(arrays(mixer), x[i].astype(np.float64), RESET[i]) for i in range(B)])
+  np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+  assert np.abs(expected).max() > 0.3
+
+
+@pytest.mark.parametrize('mixer_class', [minimal.MinGRU, minimal.MinLSTM])
+def test_minimal_cells_equal_loops(mixer_class):
+  def row(p, x, reset):
+    u = oracles.short_conv(x, p['conv.taps'], p['conv.bias'], reset)
+    *gates, candidate = (u @ p['w_in'][:, n] + p[f'biases.{n}'] for n in range(p['w_in'].shape[1]))
+    write = sigmoid(gates[0])
+    if len(gates) == 2:
+      write = sigmoid(gates[1]) / (sigmoid(gates[0]) + sigmoid(gates[1]))
+    new = np.where(candidate >= 0, candidate + 0.5, sigmoid(candidate))
+    h, _ = oracles.elementwise(1 - write, write * new, np.zeros(new.shape[1]), reset,
+                               np.ones(T, bool))
+    return h @ p['w_out']
+  by_loops(mixer_class(base.Settings(dim=D, num_heads=2, width=10, std=0.3, out_std=0.3, chunk=4),
+                       rngs=nnx.Rngs(0)), row)
+
+
+def test_minimal_gates_stay_finite_where_they_saturate():
+  mixer = minimal.MinLSTM(base.Settings(dim=D, num_heads=2), rngs=nnx.Rngs(0))
+  for bias in mixer.biases[:2]:
+    bias.set_value(jnp.full(bias.get_value().shape, -200.0))   # both gates 0: i / (f + i) is 1/2
+  write = mixer.write_gate(*(jnp.full((1,), -200.0),) * 2)
+  assert float(jax.nn.sigmoid(write)[0]) == 0.5
+  graphdef, params = nnx.split(mixer)
+  grads = jax.jit(jax.grad(lambda p: run(nnx.merge(graphdef, p), inputs())[0].sum()))(params)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def summed(p, x, reset, log_decay, feature=lambda x: x):
+  """(q, k, v, out) of each head, before what each layer does with it."""
+  q, k, v = (heads(x, p[name]) for name in ('w_q', 'w_k', 'w_v'))
+  one = lambda h: oracles.decayed_sum(feature(q[h]), feature(k[h]), v[h], log_decay[h],
+                                      np.zeros((q.shape[2], v.shape[2])), reset, np.ones(T, bool))[0]
+  return q, k, np.stack([one(h) for h in range(len(q))])
+
+
+def rms(x):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+def test_linear_attention_equals_loops():
+  def row(p, x, reset):
+    feature = lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+    q, k, out = summed(p, x, reset, np.zeros((len(p['w_q'][0]), T)), feature)
+    total = np.zeros((len(q), T, 1))
+    for h in range(len(q)):
+      for t in range(T):
+        start = max(s for s in range(t + 1) if reset[s])
+        total[h, t] = sum(feature(q[h, t]) @ feature(k[h, s]) for s in range(start, t + 1))
+    return np.einsum('htv,hvd->td', out / total, p['w_out'])
+  by_loops(linear_attention.LinearAttention(
+      base.Settings(dim=D, num_heads=3, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+
+
+def test_retention_equals_loops():
+  def row(p, x, reset):
+    log_decay = np.log(1 - 2.0 ** (-5 - np.arange(2)))[:, None] * np.ones(T)
+    _, _, out = summed(p, x, reset, log_decay)
+    gated = rms(out * 6 ** -0.5) * silu(heads(x, p['w_g']))
+    return np.einsum('htv,hvd->td', gated, p['w_out'])
+  by_loops(linear_attention.Retention(
+      base.Settings(dim=D, num_heads=2, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+
+
+def test_gla_equals_loops():
+  def row(p, x, reset):
+    logits = heads(x @ p['w_gate_in'], p['w_gate_out']) + p['gate_bias'].reshape(2, 1, 3)
+    _, _, out = summed(p, x, reset, np.log(sigmoid(logits)) / 16)
+    gated = rms(out * 3 ** -0.5) * p['norm_scale'] * silu(heads(x, p['w_g']))
+    return np.einsum('htv,hvd->td', gated, p['w_out'])
+  by_loops(linear_attention.GLA(
+      base.Settings(dim=D, num_heads=2, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+
+
 CASES = {
+    'min_gru': (minimal.MinGRU, {}),
+    'min_lstm': (minimal.MinLSTM, dict(width=5, conv=1)),
+    'linear_attention': (linear_attention.LinearAttention, {}),
+    'retention': (linear_attention.Retention, dict(key_dim=3, value_dim=5, num_heads=3)),
+    'gla': (linear_attention.GLA, {}),
     'rglru': (rglru.RGLRU, dict(width=20, num_heads=2)),
     'rglru, no convolution': (rglru.RGLRU, dict(conv=1)),
     'mamba2': (mamba2.Mamba2, {}),
@@ -156,6 +250,9 @@ def test_cost_counts_parameters_and_state(name):
 @pytest.mark.parametrize('mixer_class,changes,message', [
     (rglru.RGLRU, dict(num_heads=5), 'model.num_heads=5: must divide the width of rglru'),
     (rglru.RGLRU, dict(num_heads=3, width=16), 'model.mixer_width=16'),
+    (linear_attention.GLA, dict(num_heads=4), 'model.num_heads=4: must divide the keys of gla, 0.5'),
+    (linear_attention.Retention, dict(num_heads=7), 'must divide the keys of retention, 1 times'),
+    (linear_attention.Retention, dict(chunk=12), 'model.mixer_chunk=12: must be a power of two'),
     (mamba2.Mamba2, dict(num_heads=5), 'model.num_heads=5: must divide the inner width of mamba2'),
 ])
 def test_mistakes_are_named(mixer_class, changes, message):

@@ -24,6 +24,7 @@ from longctx.errors import check
 from longctx.models.context import Context
 from longctx.models.layers import constant, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
+from longctx.models.mixers.qkv import check_chunk
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel import mesh
 from longctx.parallel.state_scan import over_sequence
@@ -60,6 +61,7 @@ def sizes(settings: Settings, groups: int) -> tuple[int, int, int]:
   check(settings.value_dim or width % H == 0,
         f'model.num_heads={H}: must divide the inner width of mamba2, {width}; '
         'or set model.mixer_value_dim')
+  check_chunk(settings)
   check(H % groups == 0, f'groups={groups}: must divide model.num_heads={H}')
   return H, settings.value_dim or width // H, settings.key_dim or STATE_SIZE
 
