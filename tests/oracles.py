@@ -161,7 +161,7 @@ def cross_entropy(hidden, embedding, targets, weights, z_loss=0.0, label_smoothi
 # ---- Optimisers and schedules (longctx/training/optim.py) ----
 
 
-def schedule(name, step, num_steps, peak, warmup, final_fraction, decay_fraction):
+def schedule(name, step, num_steps, peak, warmup, final_fraction, decay_fraction, stairs=None):
   """Learning rate of update number `step` (from 0)."""
   if step < warmup:
     return peak * (step + 1) / (warmup + 1)
@@ -173,6 +173,13 @@ def schedule(name, step, num_steps, peak, warmup, final_fraction, decay_fraction
     return peak + done * (final - peak)
   if name == 'cosine':
     return final + (peak - final) * (1 + np.cos(np.pi * done)) / 2
+  if name == 'staircase':
+    start, every, factor = stairs
+    rate = peak
+    for s in range(warmup + 1, step + 1):   # after so many updates
+      if s - warmup > start and (s - warmup - start) % every == 0:
+        rate *= factor
+    return rate
   decay = round(decay_fraction * num_steps)   # wsd
   return peak + max(0.0, min(1.0, (step - (num_steps - decay)) / decay)) * (final - peak)
 

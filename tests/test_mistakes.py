@@ -257,6 +257,7 @@ FIELDS = [
     ('optimizer.ema=1.5', 'optimizer.ema=1.5: must be at least 0 and below 1'),
     ('optimizer.final_fraction=2',
      'optimizer.final_fraction=2.0: must be at least 0 and at most 1'),
+    ('optimizer.decay_factor=0', 'optimizer.decay_factor=0.0: must be above 0 and at most 1'),
     ('optimizer.warmup_steps=20', 'optimizer.warmup_steps=20: must be below the number of steps, '
      'run.num_steps=20'),
     ('loss.chunk=-1', 'loss.chunk=-1: must be at least 0'),
@@ -272,7 +273,7 @@ FIELDS = [
     # Names of choices.
     ('optimizer.name=adam', "optimizer.name='adam': must be one of adamw, adafactor, lion, muon, "
      'sgd (did you mean "adamw"?)'),
-    ('optimizer.schedule=cosin', 'must be one of constant, cosine, linear, wsd (did you mean '
+    ('optimizer.schedule=cosin', 'must be one of constant, cosine, linear, wsd, staircase (did you mean '
      '"cosine"?)'),
     ('model.dtype=float23', "model.dtype='float23': must be one of ", '(did you mean "float32"?)'),
     ('model.remat=dot', "model.remat='dot': must be one of none, full, dots", '"dots"?)'),

@@ -215,15 +215,16 @@ def test_a_zero_gradient_is_not_divided_by_its_norm():
 @pytest.mark.parametrize('warmup', [0, 1, 7])
 def test_schedules_equal_their_closed_forms(name, warmup):
   config = Config(schedule=name, learning_rate=0.3, warmup_steps=warmup, final_fraction=0.25,
-                  decay_fraction=0.3)
+                  decay_fraction=0.3, decay_start=9, decay_every=6, decay_factor=0.8)
   schedule = jax.jit(make_schedule(config, 40))
   for step in [*range(41), 100]:
-    want = oracles.schedule(name, step, 40, 0.3, warmup, 0.25, 0.3)
+    want = oracles.schedule(name, step, 40, 0.3, warmup, 0.25, 0.3, (9, 6, 0.8))
     np.testing.assert_allclose(schedule(jnp.int32(step)), want, rtol=1e-5, err_msg=str(step))
 
 
 def test_corner_points():
-  config = {'learning_rate': 1.0, 'warmup_steps': 4, 'final_fraction': 0.1, 'decay_fraction': 0.5}
+  config = {'learning_rate': 1.0, 'warmup_steps': 4, 'final_fraction': 0.1, 'decay_fraction': 0.5,
+            'decay_start': 2, 'decay_every': 14, 'decay_factor': 0.1}
   value = lambda name, step: float(make_schedule(Config(schedule=name, **config), 20)(step))
   for name in optim.SCHEDULES:
     assert [value(name, step) for step in (0, 3, 4)] == pytest.approx([0.2, 0.8, 1.0]), name
@@ -231,6 +232,7 @@ def test_corner_points():
   assert value('cosine', 12) == pytest.approx(0.55)   # half way between peak and end
   assert value('linear', 12) == pytest.approx(0.55)
   assert [value('wsd', step) for step in (10, 15)] == pytest.approx([1.0, 0.55])
+  assert [value('staircase', step) for step in (19, 33, 34)] == pytest.approx([1.0, 0.1, 0.01])
 
 
 @pytest.mark.parametrize('decay_fraction, want', [(0.0, [1, 1, 1]), (1.0, [1, 0.55, 0.145])])

@@ -30,7 +30,7 @@ from optax.contrib import MuonDimensionNumbers
 from longctx.errors import check, check_choice, check_range
 
 OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
-SCHEDULES = ('constant', 'cosine', 'linear', 'wsd')
+SCHEDULES = ('constant', 'cosine', 'linear', 'wsd', 'staircase')
 NO_DECAY = ('scale', 'bias')  # parameter names that never decay, whatever their rank
 MUON_RMS = 0.2  # rms of Muon's update: that of Adam's, so that one learning rate serves both
 
@@ -43,6 +43,9 @@ class Config:
   warmup_steps: int = 0        # linear: step s < warmup_steps has (s + 1) / (warmup_steps + 1)
   decay_fraction: float = 0.2  # wsd: the last part of the run, over which the rate falls linearly
   final_fraction: float = 0.1  # of learning_rate, reached when num_steps are done
+  decay_start: int = 0         # staircase: steps after the warm-up, and from then on the rate is
+  decay_every: int = 1000      #   multiplied by decay_factor whenever so many more steps are done
+  decay_factor: float = 0.5
   weight_decay: float = 0.1    # times the scheduled rate
   beta1: float = 0.9           # adamw, lion, and adamw inside muon
   beta2: float = 0.95
@@ -60,6 +63,10 @@ class Config:
       check(math.isfinite(value), f'optimizer.{field}={value}: must be finite')
     for field in ('decay_fraction', 'final_fraction'):
       check_range(f'optimizer.{field}', getattr(self, field), low=0, high=1)
+    check(0 < self.decay_factor <= 1,
+          f'optimizer.decay_factor={self.decay_factor}: must be above 0 and at most 1')
+    check_range('optimizer.decay_start', self.decay_start, low=0)
+    check_range('optimizer.decay_every', self.decay_every, low=1)
     for field in ('beta1', 'beta2', 'momentum', 'ema'):
       value = getattr(self, field)
       check(0 <= value < 1, f'optimizer.{field}={value}: must be at least 0 and below 1')
@@ -78,6 +85,9 @@ def make_schedule(config: Config, num_steps: int) -> optax.Schedule:
     schedule = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
   elif config.schedule == 'linear':
     schedule = optax.linear_schedule(peak, final, rest)
+  elif config.schedule == 'staircase':
+    schedule = optax.exponential_decay(peak, config.decay_every, config.decay_factor,
+                                       transition_begin=config.decay_start, staircase=True)
   else:  # wsd: warm-up, stable, decay
     decay = min(rest, round(config.decay_fraction * num_steps))
     schedule = optax.join_schedules(
