@@ -3,13 +3,16 @@
 B batch  T tokens  N heads  H head dim  D, F widths
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import layers
+from longctx.models import layers, lookup
+from longctx.parallel import mesh
 from tests import oracles
 
 
@@ -72,18 +75,53 @@ def test_gated_far_from_zero_stays_finite():
   np.testing.assert_allclose(dx, [0, 0, 50, 200], atol=1e-6)
 
 
-@pytest.mark.parametrize('vocab', [7, layers.ONE_HOT_VOCAB + 1])
+@pytest.mark.parametrize('vocab', [7, lookup.ONE_HOT_VOCAB + 1])
 def test_lookup_and_its_gradient(vocab):
   tokens = jnp.array([[0, 3, 3], [6, 0, 3]])
   table, cotangent = draw(vocab, 4), draw(2, 3, 4, seed=1)
-  rows, (grad,) = gradients(lambda t: layers.lookup(t, tokens), table, cotangent=cotangent)
+  rows, (grad,) = gradients(lambda t: lookup.lookup(t, tokens, jnp.float32), table, cotangent=cotangent)
   expected = np.zeros((vocab, 4))
   for b in range(2):
     for t in range(3):
       np.testing.assert_array_equal(rows[b, t], table[tokens[b, t]])
       expected[tokens[b, t]] += numbers(cotangent[b, t])
   np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-6)
-  assert np.isnan(layers.lookup(table, jnp.array([[vocab]]))).all()
+  assert np.isnan(lookup.lookup(table, jnp.array([[vocab]]), jnp.float32)).all()
+
+
+@pytest.mark.parametrize('layout, sizes', [
+    ('sequence', (2, 2, 2)), ('sequence_fsdp', (1, 4, 2)), ('fsdp', (8, 1, 1)), ('data', (8, 1, 1)),
+    ('sequence', (1, 1, 8))])   # 8 do not divide the symbols: the table stays whole
+def test_a_cut_table_gives_the_same_rows_and_gradient(layout, sizes):
+  vocab = lookup.ONE_HOT_VOCAB + 2
+  tokens = jax.random.randint(jax.random.key(2), (8, 12), 0, vocab).at[1, 3].set(vocab)
+  table, cotangent = draw(vocab, 16), draw(8, 12, 16, seed=1)
+  run = lambda t: lookup.lookup(t, tokens, jnp.float32)
+  data, seq, model = sizes
+  cut = mesh.make_layout(mesh.Config(data=data, seq=seq, model=model, layout=layout))
+  plain, found = gradients(run, table, cotangent=cotangent), gradients(
+      mesh.under(cut, run), table, cotangent=cotangent)
+  np.testing.assert_array_equal(found[0], plain[0])   # NaN where there is no such symbol
+  assert np.isnan(found[0][1, 3]).all() and np.isnan(found[0]).sum() == 16
+  np.testing.assert_allclose(found[1][0], plain[1][0], rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def feed_forward(kind, block, cut=False):
+  """(y, gradients of the weights and of x), 4 x 40 tokens."""
+  graphdef, params = nnx.split(layers.MLP(8, 12, kind, 0.5, 0.5, block=block, rngs=nnx.Rngs(0)))
+  run = lambda params, x: nnx.merge(graphdef, params)(x)
+  if cut:
+    run = mesh.under(mesh.make_layout(mesh.Config(data=2, seq=2, model=2, layout='sequence')), run)
+  return jax.tree.leaves(gradients(run, params, draw(4, 40, 8), cotangent=draw(4, 40, 8, seed=1)))
+
+
+@pytest.mark.parametrize('kind, block, cut', [
+    ('swiglu', 1, False), ('swiglu', 7, False), ('swiglu', 39, True), ('swiglu', 6, True),
+    ('gelu', 20, False), ('gelu', 5, True)])
+def test_blocks_of_tokens_compute_the_feed_forward_layer(kind, block, cut):
+  for a, b in zip(feed_forward(kind, block, cut), feed_forward(kind, 0), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -19,11 +19,11 @@ LAYER_INPUT = 'layer input'
 REMAT = {
     'none': None,                                                     # keep every activation
     'full': jax.checkpoint_policies.nothing_saveable,                 # keep layer inputs only
-    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(   # and them on the host
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src='device', offload_dst='pinned_host'),
     'dots': jax.checkpoint_policies.dots_saveable,                    # keep matrix products
     'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(   # inputs, on the host
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src='device', offload_dst='pinned_host'),
 }
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.models import token_blocks
+from longctx.models.lookup import lookup
 from longctx.parallel.mesh import constrain
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -31,35 +33,6 @@ def normal(std: float) -> Callable:
 
 def constant(value: float) -> Callable:
   return lambda key, shape, dtype: jnp.full(shape, value, dtype)
-
-
-# Up to this many symbols the gradient of a lookup is a product with the one-hot matrix: a scatter
-# of rows is serial on CPU and slow on TPU. Above, the product would cost more than the scatter.
-ONE_HOT_VOCAB = 1024
-
-
-@jax.custom_vjp
-def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-  """Rows of the table, [B, T, D]; a token outside the vocabulary gives NaN."""
-  return jnp.take(table_VD, tokens_BT, axis=0, mode='fill', fill_value=jnp.nan)
-
-
-def _lookup_forward(table_VD, tokens_BT):
-  return lookup(table_VD, tokens_BT), (tokens_BT, table_VD.shape[0])
-
-
-def _lookup_backward(residuals, grad_BTD):
-  tokens_BT, vocab = residuals
-  if vocab <= ONE_HOT_VOCAB:
-    one_hot_BTV = jax.nn.one_hot(tokens_BT, vocab, dtype=grad_BTD.dtype)
-    table = jnp.einsum('BTV,BTD->VD', one_hot_BTV, grad_BTD, preferred_element_type=jnp.float32)
-  else:
-    zeros = jnp.zeros((vocab, grad_BTD.shape[-1]), jnp.float32)
-    table = zeros.at[tokens_BT].add(grad_BTD.astype(jnp.float32), mode='drop')
-  return table.astype(grad_BTD.dtype), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @jax.custom_vjp
@@ -100,8 +73,7 @@ class Embedding(nnx.Module):
     self.table = param(rngs, normal(std), (vocab_size, dim), ('vocab', 'embed'))
 
   def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    x_BTD = lookup(self.table.get_value().astype(dtype), tokens_BT)
-    return constrain(x_BTD, 'batch', 'length', None)
+    return lookup(self.table.get_value(), tokens_BT, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -162,11 +134,14 @@ gated.defvjp(lambda gate, x: (gated(gate, x), (gate, x)), _gated_backward)
 
 
 class MLP(nnx.Module):
-  """The feed-forward layer: 'swiglu' W_o (silu(x W_g) * x W_i), or 'gelu' W_o gelu(x W_i)."""
+  """The feed-forward layer: 'swiglu' W_o (silu(x W_g) * x W_i), or 'gelu' W_o gelu(x W_i).
+
+  `block`: tokens of each row of a device at a time, made again for the backward pass; 0: all.
+  """
 
   def __init__(self, dim: int, mlp_dim: int, kind: str, std: float, out_std: float, *,
-               rngs: nnx.Rngs):
-    self.kind = kind
+               block: int = 0, rngs: nnx.Rngs):
+    self.kind, self.block = kind, block
     if kind == 'swiglu':
       self.w_in = param(rngs, normal(std), (dim, 2, mlp_dim), ('embed', None, 'mlp'))
     else:
@@ -174,10 +149,11 @@ class MLP(nnx.Module):
     self.w_out = param(rngs, normal(out_std), (mlp_dim, dim), ('mlp', 'embed'))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    w_in = self.w_in.get_value()
-    if self.kind == 'swiglu':
-      h_BTF = gated(linear(x_BTD, w_in[:, 0]), linear(x_BTD, w_in[:, 1]))
-    else:
-      h_BTF = jax.nn.gelu(linear(x_BTD, w_in))
-    h_BTF = constrain(h_BTF, 'batch', 'length', 'mlp')
-    return linear(h_BTF, self.w_out.get_value())
+    w_in, w_out = self.w_in.get_value(), self.w_out.get_value()
+    w_ins = (w_in[:, 0], w_in[:, 1]) if self.kind == 'swiglu' else (w_in,)
+    activation = gated if self.kind == 'swiglu' else jax.nn.gelu
+    if 0 < self.block < x_BTD.shape[1] // token_blocks.cuts(x_BTD)[1]:
+      y_BTD = token_blocks.feed_forward(activation, x_BTD, w_ins, w_out, self.block)
+      return constrain(y_BTD, 'batch', 'length', None)
+    h_BTF = constrain(activation(*(linear(x_BTD, w) for w in w_ins)), 'batch', 'length', 'mlp')
+    return linear(h_BTF, w_out)

@@ -8,6 +8,7 @@ Held by: tests/test_mesh.py (the loss is the same under every layout), tests/tes
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -232,6 +233,20 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
   if layout is None or layout.mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, layout.sharding(*dims, shape=x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, kept: tuple[str | None, ...], used: tuple[str | None, ...]) -> jax.Array:
+  """A parameter, `kept` cut, as it is `used`; its gradient is summed to the parts that are kept.
+
+  The gradient of `constrain` would be gathered like its argument: a sum of whole gradients.
+  """
+  del kept
+  return constrain(x, *used)
+
+
+gathered.defvjp(lambda x, kept, used: (constrain(x, *used), None),
+                lambda kept, used, _, gradient: (constrain(gradient, *kept),))
 
 
 def compiler_options(layout: Layout) -> dict[str, str] | None:

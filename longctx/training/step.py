@@ -75,9 +75,10 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
                                segment_ids_BT=batch['segment_ids'], dropout_key=key, **placed)
     layout = mesh.current()
     # Whole along D before the loss: cut along it, it would be gathered for every chunk.
-    table_VD = mesh.constrain(model.output_embedding_VD(), 'vocab', None)
+    table_VD = mesh.gathered(model.output_embedding_VD().astype(hidden_BTD.dtype),
+                             ('vocab', 'embed'), ('vocab', None))
     total, nll_BT = loss_lib.cross_entropy(
-        hidden_BTD, table_VD.astype(hidden_BTD.dtype), batch['targets'],
+        hidden_BTD, table_VD, batch['targets'],
         weights_BT, chunk=config.chunk, z_loss=config.z_loss,
         label_smoothing=config.label_smoothing,
         batch_shards=layout.size('batch') if layout else 1,
