@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from longctx.errors import ConfigError
-from longctx.models.mixers import gated_delta
+from longctx.models.mixers import delta_net, gated_delta, kda
 from longctx.models.mixers.base import Settings
 from longctx.parallel.state_scan import over_sequence
 from longctx.recurrence.delta import FLOOR, Delta, Inputs
 from longctx.recurrence.triangular import decayed_products, inverse
 from tests import kernel_laws, oracles
-from tests.test_mixers import arrays, run, shaken
+from tests.test_mixers import SEGMENTS, arrays, run, shaken
 
 B, T, H, K, V = 2, 16, 2, 4, 3
 FORMS = {'sequential': Delta('sequential'), 'chunked': Delta('chunked', 4), 'scan': Delta('scan', 4)}
@@ -198,26 +198,53 @@ def test_gated_delta_starts_as_published():
   assert gated_delta.GatedDelta.cost(Settings(dim=256, num_heads=4)).state == 4 * 48 * 96 + 3 * 768
 
 
-LAYERS = {'gated_delta': gated_delta.GatedDelta}
+LAYERS = {'gated_delta': gated_delta.GatedDelta, 'delta_net': delta_net.DeltaNet, 'kda': kda.KDA}
 
 
-@pytest.mark.parametrize('name', LAYERS)
-def test_negative_doubles_beta(name):
-  """beta = 2 reflects: with it, and not without, a memory can change its sign for ever."""
-  betas = []
-  for negative in (False, True):
-    mixer = LAYERS[name](small(negative=negative), rngs=nnx.Rngs(0))
-    seen = {}
-    class Spy:
-      cut = 'heads'
-      prepare = staticmethod(lambda inputs, seen=seen: seen.setdefault('beta', inputs.beta) is None or inputs)
-      finish = staticmethod(lambda inputs, state: (inputs.v, state))
-    mixer.kernel = Spy
-    with jax.disable_jit():
-      run(mixer, tokens())
-    betas.append(np.asarray(seen['beta']))
-  np.testing.assert_allclose(betas[1], 2 * betas[0], rtol=1e-6)
-  assert betas[1].max() > 1
+def layer_loops(name, p, x, most):
+  """The published layer over one document x [T, D], from its parameters, in float64."""
+  H, K, V = 2, 4, 6
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+  softplus = lambda z: np.log1p(np.exp(z))
+  length = len(x)
+  mixed = np.concatenate([np.einsum('td,dhk->thk', x, p[f'qkv.w_{n}']) for n in 'qkv'], axis=-1)
+  mixed, conv = mixed.reshape(length, -1), np.zeros((length, H * (2 * K + V)))
+  for t in range(length):
+    for j in range(min(4, t + 1)):
+      conv[t] += p['qkv.conv.taps'][j] * mixed[t - j]
+  q, k, v = np.split((conv * sigmoid(conv)).reshape(length, H, -1), [K, 2 * K], axis=-1)
+  unit = lambda z: z / np.sqrt((z * z).sum(-1, keepdims=True) + 1e-6)
+  q, k, beta = unit(q) / np.sqrt(K), unit(k), most * sigmoid(x @ p['w_beta'])
+  decay = None
+  if name == 'gated_delta':
+    decay = -np.exp(p['a_log']) * softplus(x @ p['w_decay'] + p['dt_bias'])
+  elif name == 'kda':
+    low = np.einsum('tr,rhk->thk', x @ p['w_decay_in'], p['w_decay_out'])
+    decay = -np.exp(p['a_log'])[:, None] * softplus(low + p['dt_bias'].reshape(H, K))
+  y = np.zeros((length, x.shape[1]))
+  for h in range(H):
+    out, _ = oracles.delta_rule(q[:, h], k[:, h], v[:, h], beta[:, h],
+                                None if decay is None else decay[:, h], np.zeros((K, V)),
+                                np.zeros(length, bool), np.ones(length, bool))
+    out = oracles.rms_norm(out, p['norm.scale'], 1e-6)
+    if name == 'gated_delta':
+      gate = x @ p['w_gate'][:, h]
+      out = out * gate * sigmoid(gate)
+    elif name == 'kda':
+      out = out * sigmoid(x @ p['w_gate_in'] @ p['w_gate_out'][:, h]
+                          + p['bias_gate'].reshape(H, V)[h])
+    y += out @ p['w_out'][h]
+  return y
+
+
+@pytest.mark.parametrize('name,negative', [('gated_delta', True), ('delta_net', False),
+                                           ('delta_net', True), ('kda', False), ('kda', True)])
+def test_layer_is_the_published_one(name, negative):
+  mixer = shaken(LAYERS[name](small(chunk=4, negative=negative), rngs=nnx.Rngs(0)))
+  got, _ = run(mixer, tokens(), SEGMENTS)
+  for row, (a, b) in ((0, (0, 4)), (0, (4, 11)), (1, (0, 9)), (1, (9, 11))):
+    expected = layer_loops(name, arrays(mixer), np.float64(tokens()[row, a:b]), 1.0 + negative)
+    np.testing.assert_allclose(got[row, a:b], expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize('name', LAYERS)
