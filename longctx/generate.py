@@ -39,6 +39,7 @@ def define_flags() -> flags.FlagValues:
   whole('top_k', 0, 'Keeps the k most probable tokens; 0 = off.')
   real('top_p', 1.0, 'Keeps the fewest tokens with this much probability together; 1 = off.')
   real('min_p', 0.0, 'Keeps tokens with at least this share of the largest probability; 0 = off.')
+  whole('seq', 1, 'Devices that share what the model remembers, for contexts larger than one holds.')
   whole('seed', 0, 'The same seed draws the same text.')
   switch('use_ema', False, 'Use the averaged parameters.')
   switch('echo', True, 'Write the prompt before the text that continues it.')
@@ -60,6 +61,7 @@ def check_flags(f: flags.FlagValues) -> Any:
   check(os.path.isdir(f.workdir), f'--workdir={f.workdir}: no such folder')
   command_line.check_checkpoint(f.checkpoint)
   check_range('--max_new_tokens', f.max_new_tokens, low=1)
+  check_range('--seq', f.seq, low=1)
   check_range('--seed', f.seed, low=0, high=2**31 - 1)
   check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
   from longctx.inference.sampling import Sampling
@@ -127,8 +129,8 @@ def run(f: flags.FlagValues) -> None:
   set_compilation_cache('')
   from longctx import assembly
   from longctx.inference import sampling
-  graphdef, params, tokenizer, model_config = assembly.load_for_inference(
-      f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint)
+  graphdef, params, tokenizer, model_config, layout = assembly.load_for_inference(
+      f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint, seq=f.seq)
   prompt_ids = [tokenizer.separator, *tokenizer.encode(prompt, name).tolist()]
   total = len(prompt_ids) + f.max_new_tokens
   check(not model_config.max_length or total <= model_config.max_length,
@@ -137,7 +139,7 @@ def run(f: flags.FlagValues) -> None:
         f'{model_config.max_length}')
   tokens = sampling.generate(
       graphdef, params, prompt_ids, max_new_tokens=f.max_new_tokens, sampling=settings,
-      stop_token=tokenizer.separator, seed=f.seed,
+      stop_token=tokenizer.separator, seed=f.seed, layout=layout,
       banned=range(tokenizer.vocab_size, model_config.vocab_size))   # no text stands for these
   terminal = Terminal(f.echo)
   try:

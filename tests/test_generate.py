@@ -24,9 +24,9 @@ class Loader:
     self.model = toy_models.CountModel(257, max_length=100)
     self.calls = []
 
-  def __call__(self, folder, *, use_ema=False, checkpoint='newest'):
+  def __call__(self, folder, *, use_ema=False, checkpoint='newest', seq=1):
     self.calls.append((folder, use_ema, checkpoint))
-    return *nnx.split(self.model), Bytes(), self.model.config
+    return *nnx.split(self.model), Bytes(), self.model.config, None
 
 
 @pytest.fixture

@@ -231,15 +231,16 @@ def test_the_same_bits_every_time():
     assert (a == b).all()
 
 
+@pytest.mark.parametrize('strategy,ulysses', [('ring', 1), ('bidirectional', 1), ('hybrid', 2)])
 @pytest.mark.parametrize('window', [3, 9])
-def test_hops_that_a_window_does_not_reach_are_not_missed(window):
+def test_hops_that_a_window_does_not_reach_are_not_missed(window, strategy, ulysses):
   """The ring of a static window stops early; its values are the definition's, in every order."""
   mask = intervals.sliding_window(B, PADDED, window)
   qkv = [jnp.asarray(np.pad(x, [(0, 0), (0, 3), (0, 0), (0, 0)]), jnp.float32) for x in inputs()[0]]
   want, _ = oracles.masked_attention(*[np.asarray(x, np.float64) for x in qkv],
                                      np.asarray(intervals.sees(mask)), SCALE)
   for order in layouts.ORDERS:
-    layout = layout_of('ring', 4, order)
+    layout = layout_of(strategy, 4, order, ulysses)
     slots = layouts.permutation(order, PADDED, 4, UNIT)
     row = lambda x, slots=slots: x[:, slots]
     laid = intervals.Intervals(start_BT=row(mask.start_BT), end_BT=row(mask.end_BT),

@@ -52,7 +52,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Interv
     bias: added to the scores, see `attention.biases`.
     sink_N: a logit a head that joins the softmax and adds nothing to out (gpt-oss).
     implementation: 'auto' or one of IMPLEMENTATIONS.
-    cached: the keys are a cache, which the mesh does not cut along its length.
+    cached: the keys are a cache; see parallel/sequence.py.
   Where a query sees nothing, out is 0 and lse -1e30 (with sink_N: the sink's logit).
   Raises ValueError for shapes that do not fit or an unknown implementation, NotImplementedError
   with the reason where the implementation named cannot serve the call.

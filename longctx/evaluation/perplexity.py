@@ -31,6 +31,7 @@ from flax import nnx
 from longctx import errors
 from longctx.evaluation import result
 from longctx.evaluation import windows as windows_lib
+from longctx.models import attention_layer
 from longctx.parallel import mesh
 from longctx.training import metrics
 from longctx.training.loss import cross_entropy
@@ -92,7 +93,9 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
     mesh.check_divides('evaluation.segment', config.segment, 'length', layout)
   shape = (config.batch_size, segment_size(config, length, layout))
   carries = not length or length > shape[1]
-  programs = _programs(graphdef, layout, carries, shape[0], length, loss_chunk)
+  programs = _programs(graphdef, layout, carries, shape[0], length, loss_chunk,
+                       _state_shardings(graphdef, params, layout, shape[0], length)
+                       if layout and carries else None)
   reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), shape, scored)
   passes = {}
   for mode in config.modes:
@@ -127,11 +130,18 @@ class _Programs(NamedTuple):
   put: Any  # host array [B, T] of all rows -> array
 
 
+def _state_shardings(graphdef, params, layout, batch_size, capacity) -> Any:
+  fresh = lambda params: nnx.merge(graphdef, params).init_state(batch_size, capacity=capacity)
+  return attention_layer.shardings(layout, jax.eval_shape(mesh.under(layout, fresh), params))
+
+
 @functools.lru_cache(maxsize=4)
-def _programs(graphdef, layout, carries, batch_size, capacity, loss_chunk) -> _Programs:
-  """The compiled parts, shared by all evaluations of one run: compiled once."""
+def _programs(graphdef, layout, carries, batch_size, capacity, loss_chunk, state) -> _Programs:
+  """The compiled parts, shared by all evaluations of one run: compiled once.
+
+  `state`: the shardings of the model's state.
+  """
   wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
-  rows = layout.sharding('batch') if layout else None
   whole = layout.sharding() if layout else None
   shards = dict(batch_shards=layout.size('batch'), length_shards=layout.size('length')
                 ) if layout else {}
@@ -154,9 +164,9 @@ def _programs(graphdef, layout, carries, batch_size, capacity, loss_chunk) -> _P
 
   # The state keeps one placement, so that the second call finds the first one's program; the nll
   # is whole on every device, so that every process can fetch it.
-  return _Programs(jax.jit(wrap(fresh), out_shardings=rows) if carries else lambda params: None,
+  return _Programs(jax.jit(wrap(fresh), out_shardings=state) if carries else lambda params: None,
                    jax.jit(wrap(score), donate_argnums=1,
-                           out_shardings=(whole, rows) if layout else None), put)
+                           out_shardings=(whole, state) if layout else None), put)
 
 
 class _Segment(NamedTuple):

@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import errors
+from longctx.parallel import mesh
 
 ENDED = -1  # in a batch: the row stopped before this token
 NOT_FINITE = -2  # the model's logits held a NaN; never leaves this file
@@ -88,8 +89,10 @@ def sample_token(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned: tuple[int, ...]):
+def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned: tuple[int, ...],
+              layout: mesh.Layout | None):
   """The compiled parts of `generate`, shared by all calls with the same model and settings."""
+  wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
 
   def choose(model, hidden_BD, alive_B, key):
     logits_BV = model.logits(hidden_BD[:, None])[:, 0]
@@ -101,21 +104,17 @@ def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banne
     token_B = jnp.where(alive_B, token_B, ENDED)
     return token_B, alive_B & (token_B != stop_token)
 
-  @functools.partial(jax.jit, static_argnums=(0, 1))
   def fresh(batch, capacity, params):
     return nnx.merge(graphdef, params).init_state(batch, capacity=capacity)
 
-  @functools.partial(jax.jit, donate_argnums=1)
   def read(params, state, tokens_BT, valid_BT):
     hidden_BTD, state = nnx.merge(graphdef, params)(tokens_BT, state, valid_BT=valid_BT)
     last_B = jnp.maximum(jnp.sum(valid_BT, 1) - 1, 0)
     return jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], state
 
-  @jax.jit
   def first(params, hidden_BD, key):
     return choose(nnx.merge(graphdef, params), hidden_BD, jnp.ones(len(hidden_BD), bool), key)
 
-  @functools.partial(jax.jit, donate_argnums=1)
   def step(params, state, token_B, alive_B, key, index):
     model = nnx.merge(graphdef, params)
     hidden_B1D, state = model(
@@ -123,7 +122,8 @@ def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banne
     token_B, alive_B = choose(model, hidden_B1D[:, 0], alive_B, jax.random.fold_in(key, index))
     return token_B, alive_B, state
 
-  return fresh, read, first, step
+  return (jax.jit(wrap(fresh), static_argnums=(0, 1)), jax.jit(wrap(read), donate_argnums=1),
+          jax.jit(wrap(first)), jax.jit(wrap(step), donate_argnums=1))
 
 
 def _prefill(fresh, read, params, prompts, capacity, chunk):
@@ -146,7 +146,7 @@ def _prefill(fresh, read, params, prompts, capacity, chunk):
 def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *,
                    max_new_tokens: int, sampling: Sampling = Sampling(), capacity: int = 0,
                    chunk: int = 256, stop_token: int = -1, banned: Sequence[int] = (),
-                   seed: int = 0) -> Iterator[np.ndarray]:
+                   seed: int = 0, layout: mesh.Layout | None = None) -> Iterator[np.ndarray]:
   """Carries on several prompts of any lengths at once; one [B] array of token ids a step.
 
   Args:
@@ -160,6 +160,7 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
     stop_token: ends its row and is not handed out (ENDED stands there and after it); -1 = none.
     banned: ids that are never chosen, such as the separator where it does not stop the text.
     seed: the draw; token n of the same call with the same seed is the same token.
+    layout: the mesh that `params` are on, whose `seq` shares caches and prompts; None: one device.
   """
   lengths = [len(prompt) for prompt in prompts]
   if not lengths or min(lengths) < 1:
@@ -170,7 +171,8 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
     raise ValueError(f'capacity={capacity}: the prompt and max_new_tokens={max_new_tokens} need '
                      f'{needed}')
   prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  fresh, read, first, step = _programs(graphdef, sampling, stop_token, tuple(banned))
+  fresh, read, first, step = _programs(graphdef, sampling, stop_token, tuple(banned),
+                                         layout)
   key = jax.random.key(seed)
   hidden_BD, state = _prefill(fresh, read, params, prompts, capacity, chunk)
   token_B, alive_B = first(params, hidden_BD, jax.random.fold_in(key, 0))

@@ -1,26 +1,30 @@
 """Self-attention with a key-value cache as its state.
 
 A call attends to the cached keys and to its own, each with the mask as an interval of key indices,
-and merges the two by their log-sum-exp; then it writes its keys. The cache is a ring: the key of
-index i stands in slot i mod S. A layer with a window needs window - 1 slots, however long the
-document; a layer without one needs a slot for every token.
+and merges the two by their log-sum-exp; then it writes its keys. The cache is a ring of slots: the
+key of index i stands in slot i mod S. A layer with a window needs window - 1 slots, however long the
+document; a layer without one needs a slot for every token. Where a mesh cuts the sequence, it cuts
+the cache too: large caches deal their slots out like cards, so that all devices have equal parts of
+a document however long it is so far.
 Sources: RoPE arXiv:2104.09864, GQA arXiv:2305.13245, qk-norm arXiv:2010.04245.
-Held by: tests/test_models.py.
+Held by: tests/test_models.py, tests/test_sharded_cache.py.
 
 B batch  T tokens  S slots  N query heads  K kv heads  H head dim  D model  W window
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from longctx.attention import attend, attention, merge
 from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, linear, normal, param, rotate
-from longctx.parallel.mesh import constrain
+from longctx.parallel.mesh import Layout, constrain
+from longctx.parallel.sequence import write_slots
 
 
 class Cache(NamedTuple):
@@ -31,11 +35,40 @@ class Cache(NamedTuple):
   index: jax.Array   # int32 [B, S]: which token's key stands here; -1 for none
 
 
+LANES = 64   # into so many hands are slots dealt, whatever the mesh: a saved cache fits any
+# By reversed bits: any power of two of devices, each with neighbouring hands, get slots in turn.
+TURNS = np.array([int(f'{i:06b}'[::-1], 2) for i in range(LANES)])
+
+
 def empty_cache(batch_size: int, slots: int, num_kv_heads: int, head_dim: int,
                 dtype: jnp.dtype) -> Cache:
   shape = (batch_size, slots, num_kv_heads, head_dim)
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
-               jnp.full((batch_size, slots), -1, jnp.int32))
+  return cut_slots(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
+                         jnp.full((batch_size, slots), -1, jnp.int32)))
+
+
+def cut_slots(cache: Cache) -> Cache:
+  """The cache, each device with its part of the slots under the current layout."""
+  kv = lambda x: constrain(x, 'batch', 'slots', 'kv_heads', None)
+  return Cache(kv(cache.k), kv(cache.v), constrain(cache.index, 'batch', 'slots'))
+
+
+def shardings(layout: Layout, state: Any) -> Any:
+  """Where a model's state stands: caches by their slots and kv heads, everything by rows."""
+  def one(x):
+    if not isinstance(x, Cache):
+      return layout.sharding('batch')
+    kv = layout.sharding('batch', 'slots', 'kv_heads', None, shape=x.k.shape)
+    return Cache(kv, kv, layout.sharding('batch', 'slots', shape=x.index.shape))
+  return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Cache))
+
+
+def place_of(slot: Any, slots: int) -> Any:
+  """Where in the arrays a slot stands: in turn in one of LANES parts, each far from the last."""
+  if slots % LANES:
+    return slot
+  turns = TURNS if isinstance(slot, np.ndarray) else jnp.asarray(TURNS)
+  return turns[slot % LANES] * (slots // LANES) + slot // LANES
 
 
 def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array) -> Cache:
@@ -45,10 +78,10 @@ def write(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Arra
     return cache
   newest_B1 = index_BT.max(axis=1, keepdims=True)
   stays_BT = (index_BT >= 0) & (index_BT > newest_B1 - slots)
-  slot_BT = jnp.where(stays_BT, index_BT % slots, slots)   # slot S does not exist: dropped
-  row_B1 = jnp.arange(index_BT.shape[0])[:, None]
-  put = lambda old, new: old.at[row_B1, slot_BT].set(new.astype(old.dtype), mode='drop')
-  return Cache(put(cache.k, k_BTKH), put(cache.v, v_BTKH), put(cache.index, index_BT))
+  place_BT = jnp.where(stays_BT, place_of(index_BT % slots, slots), slots)   # S: dropped
+  return cut_slots(Cache(write_slots(cache.k, k_BTKH, place_BT),
+                         write_slots(cache.v, v_BTKH, place_BT),
+                         write_slots(cache.index, index_BT, place_BT)))
 
 
 def rebase(cache: Cache, less_B: jax.Array, shift: int) -> Cache:
@@ -61,8 +94,10 @@ def rebase(cache: Cache, less_B: jax.Array, shift: int) -> Cache:
   cache = cache._replace(index=index_BS)
   if slots == 0 or shift % slots == 0:
     return cache
-  turn = lambda x: jnp.where(less_B.reshape(-1, *[1] * (x.ndim - 1)) > 0,
-                             jnp.roll(x, -shift % slots, axis=1), x)
+  order = np.arange(slots)
+  source = np.empty(slots, int)   # place -> the place that what stands there comes from
+  source[place_of(order, slots)] = place_of((order + shift) % slots, slots)
+  turn = lambda x: jnp.where(less_B.reshape(-1, *[1] * (x.ndim - 1)) > 0, x[:, source], x)
   return Cache(*map(turn, cache))
 
 

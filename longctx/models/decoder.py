@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from longctx.models.attention_layer import Attention, Cache, empty_cache
+from longctx.models.attention_layer import LANES, Attention, Cache, empty_cache
 from longctx.models.attention_layer import rebase as rebase_cache
 from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
 from longctx.models.decoder_config import LAYER_INPUT, REMAT, Config
@@ -121,14 +121,18 @@ class Decoder(nnx.Module):
     return max((MIXERS[m].dependency for m in self.config.layers if m != 'attention'), default='P0')
 
   def init_state(self, batch_size: int, capacity: int = 0) -> State:
-    """An empty state. `capacity` in tokens: how long the document may get (0: max_length)."""
+    """An empty state. `capacity` in tokens: how long the document may get (0: max_length).
+
+    A large one is rounded up, so that devices can share it evenly.
+    """
     config = self.config
     capacity = capacity or config.max_length
+    even = lambda slots: slots if slots < 16 * LANES else -(-slots // LANES) * LANES
     dtype = DTYPES[config.dtype]
     def layer(i, mixer, window):
       if mixer == 'attention':
-        return empty_cache(batch_size, min(window - 1, capacity) if window else capacity,
-                           config.num_kv_heads, config.head_dim, dtype)
+        slots = even(min(window - 1, capacity) if window else capacity)
+        return empty_cache(batch_size, slots, config.num_kv_heads, config.head_dim, dtype)
       scanned = config.layer_loop == 'scan'
       return self.blocks[i % config.period if scanned else i].mixer.init_state(batch_size)
     return State(new_clock(batch_size), tuple(

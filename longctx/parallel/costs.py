@@ -95,7 +95,8 @@ def costs(s: Shape, chip: Chip) -> list[Cost]:
 
   sent = ring_bytes(s, hops_of(s, n, s.tokens))
   add('ring', 1, sent, sum(sent), 0, 'transfers hide behind the hops')
-  add('bidirectional', 1, sent, sum(sent) / 2, 0, 'half of the keys on each of two links')
+  if hops_of(s, n, s.tokens) == n - 1:   # else the keys that a window reaches come one way
+    add('bidirectional', 1, sent, sum(sent) / 2, 0, 'half of the keys on each of two links')
   for u in (u for u in range(2, n + 1) if n % u == 0):
     if s.heads % u or (s.kv_heads % u and u % s.kv_heads):
       continue

@@ -8,8 +8,12 @@
 
 Every strategy is exact for every mask and order of the tokens: a mask is intervals of indices, and
 each token brings its index. A length that the axis does not divide is padded, and masked, inside.
+
+A cache of keys stays where it was written, cut over the same axis. A few queries (a token that is
+being generated) go to all devices, each attends to its own slots, and one small sum over the devices
+merges what they saw; a chunk of many queries attends to it by the strategy, as to any keys.
 Sources: Ulysses arXiv:2309.14509, hybrid (USP) arXiv:2405.07719, ring arXiv:2310.01889.
-Held by: tests/test_ring.py, tests/test_mesh.py.
+Held by: tests/test_ring.py, tests/test_mesh.py, tests/test_sharded_cache.py.
 
 B batch  T queries  S keys  N query heads  K kv heads  H head dim
 """
@@ -24,10 +28,10 @@ import numpy as np
 
 from longctx.errors import check
 from longctx.parallel import layouts
-from longctx.parallel.mesh import STRATEGIES, Layout
+from longctx.parallel.mesh import STRATEGIES, Layout, current
 from longctx.parallel.ring import Ring, hops_needed, ring_attention
 
-__all__ = ['STRATEGIES', 'attend', 'check_heads']
+__all__ = ['STRATEGIES', 'attend', 'check_heads', 'write_slots']
 
 
 def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array,
@@ -35,34 +39,82 @@ def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array
            ) -> tuple[jax.Array, jax.Array]:
   """(out_BTNH, lse_BTN) of arrays [B, T, ...] that are cut by `layout`; see `attention.attend`.
 
-  `cached`: the keys are not cut along their length.
+  `cached`: the keys are a cache, cut over the axis of `slots` where it divides their number.
   """
-  size = layout.size('length')
   k, v = (share_heads(x, layout) for x in (k, v))
   check_heads(layout, q.shape[2] // layout.size('heads'), k.shape[2] // layout.size('heads'))
-  length, num_keys = q.shape[1], k.shape[1]
+  size, length, num_keys = layout.size('length'), q.shape[1], k.shape[1]
   mask = dataclasses.replace(mask, key_index_BS=mask.keys_BS)
-  if size > 1:
+  rows, keys = 'length', 'length'   # what the queries and the keys are cut as
+  local = functools.partial(one_device, kernel, lse_gradient)
+  if cached and size > 1 and num_keys % size == 0 and not _keys_move(layout, q, k):
+    rows = None
+    local = functools.partial(_own_slots, kernel, lse_gradient, layout.rules['length'])
+  elif length < size:   # one token at a time: every device has all of them
+    rows = keys = None
+  elif size > 1 and cached and num_keys % size:
     q, mask = _pad_queries(q, mask, size)
-    if not cached:
-      k, v, mask = _pad_keys(k, v, mask, size)
-  keys_length = None if cached else 'length'
-  q_spec = layout.spec('batch', 'length', 'heads', None)
-  kv_spec = layout.spec('batch', keys_length, 'heads', None)
-  mask_spec = jax.tree.map(lambda _: layout.spec('batch', 'length'), mask)
-  mask_spec = dataclasses.replace(mask_spec, key_index_BS=layout.spec('batch', keys_length))
-  options_spec = jax.tree.map(lambda _: layout.spec('heads'), options)
-  if size == 1 or cached:
-    local = functools.partial(one_device, kernel, lse_gradient)
-  else:
-    known_order = length == num_keys == q.shape[1]   # padding is not part of any order
+    keys = None
+  elif size > 1:
+    q, mask = _pad_queries(q, mask, size)
+    k, v, mask = _pad_keys(k, v, mask, size)
+    known_order = not cached and length == num_keys == q.shape[1]   # padding is of no order
     local = functools.partial(_cut, kernel, lse_gradient, layout,
                               layout.order if known_order else None)
+  q_spec = layout.spec('batch', rows, 'heads', None)
+  kv_spec = layout.spec('batch', keys, 'heads', None)
+  mask_spec = jax.tree.map(lambda _: layout.spec('batch', rows), mask)
+  mask_spec = dataclasses.replace(mask_spec, key_index_BS=layout.spec('batch', keys))
+  options_spec = jax.tree.map(lambda _: layout.spec('heads'), options)
   out, lse = jax.shard_map(
       local, mesh=layout.mesh, in_specs=(q_spec, kv_spec, kv_spec, mask_spec, options_spec),
-      out_specs=(q_spec, layout.spec('batch', 'length', 'heads')), check_vma=False,
+      out_specs=(q_spec, layout.spec('batch', rows, 'heads')), check_vma=False,
   )(q, k, v, mask, options)
   return out[:, :length], lse[:, :length]
+
+
+def _keys_move(layout: Layout, q: jax.Array, k: jax.Array) -> bool:
+  """Whether queries of a cut cache stay and its keys come to them: where that is less to send."""
+  if q.shape[1] % layout.size('length'):
+    return False
+  queries = q.shape[1] * q.shape[2] * (q.dtype.itemsize + 2 * 4)   # there, and float32 sums back
+  return queries > 2 * k.shape[1] * k.shape[2] * k.dtype.itemsize
+
+
+def _own_slots(kernel, lse_gradient, axis, q, k, v, mask, options):
+  """All queries over all slots, from what each device's queries saw of its own slots."""
+  out, lse = one_device(kernel, lse_gradient, q, k, v, mask, options)
+  top = jax.lax.stop_gradient(jax.lax.pmax(jax.lax.stop_gradient(lse), axis))
+  weight = jnp.exp(lse - top)[..., None]
+  both = jax.lax.psum(jnp.concatenate([out.astype(lse.dtype) * weight, weight], axis=-1), axis)
+  out, total = both[..., :-1], both[..., -1:]   # the total is at least 1
+  return out / total, top + jnp.log(total[..., 0])
+
+
+def write_slots(old: jax.Array, new: jax.Array, slot_BT: jax.Array) -> jax.Array:
+  """`old` [B, S, ...] with new[b, t] in slot slot_BT[b, t]; slots of S and above are not written.
+
+  Under a layout that cuts the slots each device writes those that it has.
+  """
+  def write(old, new, slot_BT):
+    row_B1 = jnp.arange(old.shape[0])[:, None]
+    return old.at[row_B1, slot_BT].set(new.astype(old.dtype), mode='drop')
+
+  layout = current()
+  if layout is None or layout.size('slots') == 1 or old.shape[1] % layout.size('slots'):
+    return write(old, new, slot_BT)
+  heads = ('kv_heads', None)[:old.ndim - 2]
+  spec = layout.spec('batch', 'slots', *heads, shape=old.shape)
+
+  def local(old, new, slot_BT):
+    first = jax.lax.axis_index(layout.rules['slots']) * old.shape[1]
+    mine = (slot_BT >= first) & (slot_BT < first + old.shape[1])
+    return write(old, new, jnp.where(mine, slot_BT - first, old.shape[1]))
+
+  return jax.shard_map(
+      local, mesh=layout.mesh, out_specs=spec, check_vma=False,
+      in_specs=(spec, layout.spec('batch', None, *heads, shape=new.shape),
+                layout.spec('batch', None)))(old, new, slot_BT)
 
 
 def keys_travel(layout: Layout) -> bool:
@@ -158,7 +210,8 @@ def _cut(kernel, lse_gradient, layout, order, q, k, v, mask, options):
     group = lambda run: layouts.device_of(order, run, size) // layout.ulysses
     hops = hops_needed(group, length // unit, unit, size // layout.ulysses, mask.reach)
   ring = Ring(axis=axis, size=size // layout.ulysses, stride=layout.ulysses, hops=hops,
-              both_ways=layout.strategy == 'bidirectional',
+              # What a window reaches comes one way: the other way round it would come last.
+              both_ways=layout.strategy == 'bidirectional' and hops == size // layout.ulysses - 1,
               overlap=layout.overlap)
   if ring.size > 1:
     inner = functools.partial(ring_attention, kernel, ring, lse_gradient)
