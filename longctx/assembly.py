@@ -19,6 +19,7 @@ from longctx.data import stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
 from longctx.evaluation import perplexity
+from longctx.models import attention_layer
 from longctx.parallel import chips, costs, layouts, mesh, sequence
 from longctx.training import optim, step, workdir
 from longctx.training.checkpoint import Checkpoints
@@ -134,9 +135,16 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
         f'data.batch_size={p.data.batch_size} / run.accumulate={p.run.accumulate} = {micro} rows '
         f'a microbatch: must be a multiple of mesh.data={layout.size("batch")}')
   if layout.lays_out(p.data.length):
+    recurrent = [m for m in getattr(model, 'layers', ()) if m != 'attention']
+    check(layout.order == 'contiguous' or not recurrent,
+          f"mesh.order={layout.order!r}: layers of {', '.join(recurrent)} read the tokens in their "
+          "order; set mesh.order='contiguous'")
     check(p.data.form == 'packed', f"mesh.order={layout.order!r} with data.length={p.data.length} "
           f"over mesh.seq={layout.size('length')}: rows of data.form='segments' carry a state on in "
           "their order; set mesh.order='contiguous' and a data.length that mesh.seq divides")
+  check(getattr(model, 'remat', '') != 'offload' or mesh.has_host_memory(layout),
+        "model.remat='offload': layer inputs go to the memory of the host, and these devices have "
+        "no other, or none that they reach; set model.remat='full'")
   for field, dim in (('num_heads', 'heads'), ('mlp_dim', 'mlp'),
                      ('hidden_dim', 'recurrent'), ('embed_dim', 'embed')):
     if hasattr(model, field):
@@ -191,8 +199,7 @@ def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainS
   by_dims = lambda tree: jax.tree.map(like_a_parameter, tree, is_leaf=is_variable)
   return step.TrainState(
       step=whole, params=by_dims(shapes.params), opt=by_dims(shapes.opt),
-      ema=by_dims(shapes.ema), memory=jax.tree.map(lambda _: layout.sharding('batch'),
-                                                   shapes.memory),
+      ema=by_dims(shapes.ema), memory=attention_layer.shardings(layout, shapes.memory),
       bad_in_a_row=whole, skipped=whole, dropout_key=whole)
 
 
@@ -231,14 +238,31 @@ def load_parameters(a: Assembly, folder: str, *, use_ema: bool = False,
   return restored.step, restored.state[name]
 
 
-def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 'newest'
-                       ) -> tuple[nnx.GraphDef, Any, Tokenizer, Any]:
-  """(graphdef, params, tokenizer, model config) of a run's checkpoint, on one device."""
+class Trained(NamedTuple):
+  """A run's checkpoint, ready to be used."""
+
+  graphdef: nnx.GraphDef
+  params: Any
+  tokenizer: Tokenizer
+  model_config: Any
+  layout: mesh.Layout
+
+
+def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 'newest',
+                       seq: int = 1) -> Trained:
+  """A run's checkpoint on one device, or on `seq` that share what the model remembers."""
   config = workdir.load_config(folder)
-  config.mesh.update(dict(data=1, seq=1, model=1, layout='single'))
-  a = assemble(config, jax.local_devices()[:1])
+  devices = jax.local_devices()
+  check(seq <= len(devices), f'--seq={seq}: there are {len(devices)} devices here; give at most as '
+        'many (on a CPU, JAX_NUM_CPU_DEVICES=8 makes eight)')
+  config.mesh.update(dict(data=1, seq=seq, model=1, layout='single' if seq == 1 else 'sequence',
+                          strategy='ring', ulysses=1, order='contiguous'))
+  # Of training and evaluation, which do not happen here: what any mesh can do.
+  config.data.update(dict(batch_size=1, form='packed'))
+  config.run.accumulate, config.evaluation.segment = 1, seq
+  a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
-  return a.graphdef, params, a.tokenizer, a.model_config
+  return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout)
 
 
 def host_share(a: Assembly) -> tuple[int, int]:

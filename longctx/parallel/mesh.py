@@ -24,15 +24,15 @@ AXES = ('data', 'seq', 'model')
 STRATEGIES = ('allgather', 'ring', 'bidirectional', 'ulysses', 'hybrid')   # parallel/sequence.py
 
 # meaning of a dimension -> mesh axis. These are cut where the axis divides them, else kept whole.
-MAY_STAY_WHOLE = ('vocab', 'kv_heads')
+MAY_STAY_WHOLE = ('vocab', 'kv_heads', 'slots')
 
 RULES = {
-    'single': dict(batch=None,   length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
-    'data':   dict(batch='data', length=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
-    'fsdp':   dict(batch='data', length=None,  embed='data', heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
-    'tensor': dict(batch='data', length=None,  embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
-    'sequence': dict(batch='data', length='seq', embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
-    'sequence_fsdp': dict(batch='data', length='seq', embed='seq', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+    'single':        dict(batch=None,   length=None,  slots=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'data':          dict(batch='data', length=None,  slots=None,  embed=None,   heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'fsdp':          dict(batch='data', length=None,  slots=None,  embed='data', heads=None,    kv_heads=None,    mlp=None,    recurrent=None,    vocab=None),
+    'tensor':        dict(batch='data', length=None,  slots=None,  embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+    'sequence':      dict(batch='data', length='seq', slots='seq', embed='data', heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
+    'sequence_fsdp': dict(batch='data', length='seq', slots='seq', embed='seq',  heads='model', kv_heads='model', mlp='model', recurrent='model', vocab='model'),
 }
 
 
@@ -228,10 +228,15 @@ def under(layout: Layout, function: Callable) -> Callable:
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-  """Cuts an activation by its dims' meanings under the current layout; identity without one."""
+  """Cuts an activation by its dims' meanings under the current layout; identity without one.
+
+  Tokens that the devices cannot share evenly (one at a time) stay whole.
+  """
   layout = current()
   if layout is None or layout.mesh.size == 1:
     return x
+  dims = tuple(None if dim == 'length' and n % layout.size(dim) else dim
+               for dim, n in zip(dims, x.shape, strict=True))
   return jax.lax.with_sharding_constraint(x, layout.sharding(*dims, shape=x.shape))
 
 
@@ -265,6 +270,14 @@ def compiler_options(layout: Layout) -> dict[str, str] | None:
     return None
   return {'xla_cpu_prefer_vector_width': '512',
           'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+
+
+def has_host_memory(layout: Layout) -> bool:
+  """Whether the devices have a memory of their own and reach another, the host's."""
+  device = layout.mesh.devices.flat[0]
+  kinds = getattr(device, 'addressable_memories', None)   # not of a stand-in, which is a TPU
+  return device.platform != 'cpu' and (
+      kinds is None or 'pinned_host' in [memory.kind for memory in kinds()])
 
 
 def check_divides(field: str, value: int, dim: str, layout: Layout) -> None:
