@@ -448,3 +448,35 @@ def short_conv(x, taps, bias, reset):
       if reset[t - j]:
         break
   return out
+
+
+# The mLSTM (longctx/recurrence/mlstm.py): one row and head, without a stabiliser.
+
+
+def mlstm(q, k, v, log_input, log_forget, C, n, reset, valid):
+  """C, n the memory itself, [K, V] and [K]; h_t = q C / max(|q n|, 1). Returns (h [T, V], C, n)."""
+  out, C, n = np.zeros((len(q), v.shape[1])), C.copy(), n.copy()
+  for t in range(len(q)):
+    if not valid[t]:
+      continue
+    if reset[t]:
+      C[:], n[:] = 0, 0
+    forget, new = np.exp(log_forget[t]), np.exp(log_input[t])
+    for i in range(len(n)):
+      C[i] = forget * C[i] + new * k[t, i] * v[t]
+      n[i] = forget * n[i] + new * k[t, i]
+    out[t] = q[t] @ C / max(abs(q[t] @ n), 1)
+  return out, C, n
+
+
+def mlstm_parallel(q, k, v, log_input, log_forget):
+  """The parallel form of the xLSTM paper (appendix A.3), stabilised by rows; one document."""
+  length = len(q)
+  b = np.cumsum(log_forget)
+  D = np.full((length, length), -np.inf)
+  for t in range(length):
+    for i in range(t + 1):
+      D[t, i] = b[t] - b[i] + log_input[i]
+  m = D.max(axis=1, keepdims=True)
+  C = q @ k.T * np.exp(D - m)
+  return C / np.maximum(np.abs(C.sum(1, keepdims=True)), np.exp(-m)) @ v

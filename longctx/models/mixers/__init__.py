@@ -6,6 +6,7 @@ from longctx.models.mixers.kda import KDA
 from longctx.models.mixers.linear_attention import GLA, LinearAttention, Retention
 from longctx.models.mixers.mamba2 import Mamba2
 from longctx.models.mixers.minimal import MinGRU, MinLSTM
+from longctx.models.mixers.mlstm import MLSTMBlock
 from longctx.models.mixers.rglru import RGLRU
 
 MIXERS: dict[str, type] = {
@@ -17,6 +18,7 @@ MIXERS: dict[str, type] = {
     'mamba2': Mamba2,
     'min_gru': MinGRU,
     'min_lstm': MinLSTM,
+    'mlstm': MLSTMBlock,
     'retention': Retention,
     'rglru': RGLRU,
 }
