@@ -480,3 +480,20 @@ def mlstm_parallel(q, k, v, log_input, log_forget):
   m = D.max(axis=1, keepdims=True)
   C = q @ k.T * np.exp(D - m)
   return C / np.maximum(np.abs(C.sum(1, keepdims=True)), np.exp(-m)) @ v
+
+
+# The rule of RWKV-7 (longctx/recurrence/diagonal_low_rank.py): one row and head.
+
+
+def diagonal_low_rank(q, k, v, erase, rate, log_decay, S, reset, valid):
+  """All but v [T, V] are [T, K]; S [K, V]. Returns (out [T, V], S)."""
+  out, S = np.zeros((len(q), v.shape[1])), S.copy()
+  for t in range(len(q)):
+    if not valid[t]:
+      continue
+    if reset[t]:
+      S[:] = 0
+    S = ((np.diag(np.exp(log_decay[t])) - np.outer(erase[t] * rate[t], erase[t])) @ S
+         + np.outer(k[t], v[t]))
+    out[t] = q[t] @ S
+  return out, S

@@ -13,7 +13,7 @@ from longctx.models.mixers import delta_net, gated_delta, kda
 from longctx.models.mixers.base import Settings
 from longctx.parallel.state_scan import over_sequence
 from longctx.recurrence.delta import FLOOR, Delta, Inputs
-from longctx.recurrence.triangular import decayed_products, inverse
+from longctx.recurrence.triangular import decayed_pairs, inverse, sums_around
 from tests import kernel_laws, oracles
 from tests.test_mixers import SEGMENTS, arrays, run, shaken
 
@@ -108,24 +108,23 @@ def test_inverse_and_its_gradient(size):
   np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('diagonal', [True, False])
-def test_decayed_products(diagonal):
-  """Decays of e^-60 a token overflow in neither factor."""
+def test_decayed_pairs():
+  """Decays of e^-60 and e^-88 a token overflow in neither factor and cost the others no digits."""
   C = 8
   rng = np.random.default_rng(0)
   x, y, g = rng.standard_normal((2, C, 3)), rng.standard_normal((C, 3)), -rng.random((C, 3))
-  g[2], g[5, 1] = -60, -60
-  b = np.cumsum(g, 0)
-  to = b if diagonal else b - g
+  g[2], g[5, 1] = -88, -60
   expected = np.zeros((2, C, C))
   for t in range(C):
-    for i in range(t + diagonal):
+    for i in range(t + 1):
       for d in range(3):
-        expected[:, t, i] += x[:, t, d] * y[i, d] * np.exp(to[t, d] - b[i, d])
-  args = [jnp.asarray(a, jnp.float32) for a in (x, to, y, b)]
-  got = jax.jit(decayed_products, static_argnums=4)(*args, diagonal)
-  np.testing.assert_allclose(got, expected, atol=2e-5)
-  np.testing.assert_allclose(decayed_products(args[0][0], *args[1:], diagonal), got[0], atol=1e-6)
+        expected[0, t, i] += x[0, t, d] * y[i, d] * np.exp(g[i + 1:t + 1, d].sum())
+        expected[1, t, i] += x[1, t, d] * y[i, d] * np.exp(g[i + 1:t, d].sum()) * (i < t)
+  got = jax.jit(decayed_pairs, static_argnums=3)(
+      *(jnp.asarray(a, jnp.float32) for a in (x, y, g)), (True, False))
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+  np.testing.assert_allclose(sums_around(jnp.asarray(g, jnp.float32))[2],
+                             [g[t + 1:].sum(0) for t in range(C)], rtol=1e-6)
 
 
 @pytest.mark.parametrize('decay', ['head', 'channel'])

@@ -33,7 +33,7 @@ from longctx.recurrence.documents import (
     from_chunks,
     to_chunks,
 )
-from longctx.recurrence.triangular import decayed_products, inverse
+from longctx.recurrence.triangular import decayed_pairs, inverse, sums_around
 
 CHUNKS = {'cpu': 64, '': 64}
 CHANNEL_CHUNKS = {'cpu': 16, '': 64}   # where decays have channels
@@ -137,13 +137,13 @@ def _chunks(inputs: Inputs, chunk: int) -> affine.Chunks:
   else:
     log_decay = jnp.maximum(log_decay, FLOOR)
   docs, dtype = documents(reset), v.dtype
-  b = jnp.cumsum(log_decay, axis=-2)                                     # [N, B, H, C, A]
-  pairs = _pairs(q, k, b, docs)
+  _, b, behind = sums_around(log_decay)                                  # [N, B, H, C, A]
+  pairs = _pairs(q, k, log_decay, b, docs)
   A, L = pairs[..., :size, :], pairs[..., size:, :]
   beta = beta.astype(jnp.float32)[..., None]
   T = inverse(jnp.where(jnp.tri(size, k=-1, dtype=bool), beta * L, 0))
   seen = jnp.exp(jnp.where(docs.first[..., None], b, -jnp.inf))          # of the state before
-  left = jnp.exp(jnp.where(docs.last[..., None], b[..., -1:, :] - b, -jnp.inf))   # at the chunk's end
+  left = jnp.exp(jnp.where(docs.last[..., None], behind, -jnp.inf))      # at the chunk's end
   kept = jnp.where(docs.open[..., None], jnp.exp(b[..., -1, :]), 0)
   # One product for both: U | W.
   UW = product('...ti,...ij->...tj', T, beta * jnp.concatenate([v, k * seen], axis=-1))
@@ -155,10 +155,10 @@ def _chunks(inputs: Inputs, chunk: int) -> affine.Chunks:
       map=jnp.eye(k.shape[-1]) * kept[..., None] - writes[..., V:], write=writes[..., :V])
 
 
-def _pairs(q, k, b, docs: Documents) -> jax.Array:
+def _pairs(q, k, log_decay, b, docs: Documents) -> jax.Array:
   """q k^T above k k^T, [N, B, H, 2C, C], decayed, 0 where the pair is none."""
   if b.shape[-1] > 1:
-    both = decayed_products(jnp.stack([q, k], axis=-3), b, k, b, diagonal=True)
+    both = decayed_pairs(jnp.stack([q, k], axis=-3), k, log_decay, (True, True))
     both = jnp.where(docs.pair[..., None, :, :], both, 0)
     return both.reshape(*both.shape[:-3], -1, both.shape[-1])
   decay = jnp.exp(jnp.where(docs.pair, b - jnp.swapaxes(b, -1, -2), -jnp.inf))

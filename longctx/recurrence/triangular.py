@@ -54,29 +54,52 @@ def _inverse_backward(inverse_CC, grad_CC):
 inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
-def decayed_products(x: jax.Array, to_CK: jax.Array, y_CK: jax.Array, from_CK: jax.Array,
-                     diagonal: bool) -> jax.Array:
-  """[..., t, i] = sum_k x_tk y_ik exp(to_tk - from_ik) for i <= t (i < t without `diagonal`), else 0.
+def decayed_pairs(x_XCK: jax.Array, y_CK: jax.Array, log_decay_CK: jax.Array,
+                  own: tuple[bool, ...]) -> jax.Array:
+  """[..., X, t, i] = sum_k x_tk y_ik exp(log decay from i to t), for X left sides [..., X, C, K].
 
-  x is [..., C, K], or [..., X, C, K] for X left sides at once. `from` is the log decay from the
-  start of the chunk up to and with each token, `to` the same or, without `diagonal`, up to the
-  token before. Between two halves the decay is counted from the end of the first, so that neither
-  factor ever overflows.
+  The decay counts the tokens i + 1 .. t, and pairs are i <= t, for a side that is its `own`; without,
+  the tokens i + 1 .. t - 1 and pairs i < t. All else is 0. log_decay <= 0 and finite. Between two halves
+  it is summed from the end of the first to either side: no factor overflows, and no sum is the
+  difference of two long ones, so that a decay of nearly 0 costs its neighbours no digits.
   """
   C, K = y_CK.shape[-2:]
-  flat = lambda x: x.reshape(-1, C, K)   # of low rank: XLA:CPU fails on rank 8
-  x_GXCK = x.reshape(-1, x.shape[-3] if x.ndim > y_CK.ndim else 1, C, K)
-  to_GCK, y_GCK, from_GCK = flat(to_CK), flat(y_CK), flat(from_CK)
-  own = jnp.sum(x_GXCK * (y_GCK * jnp.exp(to_GCK - from_GCK))[:, None], axis=-1) if diagonal else (
-      jnp.zeros(x_GXCK.shape[:-1], jnp.float32))
-  blocks = own[..., None, None]   # [G, X, M, s, s], from the diagonal upwards
+  X = len(own)
+  x = x_XCK.reshape(-1, X, C, K)   # all leading dims in one: XLA:CPU fails on products of rank 8
+  y, g = y_CK.reshape(-1, C, K), log_decay_CK.reshape(-1, C, K)
+  with_own = jnp.asarray(own, jnp.float32)[:, None, None]
+  blocks = (jnp.sum(x * y[:, None], axis=-1) * with_own[..., 0])[..., None, None]
+  before, behind, total = jnp.zeros_like(g), jnp.zeros_like(g), g   # of each token's block
   size = 1
   while size < C:
-    half = lambda x, i, s=size: x.reshape(*x.shape[:-2], C // (2 * s), 2, s, K)[..., i, :, :]
-    middle = half(from_GCK, 0)[..., -1:, :]
-    left = half(x_GXCK, 1) * jnp.exp(half(to_GCK, 1) - middle)[:, None]
-    right = half(y_GCK, 0) * jnp.exp(middle - half(from_GCK, 0))
+    half = lambda z, i, s=size: z.reshape(*z.shape[:-2], C // (2 * s), 2, s, K)[..., i, :, :]
+    first, second = total[:, 0::2, None], total[:, 1::2, None]
+    upto = half(before, 1)[:, None] + half(g, 1)[:, None] * with_own[..., None]
+    left = half(x, 1) * jnp.exp(upto)
+    right = half(y, 0) * jnp.exp(half(behind, 0))
     corner = product('gxmtk,gmik->gxmti', left, right)
     blocks = _halves(blocks[:, :, 0::2], corner, blocks[:, :, 1::2])
+    whole = lambda a, b: jnp.stack([a, b], axis=2).reshape(g.shape)
+    before = whole(half(before, 0), half(before, 1) + first)
+    behind = whole(half(behind, 0) + second, half(behind, 1))
+    total = (first + second)[:, :, 0]
     size *= 2
-  return blocks.reshape(*x.shape[:-1], C)
+  return blocks.reshape(*x_XCK.shape[:-1], C)
+
+
+def sums_around(log_decay_CK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over the chunk's tokens before each, up to and with it, and behind it."""
+  rest = jnp.zeros_like(log_decay_CK[..., :1, :])
+  axis = log_decay_CK.ndim - 2
+  before = jnp.cumsum(jnp.concatenate([rest, log_decay_CK[..., :-1, :]], axis=-2), axis=axis)
+  behind = jax.lax.cumsum(jnp.concatenate([log_decay_CK[..., 1:, :], rest], axis=-2), axis=axis,
+                          reverse=True)
+  return before, before + log_decay_CK, behind
+
+
+def decayed_products(x_XCK: jax.Array, to_CK: jax.Array, y_CK: jax.Array, from_CK: jax.Array,
+                     diagonal: bool) -> jax.Array:
+  """decayed_pairs from the log decay up to and with each token, as `to` and as `from`."""
+  del to_CK
+  log_decay_CK = jnp.diff(from_CK, axis=-2, prepend=0)
+  return decayed_pairs(x_XCK, y_CK, log_decay_CK, (diagonal,) * x_XCK.shape[-3])
