@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import decoder, recurrent
+from longctx.models import attention_layer, decoder, recurrent
 
 VOCAB, BATCH, LENGTH = 29, 2, 24
 
 cell = functools.partial(recurrent.Config, vocab_size=VOCAB, embed_dim=12, hidden_dim=16, init_std=0.5)
 small = functools.partial(decoder.Config, vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=4,
                           max_length=64, init_std=0.3)
+def recurrent_layers(*layers, **settings):
+  return small(layers=layers, num_layers=len(layers), num_heads=2, mixer_chunk=8, **settings)
+
+
 MODELS = {
     'full': small(),
     'grouped': small(num_kv_heads=2, qk_norm=True, tied=False),
@@ -26,6 +30,10 @@ MODELS = {
     'mixed': small(window=(0, 3), num_layers=4, layer_loop='unrolled'),
     'window of one': small(window=(1, 0)),
     'gelu learned': small(mlp='gelu', position='learned', remat='dots'),
+    # Mixers in one model share its compilations; tests/test_<recurrence>.py hold each by itself.
+    'delta rules': recurrent_layers('delta_net', 'gated_delta', 'kda', mixer_negative=True),
+    'decays': recurrent_layers('linear_attention', 'retention', 'gla', 'mamba2', mlp='none'),
+    'griffin': recurrent_layers('min_gru', 'min_lstm', 'rglru', 'attention', window=(5,)),
     'elman': cell(name='elman', num_layers=1),
     'lstm': cell(tied=True),
     'gru': cell(name='gru', layer_norm=True),
@@ -165,10 +173,11 @@ def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   whole, _ = made(name)[1](tokens(), None)
   hidden, state = jax.jit(model)(tokens(), model.init_state(BATCH, 32))
   assert hidden.dtype == jnp.bfloat16
-  error = np.abs(np.asarray(hidden, np.float32) - whole).max() / np.abs(whole).max()
-  assert error < 0.06
-  if config.name != 'decoder':
-    assert {x.dtype for x in jax.tree.leaves(state.layers)} == {jnp.dtype('float32')}
+  # Root mean squares: a norm behind a head that says almost nothing makes single numbers large.
+  rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float32))))
+  assert rms(np.asarray(hidden, np.float32) - whole) < 0.02 * config.num_layers * rms(whole)
+  recurrent_states = [x for x in state.layers if not isinstance(x, attention_layer.Cache)]
+  assert {x.dtype for x in jax.tree.leaves(recurrent_states)} <= {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize('name', MODELS)
