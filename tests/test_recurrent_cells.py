@@ -21,19 +21,19 @@ STATES = {'elman': 1, 'lstm': 2, 'gru': 1, 'slstm': 4}
 
 @functools.cache
 def inputs(name, seed=0):
-  """x, w, b_CE (of the GRU), state after a few tokens, keep, valid."""
+  """x, w, biases, state after a few tokens, keep, valid."""
   C = CELLS[name].gates
   keys = jax.random.split(jax.random.key(seed), 6)
   normal = jax.random.normal
   keep, valid = ((jax.random.uniform(k, (T, B, 1)) > 0.2).astype(jnp.float32) for k in keys[:2])
   valid = valid.at[:2, 0].set(0)   # padding before anything is seen
   w = 0.5 * normal(keys[2], (E // N, N, C, E // N) if name == 'slstm' else (E, C, E))
-  b_CE = normal(keys[3], (C, E)).at[:2].set(0) if name == 'gru' else None
+  b = normal(keys[3], (2, C, E))
   state = [normal(k, (B, E)) for k in jax.random.split(keys[5], STATES[name])]
   if name == 'slstm':
     state[2] = 1 + jnp.abs(state[2])
     state = [s.at[0].set(0) for s in state]
-  return normal(keys[4], (T, B, C, E)), w, b_CE, CELLS[name].state(*state), keep, valid
+  return normal(keys[4], (T, B, C, E)), w, (b[0], b[1]), CELLS[name].state(*state), keep, valid
 
 
 def call(name):
@@ -43,6 +43,10 @@ def call(name):
 def loops(name, x, w, b, state, keep, valid):
   """Cell by cell, row by row, number by number in float64."""
   x, w, keep, valid = (np.asarray(a, np.float64) for a in (x, w, keep, valid))
+  b_in, b_hidden = (np.asarray(a, np.float64) for a in b)
+  x = x + b_in + (0 if name == 'gru' else b_hidden)
+  if name == 'gru':
+    x[:, :, :2] += b_hidden[:2]
   state = [np.asarray(s, np.float64).copy() for s in state]
   y = np.zeros((T, B, E))
   for row in range(B):
@@ -53,7 +57,7 @@ def loops(name, x, w, b, state, keep, valid):
       elif name == 'lstm':
         s = oracles.lstm_cell(np.ones(1), x[t, row][None], w, np.zeros((4, E)), *s)
       elif name == 'gru':
-        s = [oracles.gru_cell(x[t, row], w, np.asarray(b, np.float64)[2], s[0])]
+        s = [oracles.gru_cell(x[t, row], w, b_hidden[2], s[0])]
       else:
         s = oracles.slstm_cell(x[t, row], w, *s)
       if valid[t, row]:
@@ -81,8 +85,7 @@ def plain(name, x, w, b, state, keep, valid):
   def step(state, inputs):
     x, keep, valid = inputs
     before = tuple(s * keep for s in state)
-    product = cell._multiply(before[0], w) + (0 if b is None else b)
-    after, _ = CELLS[name].step(x, product, before)
+    after, _ = CELLS[name].step(x + b[0], cell._multiply(before[0], w) + b[1], before)
     after = tuple(jnp.where(valid > 0, new, old) for new, old in zip(after, state))
     return after, after[0]
   state, y = jax.lax.scan(step, tuple(state), (x, keep, valid))
@@ -147,7 +150,7 @@ def test_bfloat16_inputs_and_a_float32_state(name):
   x, w, b, state, keep, valid = inputs(name)
   run = jax.jit(lambda x, w, b: call(name)(x, w, b, state, keep, valid))
   loss = lambda x, w, b: run(x, w, b)[0].sum()
-  narrow = lambda a: None if a is None else a.astype(jnp.bfloat16)
+  narrow = lambda a: a.astype(jnp.bfloat16)
   (y, after), (whole, _) = run(narrow(x), narrow(w), b), run(x, w, b)
   assert {a.dtype for a in (y, *after)} == {jnp.dtype('float32')}
   np.testing.assert_allclose(y, whole, atol=0.06)

@@ -171,18 +171,18 @@ class Layer(nnx.Module):
     w_DCE = self.w_in.get_value()
     # Time first before the product, not after: its result has C times as many numbers.
     x_TBG = linear(jnp.swapaxes(x_BTD, 0, 1), w_DCE.reshape(w_DCE.shape[0], -1))
-    x_TBCE = x_TBG.reshape(length, batch, *w_DCE.shape[1:]) + self.bias.get_value().astype(dtype)
-    keep_and_valid = masks(context)
-    w = self.w_hidden.get_value().astype(dtype)
+    x_TBCE = x_TBG.reshape(length, batch, *w_DCE.shape[1:])
+    w, bias = self.w_hidden.get_value().astype(dtype), self.bias.get_value()
+    given = (x_TBCE, w, state, *masks(context), bias)
     match self.config.name:
       case 'elman':
-        y_TBE, state = elman.elman(x_TBCE, w, state, *keep_and_valid)
+        y_TBE, state = elman.elman(*given)
       case 'lstm':
-        y_TBE, state = lstm.lstm(x_TBCE, w, state, *keep_and_valid)
+        y_TBE, state = lstm.lstm(*given)
       case 'gru':
-        y_TBE, state = gru.gru(x_TBCE, w, self.bias_hidden.get_value(), state, *keep_and_valid)
+        y_TBE, state = gru.gru(*given, self.bias_hidden.get_value())
       case 'slstm':
-        y_TBE, state = slstm.slstm(x_TBCE, w, state, *keep_and_valid)
+        y_TBE, state = slstm.slstm(*given)
     return jnp.swapaxes(y_TBE, 0, 1).astype(dtype), state
 
 

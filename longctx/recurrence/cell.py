@@ -6,7 +6,7 @@ the inputs stands outside, one product for all steps. The backward pass is writt
 element-wise derivatives, and the gradient of the matrix is one product over all steps instead of T
 small ones added up. The state is float32 whatever the compute type.
 
-  product_t = h_{t-1} W_h + b_h        state_t = step(x_t, product_t, state_{t-1})
+  product_t = h_{t-1} W_h + b_h        state_t = step(x_t + b, product_t, state_{t-1})
 
 Dependency class P2: each step needs the one before, so the sequence cannot be cut over devices.
 Held by: tests/test_recurrent_cells.py (NumPy loops, autodiff of plain steps, torch).
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Biases = tuple[jax.Array | None, jax.Array | None]   # of the inputs, of the product: [C, E] each
 State = tuple[jax.Array, ...]   # h first; float32 [B, E] each; zeros at the start of a document
 
 
@@ -59,6 +60,11 @@ def zero_state(cell: Cell, batch_size: int, width: int) -> State:
   return cell.state(*(jnp.zeros((batch_size, width), jnp.float32) for _ in cell.state._fields))
 
 
+def join_gates(*parts_BE: jax.Array) -> jax.Array:
+  """[B, C, E]. Joined flat, which a CPU copies; stacked, it would choose number by number."""
+  return jnp.concatenate(parts_BE, axis=1).reshape(-1, len(parts_BE), parts_BE[0].shape[1])
+
+
 def _multiply(h_BE: jax.Array, w: jax.Array) -> jax.Array:
   """h W -> [B, C, E] float32. w: [E, C, E], or [H, N, C, H], a block a head."""
   h_BE = h_BE.astype(w.dtype)
@@ -74,7 +80,9 @@ def _multiply_back(d_BCE: jax.Array, w_turned: jax.Array) -> jax.Array:
   """[B, C, E] -> [B, E] by the transposed matrix of `_turned`."""
   d_BCE = d_BCE.astype(w_turned.dtype)
   if w_turned.ndim == 3:
-    return jnp.einsum('BCF,CFE->BE', d_BCE, w_turned, preferred_element_type=jnp.float32)
+    C, F, E = w_turned.shape
+    return jnp.matmul(d_BCE.reshape(-1, C * F), w_turned.reshape(C * F, E),
+                      preferred_element_type=jnp.float32)
   N, C, H, _ = w_turned.shape
   back = jnp.einsum('BCNJ,NCJH->BNH', d_BCE.reshape(-1, C, N, H), w_turned,
                     preferred_element_type=jnp.float32)
@@ -90,7 +98,9 @@ def _turned(w: jax.Array) -> jax.Array:
 def _matrix_gradient(h_TBE: jax.Array, d_TBCE: jax.Array, w: jax.Array) -> jax.Array:
   h_TBE, d_TBCE = h_TBE.astype(w.dtype), d_TBCE.astype(w.dtype)
   if w.ndim == 3:
-    dw = jnp.einsum('TBE,TBCF->ECF', h_TBE, d_TBCE, preferred_element_type=jnp.float32)
+    # Not einsum, which contracts B before T and so transposes both.
+    dw = jax.lax.dot_general(h_TBE, d_TBCE, (((0, 1), (0, 1)), ((), ())),
+                             preferred_element_type=jnp.float32)
   else:
     H, N, C, _ = w.shape
     T, B, _ = h_TBE.shape
@@ -99,14 +109,15 @@ def _matrix_gradient(h_TBE: jax.Array, d_TBCE: jax.Array, w: jax.Array) -> jax.A
   return dw.astype(w.dtype)
 
 
-def _forward(cell, x_TBCE, w, b_CE, state, keep_TB1, valid_TB1):
+def _forward(cell, x_TBCE, w, biases, state, keep_TB1, valid_TB1):
+  # Added inside the scan, where they cost no pass over x of their own.
+  add = lambda x, b_CE: x if b_CE is None else x + b_CE.astype(jnp.float32)
+
   def step(state, inputs):
     x_BCE, keep_B1, valid_B1 = inputs
     before = state if keep_B1 is None else tuple(s * keep_B1 for s in state)
-    product = _multiply(before[0], w)
-    if b_CE is not None:
-      product += b_CE.astype(jnp.float32)
-    after, kept = cell.step(x_BCE.astype(jnp.float32), product, before)
+    after, kept = cell.step(add(x_BCE.astype(jnp.float32), biases[0]),
+                            add(_multiply(before[0], w), biases[1]), before)
     if valid_B1 is not None:
       after = tuple(jnp.where(valid_B1 > 0, new, old) for new, old in zip(after, state))
     return tuple(after), (tuple(after), kept)
@@ -116,27 +127,27 @@ def _forward(cell, x_TBCE, w, b_CE, state, keep_TB1, valid_TB1):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_cell(cell: Cell, x_TBCE: jax.Array, w: jax.Array, b_CE: jax.Array | None, state: State,
+def scan_cell(cell: Cell, x_TBCE: jax.Array, w: jax.Array, biases: Biases, state: State,
               keep_TB1: jax.Array | None = None, valid_TB1: jax.Array | None = None
               ) -> tuple[jax.Array, State]:
-  """(h of every step [T, B, E], state after the last), float32, from projected inputs x W_x + b.
+  """(h of every step [T, B, E], state after the last), float32, from projected inputs x W_x.
 
   keep 0 where a document begins (the state before it is dropped), valid 0 for padding (the state
-  stands still); None: 1 everywhere. b_CE is added to the product h W_h; None: nothing.
+  stands still); None: 1 everywhere.
   """
-  after, states, _ = _forward(cell, x_TBCE, w, b_CE, state, keep_TB1, valid_TB1)
+  after, states, _ = _forward(cell, x_TBCE, w, biases, state, keep_TB1, valid_TB1)
   return states[0], cell.state(*after)
 
 
-def _scan_forward(cell, x_TBCE, w, b_CE, state, keep_TB1, valid_TB1):
-  after, states, kept = _forward(cell, x_TBCE, w, b_CE, state, keep_TB1, valid_TB1)
+def _scan_forward(cell, x_TBCE, w, biases, state, keep_TB1, valid_TB1):
+  after, states, kept = _forward(cell, x_TBCE, w, biases, state, keep_TB1, valid_TB1)
   kind = jnp.zeros((0,), x_TBCE.dtype)
   return ((states[0], cell.state(*after)),
-          (w, b_CE, tuple(state), states, kept, keep_TB1, valid_TB1, kind))
+          (w, biases, tuple(state), states, kept, keep_TB1, valid_TB1, kind))
 
 
 def _scan_backward(cell, residuals, gradients):
-  w, b_CE, start, states, kept, keep_TB1, valid_TB1, kind = residuals
+  w, biases, start, states, kept, keep_TB1, valid_TB1, kind = residuals
   dy_TBE, dstate = gradients
   turned = _turned(w)
   # A step's state before it: that after the one before, unless a document begins.
@@ -162,10 +173,10 @@ def _scan_backward(cell, residuals, gradients):
       step, tuple(dstate), (dy_TBE, kept, before, keep_TB1, valid_TB1), reverse=True)
   if dproduct_TBCE is None:
     dproduct_TBCE = dx_TBCE
-  db_CE = (None if b_CE is None else
-           dproduct_TBCE.sum((0, 1), dtype=jnp.float32).astype(b_CE.dtype))
+  db = tuple(None if b_CE is None else d.sum((0, 1), dtype=jnp.float32).astype(b_CE.dtype)
+             for b_CE, d in zip(biases, (dx_TBCE, dproduct_TBCE)))
   nothing = lambda x: None if x is None else jnp.zeros_like(x)
-  return (dx_TBCE, _matrix_gradient(before[0], dproduct_TBCE, w), db_CE, cell.state(*dstate),
+  return (dx_TBCE, _matrix_gradient(before[0], dproduct_TBCE, w), db, cell.state(*dstate),
           nothing(keep_TB1), nothing(valid_TB1))
 
 

@@ -34,6 +34,7 @@ CELL = Cell('elman', 1, State, _step, _turn, flops=1)
 
 
 def elman(x_TB1E: jax.Array, w_E1E: jax.Array, state: State, keep_TB1: jax.Array | None = None,
-          valid_TB1: jax.Array | None = None) -> tuple[jax.Array, State]:
+          valid_TB1: jax.Array | None = None, bias_CE: jax.Array | None = None
+          ) -> tuple[jax.Array, State]:
   """(y_TBE, state) from projected inputs; see cell.scan_cell."""
-  return scan_cell(CELL, x_TB1E, w_E1E, None, state, keep_TB1, valid_TB1)
+  return scan_cell(CELL, x_TB1E, w_E1E, (bias_CE, None), state, keep_TB1, valid_TB1)

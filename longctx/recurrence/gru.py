@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from longctx.recurrence.cell import Cell, scan_cell
+from longctx.recurrence.cell import Cell, join_gates, scan_cell
 
 
 class State(NamedTuple):
@@ -37,15 +37,16 @@ def _turn(kept, before, dstate):
   dn = dh * (1 - z) * (1 - n * n)
   dr = dn * inner * r * (1 - r)
   dz = dh * (h - n) * z * (1 - z)
-  return (jnp.stack([dr, dz, dn], axis=1), jnp.stack([dr, dz, dn * r], axis=1), (dh * z,))
+  return join_gates(dr, dz, dn), join_gates(dr, dz, dn * r), (dh * z,)
 
 
 CELL = Cell('gru', 3, State, _step, _turn, flops=14)
 
 
-def gru(x_TB3E: jax.Array, w_E3E: jax.Array, b_E: jax.Array, state: State,
-        keep_TB1: jax.Array | None = None, valid_TB1: jax.Array | None = None
-        ) -> tuple[jax.Array, State]:
-  """(y_TBE, state) from projected inputs and b_n; see cell.scan_cell."""
-  b_CE = jnp.concatenate([jnp.zeros((2, *b_E.shape), b_E.dtype), b_E[None]])
-  return scan_cell(CELL, x_TB3E, w_E3E, b_CE, state, keep_TB1, valid_TB1)
+def gru(x_TB3E: jax.Array, w_E3E: jax.Array, state: State, keep_TB1: jax.Array | None = None,
+        valid_TB1: jax.Array | None = None, bias_CE: jax.Array | None = None,
+        bias_n_E: jax.Array | None = None) -> tuple[jax.Array, State]:
+  """(y_TBE, state) from projected inputs; bias_n_E is b_n; see cell.scan_cell."""
+  if bias_n_E is not None:
+    bias_n_E = jnp.concatenate([jnp.zeros((2, *bias_n_E.shape), bias_n_E.dtype), bias_n_E[None]])
+  return scan_cell(CELL, x_TB3E, w_E3E, (bias_CE, bias_n_E), state, keep_TB1, valid_TB1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longctx.recurrence.cell import Cell, scan_cell
+from longctx.recurrence.cell import Cell, join_gates, scan_cell
 
 # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2: one function for all gates is one pass without branches.
 SCALE_C1 = np.array([0.5, 0.5, 1.0, 0.5], np.float32)[:, None]
@@ -40,8 +40,8 @@ def _turn(kept, before, dstate):
   i, f, g, o = (gates_BCE[:, n] for n in range(4))
   tanh_c = jnp.tanh(f * c + i * g)
   dc = dc + dh * o * (1 - tanh_c * tanh_c)
-  dgates_BCE = jnp.stack([dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
-                          dh * tanh_c * o * (1 - o)], axis=1)
+  dgates_BCE = join_gates(dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g),
+                          dh * tanh_c * o * (1 - o))
   return dgates_BCE, None, (None, dc * f)
 
 
@@ -49,6 +49,7 @@ CELL = Cell('lstm', 4, State, _step, _turn, flops=21)
 
 
 def lstm(x_TB4E: jax.Array, w_E4E: jax.Array, state: State, keep_TB1: jax.Array | None = None,
-         valid_TB1: jax.Array | None = None) -> tuple[jax.Array, State]:
+         valid_TB1: jax.Array | None = None, bias_CE: jax.Array | None = None
+         ) -> tuple[jax.Array, State]:
   """(y_TBE, state) from projected inputs; see cell.scan_cell."""
-  return scan_cell(CELL, x_TB4E, w_E4E, None, state, keep_TB1, valid_TB1)
+  return scan_cell(CELL, x_TB4E, w_E4E, (bias_CE, None), state, keep_TB1, valid_TB1)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from longctx.recurrence.cell import Cell, scan_cell
+from longctx.recurrence.cell import Cell, join_gates, scan_cell
 
 
 class State(NamedTuple):
@@ -50,8 +50,8 @@ def _turn(kept, before, dstate):
   ratio = c_after / n_after
   dc = dc + dh * o / n_after
   dn = dn - dh * o * ratio / n_after
-  dgates_BCE = jnp.stack([(dc * z + dn) * write, (dc * c + dn * n) * forget * slope,
-                          dc * write * (1 - z * z), dh * ratio * o * (1 - o)], axis=1)
+  dgates_BCE = join_gates((dc * z + dn) * write, (dc * c + dn * n) * forget * slope,
+                          dc * write * (1 - z * z), dh * ratio * o * (1 - o))
   return dgates_BCE, None, (None, dc * forget, dn * forget, jnp.zeros_like(dh))
 
 
@@ -59,6 +59,7 @@ CELL = Cell('slstm', 4, State, _step, _turn, flops=32)
 
 
 def slstm(x_TB4E: jax.Array, w_HN4H: jax.Array, state: State, keep_TB1: jax.Array | None = None,
-          valid_TB1: jax.Array | None = None) -> tuple[jax.Array, State]:
+          valid_TB1: jax.Array | None = None, bias_CE: jax.Array | None = None
+          ) -> tuple[jax.Array, State]:
   """(y_TBE, state) from projected inputs; E is N heads of H, head by head; see cell.scan_cell."""
-  return scan_cell(CELL, x_TB4E, w_HN4H, None, state, keep_TB1, valid_TB1)
+  return scan_cell(CELL, x_TB4E, w_HN4H, (bias_CE, None), state, keep_TB1, valid_TB1)
