@@ -9,7 +9,8 @@ from flax import nnx
 from longctx.errors import ConfigError
 from longctx.models.context import new_clock, place_tokens
 from longctx.models.mixers import base, linear_attention, mamba2, minimal, rglru
-from tests import oracles
+from longctx.parallel import mesh
+from tests import kernel_laws, oracles
 
 B, T, D = 2, 11, 12
 SEGMENTS = np.array([[1] * 4 + [2] * 7, [3] * 9 + [4] * 2])
@@ -258,3 +259,21 @@ def test_cost_counts_parameters_and_state(name):
 def test_mistakes_are_named(mixer_class, changes, message):
   with pytest.raises(ConfigError, match=message):
     mixer_class.cost(base.Settings(**(dict(dim=D, num_heads=2) | changes)))
+
+
+@pytest.mark.parametrize('mixer_class', [linear_attention.GLA, mamba2.Mamba2, rglru.RGLRU])
+def test_layers_cut_over_devices(mixer_class):
+  """Rows, tokens and heads over 2 devices each: outputs, state and gradients of one device."""
+  mixer = shaken(mixer_class(base.Settings(dim=16, num_heads=4, key_dim=3, chunk=4), rngs=nnx.Rngs(0)))
+  x = np.random.default_rng(1).standard_normal((2, 16, 16)).astype(np.float32)
+  segments = jnp.asarray([[1] * 5 + [2] * 11, [3] * 8 + [4] * 8])
+  graphdef, params = nnx.split(mixer)
+  def call(params, x):
+    context, _ = place_tokens(jnp.zeros(x.shape[:2], jnp.int32), new_clock(2), None, segments, None)
+    mixer = nnx.merge(graphdef, params)
+    y, state = mixer(x, mixer.init_state(2), context)
+    return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), (y, state)
+  run = jax.value_and_grad(call, has_aux=True)
+  layout = mesh.make_layout(mesh.Config(data=2, seq=2, model=2, layout='sequence'))
+  kernel_laws.close(jax.jit(mesh.under(layout, run))(params, x), jax.jit(run)(params, x),
+                    atol=3e-5, rtol=3e-5)

@@ -48,19 +48,19 @@ class Inputs(NamedTuple):
 
 
 class Map(NamedTuple):
-  """S -> kept S + write; float32. kept [..., H, 1, 1] or [..., H, K, 1]."""
+  """S -> kept S + write; float32."""
 
-  kept: jax.Array
-  write: jax.Array   # [..., H, K, V]
+  kept: jax.Array    # [B, H, 1 or K, 1]
+  write: jax.Array   # [B, H, K, V]
 
 
 class Chunks(NamedTuple):
-  """What needs no state."""
+  """What needs no state. The heads of a group stand beside the values: one product serves them."""
 
-  q: jax.Array           # [N, B, G, C, K], decayed from the chunk's start where decays have channels
-  seen: jax.Array | None   # [N, B, H, C]: the decay from the chunk's start where it is a number
-  out: jax.Array         # [N, B, H, C, V] float32: of the chunk's own tokens
-  map: Map               # [N, B, H, ...]
+  q: jax.Array             # [N, B, G, C, K], decayed from the chunk's start where channels decay
+  seen: jax.Array | None   # [N, B, G, C, R]: the decay from the chunk's start where heads decay
+  out: jax.Array           # [N, B, G, C, R, V] float32: of the chunk's own tokens
+  map: Map                 # kept [N, B, G, 1 or K, R, 1], write [N, B, G, K, R, V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +84,12 @@ class Decay:
   def transition(self, prepared: Any) -> Map:
     inputs, parts = prepared
     if parts is not None:
-      zeros = jnp.zeros_like(parts.map.write[0])
-      _, write = _carry(parts.map, zeros)
-      return Map(jnp.prod(parts.map.kept, axis=0), write)
+      _, write = _carry(parts.map, jnp.zeros_like(parts.map.write[0]))
+      return Map(_from_groups(jnp.prod(parts.map.kept, axis=0)), _from_groups(write))
     B, T, H, V = inputs.v.shape
     empty = jnp.zeros((B, H, inputs.k.shape[3], V), jnp.float32)
-    ones = jnp.ones((*empty.shape[:3], 1), jnp.float32)
     silent = inputs._replace(v=jnp.zeros((B, T, H, 1), inputs.v.dtype))
+    ones = jnp.ones((*empty.shape[:3], 1), jnp.float32)
     return Map(_one_by_one(silent, ones)[1], _one_by_one(inputs, empty)[1])
 
   def join(self, first: Map, second: Map) -> Map:
@@ -103,26 +102,33 @@ class Decay:
     inputs, parts = prepared
     if parts is None:
       return _one_by_one(inputs, state_BHKV)
+    B, H, K, V = state_BHKV.shape
+    G, dtype = parts.q.shape[2], inputs.v.dtype
+    state = jnp.moveaxis(state_BHKV.reshape(B, G, H // G, K, V), 2, 3)
     if self.form == 'scan':
       joined = jax.lax.associative_scan(self.join, parts.map)
-      after = self.apply(joined, state_BHKV)
-      before, state_BHKV = jnp.concatenate([state_BHKV[None], after[:-1]]), after[-1]
+      after = self.apply(joined, state)
+      before, state = jnp.concatenate([state[None], after[:-1]]), after[-1]
     else:
-      before, state_BHKV = _carry(parts.map, state_BHKV)
-    dtype = inputs.v.dtype
-    N, B, G, _, K = parts.q.shape
-    grouped = before.astype(dtype).reshape(N, B, G, -1, K, before.shape[-1])
-    old = product('nbgck,nbgrkv->nbgrcv', parts.q, grouped).reshape(parts.out.shape)
+      before, state = _carry(parts.map, state)
+    old = product('nbgck,nbgkrv->nbgcrv', parts.q, before.astype(dtype))
     if parts.seen is not None:
       old *= parts.seen[..., None]
-    return from_chunks((parts.out + old).astype(dtype), inputs.v.shape[1]), state_BHKV
+    out_BTGRV = from_chunks((parts.out + old).astype(dtype), inputs.v.shape[1])
+    return out_BTGRV.reshape(inputs.v.shape), _from_groups(state)
 
 
-def _carry(maps: Map, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The state before each chunk [N, B, H, K, V], and after the last."""
+def _from_groups(state_BGKRV: jax.Array) -> jax.Array:
+  """[B, H, K, V]."""
+  state = jnp.moveaxis(state_BGKRV, 3, 2)
+  return state.reshape(state.shape[0], -1, *state.shape[3:])
+
+
+def _carry(maps: Map, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The state before each chunk, [N, ...], and after the last."""
   def step(state, chunk):
     return chunk.kept * state + chunk.write, state
-  after, before = jax.lax.scan(step, state_BHKV, maps)
+  after, before = jax.lax.scan(step, state, maps)
   return before, after
 
 
@@ -156,19 +162,22 @@ def _one_by_one(inputs: Inputs, state_BHKV: jax.Array) -> tuple[jax.Array, jax.A
   return jnp.moveaxis(out, 0, 1), state_BHKV
 
 
-def _resets(inputs: Inputs, shape: tuple[int, ...], size: int) -> jax.Array:
-  if inputs.reset_BT is None:
-    return jnp.zeros((*shape[:2], 1, size), bool)
-  return to_chunks(inputs.reset_BT, size)
+def _chunks(inputs: Inputs, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """q and k [N, B, G, C, K], v [N, B, G, C, R, V], reset [N, B, 1, C]."""
+  B, T, G, _ = inputs.q.shape
+  q, k = to_chunks(inputs.q, size), to_chunks(inputs.k, size)
+  v = to_chunks(inputs.v.reshape(B, T, G, -1, inputs.v.shape[3]), size)
+  reset = (jnp.zeros((*q.shape[:2], 1, size), bool) if inputs.reset_BT is None else
+           to_chunks(inputs.reset_BT, size))
+  return q, k, v, reset
 
 
 def _by_head(inputs: Inputs, size: int) -> Chunks:
-  q, k, v = (to_chunks(x, size) for x in inputs[:3])
-  N, B, G, C, K = k.shape
-  dtype, V = v.dtype, v.shape[-1]
-  reset = _resets(inputs, k.shape, size)
+  q, k, v, reset = _chunks(inputs, size)
+  dtype = v.dtype
+  N, B, G, C, R = v.shape[:5]
   if inputs.log_decay is None:
-    b = jnp.zeros((*reset.shape[:3], C), jnp.float32)
+    b = jnp.zeros(reset.shape, jnp.float32)
   else:
     log_decay = to_chunks(inputs.log_decay, size)                  # [N, B, H, C]
     dropped = log_decay <= FLOOR
@@ -176,33 +185,34 @@ def _by_head(inputs: Inputs, size: int) -> Chunks:
     b = jnp.cumsum(jnp.where(dropped, 0.0, log_decay), axis=-1)
   docs = documents(reset)
   every = lambda x, allowed: jnp.exp(jnp.where(allowed, x, -jnp.inf))
-  decay = every(b[..., :, None] - b[..., None, :], docs.pair)      # [N, B, H or 1, C, C]
-  left = every(b[..., -1:] - b, docs.last)                         # at the chunk's end
-  scores = product('...tk,...ik->...ti', q, k)                     # [N, B, G, C, C]
-  split = lambda x: x.reshape(N, B, *((G, -1) if x.shape[2] > 1 else (1, 1)), *x.shape[3:])
-  v = split(v) if v.shape[2] > 1 else v.reshape(N, B, G, -1, C, V)
-  weights = (scores[:, :, :, None] * split(decay)).astype(dtype)
-  out = product('nbgrti,nbgriv->nbgrtv', jnp.broadcast_to(weights, (*v.shape[:4], C, C)), v)
-  write = product('nbgik,nbgriv->nbgrkv', k, (v * split(left)[..., None]).astype(dtype))
-  kept = jnp.where(docs.open, jnp.exp(b[..., -1]), 0.0)[..., None, None]
-  return Chunks(q=q, seen=every(b, docs.first), out=out.reshape(N, B, -1, C, V),
-                map=Map(kept, write.reshape(N, B, -1, K, V)))
+  # H heads, or one that stands for all, as groups.
+  split = lambda x: x.reshape(N, B, *((G, R) if x.shape[2] > 1 else (1, 1)), *x.shape[3:])
+  beside = lambda x: jnp.moveaxis(split(x), 3, -1)
+  decay = split(every(b[..., :, None] - b[..., None, :], docs.pair))   # [N, B, G, R, C, C]
+  left = beside(every(b[..., -1:] - b, docs.last))[..., None]          # [N, B, G, C, R, 1]
+  kept = beside(jnp.where(docs.open, jnp.exp(b[..., -1]), 0.0))        # [N, B, G, R]
+  scores = product('nbgtk,nbgik->nbgti', q, k)
+  weights = jnp.broadcast_to((scores[:, :, :, None] * decay).astype(dtype), (N, B, G, R, C, C))
+  out = product('nbgrti,nbgirv->nbgtrv', weights, v)
+  write = product('nbgik,nbgirv->nbgkrv', k, (v * left).astype(dtype))
+  return Chunks(q=q, seen=beside(every(b, docs.first)), out=out,
+                map=Map(kept[:, :, :, None, :, None], write))
 
 
 def _by_channel(inputs: Inputs, size: int) -> Chunks:
-  q, k, v, log_decay = (to_chunks(x, size) for x in inputs[:4])
+  q, k, v, reset = _chunks(inputs, size)
   dtype = v.dtype
-  docs = documents(_resets(inputs, k.shape, size))
-  b = jnp.cumsum(jnp.maximum(log_decay, FLOOR), axis=-2)           # [N, B, H, C, K]
+  docs = documents(reset)
+  b = jnp.cumsum(jnp.maximum(to_chunks(inputs.log_decay, size), FLOOR), axis=-2)   # [N, B, H, C, K]
   every = lambda x, allowed: jnp.exp(jnp.where(allowed[..., None], x, -jnp.inf))
   pairs = decayed_products(q[..., None, :, :], b, k, b, diagonal=True)[..., 0, :, :]
   pairs = jnp.where(docs.pair, pairs, 0.0)
-  out = product('...ti,...iv->...tv', pairs.astype(dtype), v)
+  out = product('nbgti,nbgirv->nbgtrv', pairs.astype(dtype), v)
   left = (k * every(b[..., -1:, :] - b, docs.last)).astype(dtype)
-  write = product('...ik,...iv->...kv', left, v)
-  kept = jnp.where(docs.open[..., None], jnp.exp(b[..., -1, :]), 0.0)[..., None]
+  write = product('nbgik,nbgirv->nbgkrv', left, v)
+  kept = jnp.where(docs.open[..., None], jnp.exp(b[..., -1, :]), 0.0)
   return Chunks(q=(q * every(b, docs.first)).astype(dtype), seen=None, out=out,
-                map=Map(kept, write))
+                map=Map(kept[..., None, None], write))
 
 
 def flops(heads: int, groups: int, key_dim: int, value_dim: int, by_channel: bool, form: str,
