@@ -8,6 +8,7 @@ from longctx.models.mixers.mamba2 import Mamba2
 from longctx.models.mixers.minimal import MinGRU, MinLSTM
 from longctx.models.mixers.mlstm import MLSTMBlock
 from longctx.models.mixers.rglru import RGLRU
+from longctx.models.mixers.rwkv7 import RWKV7
 
 MIXERS: dict[str, type] = {
     'delta_net': DeltaNet,
@@ -21,4 +22,5 @@ MIXERS: dict[str, type] = {
     'mlstm': MLSTMBlock,
     'retention': Retention,
     'rglru': RGLRU,
+    'rwkv7': RWKV7,
 }
