@@ -98,6 +98,8 @@ def table(found: list[Part], chip: Chip | None = None) -> str:
 
 def plan(config: Any, devices: list | None = None) -> list[Part]:
   """The parts of a train step's memory of one device; `devices` may be stand-ins."""
+  assembly.assemble(config, devices)   # refuses what cannot work
+  config = _quick_to_trace(config)
   a = assembly.assemble(config, devices)
   p, model = a.parts, a.model_config
   share = lambda tree: sum(map(_share, jax.tree.leaves(tree)))
@@ -186,6 +188,15 @@ def _of_keys(a: assembly.Assembly) -> list[Part]:
 
 
 # What the forward pass keeps, from the model itself.
+
+
+def _quick_to_trace(config: Any) -> Any:
+  """The config with the dense form of attention, of which every form keeps the same arrays."""
+  config = config.copy_and_resolve_references()
+  # Policies that look for products look into attention, too.
+  if 'attention' in config.model and not config.model.get('remat', 'none').startswith('dots'):
+    config.model.attention = 'reference'
+  return config
 
 
 class Saved(NamedTuple):

@@ -195,7 +195,9 @@ def test_compile_mode_counts_the_state_as_arguments(tmp_path):
     (['--mode=compile', '--topology=v5e:9x9'], '--topology=v5e:9x9: no such topology'),
     (['--mode=train', '--workdir=w', '--topology=v5e:2x2'],
      '--topology=v5e:2x2: does nothing with --mode=train; give --mode=compile'),
-    (['--mode=compile', '--config.mesh.seq=3'], 'mesh.seq=3')])
+    (['--mode=compile', '--config.mesh.seq=3'], 'mesh.seq=3'),
+    (['--mode=compile', '--config.model.remat=offload'],
+     "model.remat='offload': layer inputs go to the memory of the host, and these devices")])
 def test_mistakes_end_in_one_line(args, said, capsys):
   assert main.main(['main', '--config=configs/quickstart.py:debug', *args]) == 2
   line = capsys.readouterr().err
