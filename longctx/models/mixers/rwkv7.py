@@ -80,6 +80,7 @@ class RWKV7(nnx.Module):
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     H, K, V = self.dims = head_dims(settings, 'rwkv7')
     D, weight, rank = settings.dim, normal(settings.std), ranks(settings.dim, K)
+    self.dim = D
     self.kernel = DiagonalLowRank('chunked' if settings.form == 'auto' else settings.form,
                                   settings.chunk)
     ramp, zigzag, straight = curves(H * K, K)
@@ -106,7 +107,7 @@ class RWKV7(nnx.Module):
 
   def init_state(self, batch_size: int) -> State:
     return State(jnp.zeros((batch_size, *self.dims), jnp.float32),
-                 empty_tail(batch_size, 2, self.mix['r'].get_value().shape[0]))
+                 empty_tail(batch_size, 2, self.dim))
 
   def __call__(self, x_BTD: jax.Array, state: State, context: Context
                ) -> tuple[jax.Array, State]:
