@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: topologies, the report, --mode=compile on CPU and for TPUs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -133,17 +134,28 @@ def test_what_is_larger_than_the_chip_does_not_fit():
   assert not fits['v2'] and fits['v5e']
 
 
+@dataclasses.dataclass
 class Refusing:
+  said: str
+
   def compile(self, options):
-    raise jax.errors.JaxRuntimeError(
-        'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space '
-        'hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.')
+    raise jax.errors.JaxRuntimeError(f'RESOURCE_EXHAUSTED: {self.said}')
 
 
-def test_the_compilers_refusal_is_read():
+@pytest.mark.parametrize('said', [
+    'XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G '
+    'hbm. Exceeded hbm capacity by 4.75G.',
+    'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+    'temporaries (20.50G) exceeds available HBM (15.75G). HLO module: jit_wrapped.'])
+def test_the_compilers_refusal_is_read(said):
   with pytest.raises(aot.DoesNotFitError) as e:
-    aot.compile_lowered(Refusing())
+    aot.compile_lowered(Refusing(said))
   assert (e.value.used, e.value.limit) == (int(20.5 * 2**30), int(15.75 * 2**30))
+
+
+def test_another_error_of_the_compiler_is_not():
+  with pytest.raises(jax.errors.JaxRuntimeError, match='no such option'):
+    aot.compile_lowered(Refusing('no such option'))
 
 
 def test_the_text_that_the_compiler_writes_is_the_programs_own():

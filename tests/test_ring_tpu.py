@@ -42,12 +42,13 @@ def compiled_exchanges(topology: str, order: str, backward: bool) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2', 'v6e:2x4'])
+@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2', 'v6e:2x4', 'v5e:8x8'])
 def test_every_transfer_is_hidden(topology):
-  """Eight chips: 7 sends of (k, v, index) forward; 7 more, and 7 of (dk, dv), backward."""
+  """n chips: n - 1 sends of (k, v, index) forward; as many more, and of (dk, dv), backward."""
+  hops = aot.check_topology(topology)[1] - 1
   forward, both = (compiled_exchanges(topology, 'zigzag', backward) for backward in (False, True))
   sends = lambda found: sum(x.times for x in found if x.kind == 'collective-permute')
-  assert sends(forward) == 3 * 7
-  assert sends(both) == 3 * 7 + 3 * 7 + 2 * 7
+  assert sends(forward) == 3 * hops
+  assert sends(both) == (3 + 3 + 2) * hops
   assert {x.kind for x in both} == {'collective-permute'}   # nothing is gathered
   assert not [x.name for x in forward + both if x.exposed]

@@ -117,7 +117,8 @@ def compile_lowered(lowered: Any, options: dict | None = None) -> Any:
   try:
     return lowered.compile(options)
   except jax.errors.JaxRuntimeError as e:
-    said = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(e))
+    said = (re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', str(e)) or
+            re.search(r'\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)', str(e)))
     if said is None:
       raise
     of = lambda number, unit: int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from longctx.errors import ConfigError, check, check_choice, check_range
-from longctx.parallel import layouts
+from longctx.parallel import layouts, neighbours
 
 AXES = ('data', 'seq', 'model')
 STRATEGIES = ('allgather', 'ring', 'bidirectional', 'ulysses', 'hybrid')   # parallel/sequence.py
@@ -190,6 +190,8 @@ def make_layout(config: Config, devices: list | None = None) -> Layout:
   check(product == len(devices),
         f'mesh.data={config.data} x mesh.seq={config.seq} x mesh.model={config.model}: '
         f'{product} places for {len(devices)} device(s); the product must be equal to it')
+  if config.seq == product:
+    devices = neighbours.in_a_cycle(devices)
   mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
   ulysses = {'ulysses': config.seq, 'hybrid': config.ulysses}.get(config.strategy, 1)
   return Layout(mesh, RULES[config.layout], strategy=config.strategy, ulysses=ulysses,
