@@ -14,7 +14,7 @@ A kernel is what `over_sequence` asks of a recurrence (longctx/recurrence):
 
 `kernel.cut` names the meaning of the third dim of inputs ('heads' or 'recurrent').
 Sources: affine maps under composition, as in Mamba-2 (arXiv:2405.21060, section 8) and fla's
-context parallelism. Held by: tests/test_state_scan.py.
+context parallelism. Held by: tests/test_recurrent_mesh.py, tests/test_short_conv.py, and the tests of each recurrence.
 
 B batch  T tokens  R devices of `seq`
 """
@@ -22,6 +22,7 @@ B batch  T tokens  R devices of `seq`
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from longctx.parallel import mesh
 
@@ -63,3 +64,34 @@ def _local(kernel, axis: str, size: int):
     out, _ = kernel.finish(prepared, incoming)
     return out, states[-1]
   return run
+
+
+def earlier(x_BTC: jax.Array, tail_BWC: jax.Array, channels: str | None = None
+            ) -> tuple[list[jax.Array], jax.Array]:
+  """[x_{t-1}, .., x_{t-W}] for every token, after the W tokens of the tail; and the last W of all.
+
+  Where `seq` cuts the tokens, each device has the W before its own from its left neighbour, and
+  nothing else is sent. `channels`: the meaning of the last dim.
+  """
+  layout, length = mesh.current(), x_BTC.shape[1]
+  count = tail_BWC.shape[1]
+  size = layout.size('length') if layout else 1
+  if size == 1 or length % size or length // size < count or not count:
+    return _shifted(x_BTC, tail_BWC)
+  axis = layout.rules['length']
+  row, tail = layout.spec('batch', 'length', channels), layout.spec('batch', None, channels)
+
+  def local(x, tail):
+    me, last = jax.lax.axis_index(axis), x[:, -count:]
+    left = jax.lax.ppermute(last, axis, [(i, i + 1) for i in range(size - 1)])
+    shifted, _ = _shifted(x, jnp.where(me == 0, tail, left))
+    return shifted, jax.lax.psum(jnp.where(me == size - 1, last, 0), axis)
+
+  return jax.shard_map(local, mesh=layout.mesh, in_specs=(row, tail),
+                       out_specs=([row] * count, tail), check_vma=False)(x_BTC, tail_BWC)
+
+
+def _shifted(x_BTC, tail_BWC):
+  count, length = tail_BWC.shape[1], x_BTC.shape[1]
+  all_BSC = jnp.concatenate([tail_BWC, x_BTC], axis=1)
+  return [all_BSC[:, count - j:count - j + length] for j in range(1, count + 1)], all_BSC[:, length:]

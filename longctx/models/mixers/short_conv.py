@@ -15,21 +15,23 @@ from flax import nnx
 
 from longctx.models.context import Context
 from longctx.models.layers import param
+from longctx.parallel.state_scan import earlier
 
 
 def empty_tail(batch_size: int, width: int, channels: int) -> jax.Array:
   return jnp.zeros((batch_size, width - 1, channels), jnp.float32)
 
 
-def previous(x_BTC: jax.Array, tail_BWC: jax.Array, context: Context
-             ) -> tuple[list[jax.Array], jax.Array]:
-  """[x_{t-1}, .., x_{t-(W-1)}] for every token, and the tail after them, float32 [B, W-1, C]."""
-  count, length = tail_BWC.shape[1], x_BTC.shape[1]
+def previous(x_BTC: jax.Array, tail_BWC: jax.Array, context: Context,
+             channels: str | None = None) -> tuple[list[jax.Array], jax.Array]:
+  """[x_{t-1}, .., x_{t-(W-1)}] for every token, and the tail after them, float32 [B, W-1, C].
+
+  `channels`: the meaning of the last dim, where a mesh cuts it.
+  """
+  count = tail_BWC.shape[1]
   tail = tail_BWC.astype(x_BTC.dtype)
   if context.valid_BT is None:
-    all_BSC = jnp.concatenate([tail, x_BTC], axis=1)
-    shifted = [all_BSC[:, count - j:count - j + length] for j in range(1, count + 1)]
-    after = all_BSC[:, length:]
+    shifted, after = earlier(x_BTC, tail, channels)
   else:   # the valid tokens moved together: x_{t-j} is the j-th valid token before t
     order_BT = jnp.argsort(~context.valid_BT, axis=1, stable=True)
     packed = jnp.take_along_axis(x_BTC, order_BT[..., None], axis=1)
@@ -50,7 +52,7 @@ class ShortConv(nnx.Module):
                rngs: nnx.Rngs):
     limit = width ** -0.5   # torch's Conv1d: uniform in +-1/sqrt(taps)
     uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
-    self.width, self.channels = width, channels
+    self.width, self.channels, self.dims = width, channels, dims
     self.taps = param(rngs, uniform, (width, channels), (None, dims))   # taps[j] multiplies x_{t-j}
     self.bias = param(rngs, uniform, (channels,), (dims,)) if bias else None
 
@@ -60,7 +62,7 @@ class ShortConv(nnx.Module):
   def __call__(self, x_BTC: jax.Array, tail_BWC: jax.Array, context: Context
                ) -> tuple[jax.Array, jax.Array]:
     taps = self.taps.get_value().astype(x_BTC.dtype)
-    before, tail_BWC = previous(x_BTC, tail_BWC, context)
+    before, tail_BWC = previous(x_BTC, tail_BWC, context, self.dims)
     y_BTC = sum(x * tap for x, tap in zip((x_BTC, *before), taps))
     if self.bias is not None:
       y_BTC += self.bias.get_value().astype(x_BTC.dtype)
