@@ -1,5 +1,5 @@
 """python -m longctx.main --config=configs/X.py --workdir=W [--mode=train|eval] [--config.a.b=c]
-python -m longctx.main --config=configs/X.py --mode=compile|plan [--topology=v5e:8x8]
+python -m longctx.main --config=configs/X.py --mode=describe|plan|compile [--topology=v5e:8x8]
 
 Trains the config's model in the folder W; the same command again carries on from where it ended.
 Or says, without training, what a step needs of the devices that are here, or of a topology.
@@ -19,7 +19,7 @@ from longctx import command_line
 from longctx.command_line import complain
 from longctx.errors import ConfigError, check, check_choice, check_range
 
-MODES = ('train', 'eval', 'compile', 'plan')
+MODES = ('train', 'eval', 'describe', 'plan', 'compile')
 NEED_WORKDIR = ('train', 'eval')
 
 
@@ -31,8 +31,9 @@ def define_flags() -> flags.FlagValues:
   text('workdir', '', 'Folder of the run: checkpoints, metrics, figures. compile and plan write '
        'their JSON there, or into the current directory.')
   text('mode', 'train', 'train: train, resume and evaluate. eval: evaluate a checkpoint. '
-       'compile: compile the step and say what it needs. plan: predict its memory, part by part.')
-  text('topology', '', 'With compile and plan: a TPU slice that need not be here, such as v5e:8x8.')
+       'describe: the model, its layers, state and costs. plan: predict the memory of a device, '
+       'part by part. compile: compile the step and say what it needs.')
+  text('topology', '', 'With describe, plan and compile: a TPU slice that need not be here, such as v5e:8x8.')
   text('checkpoint', 'newest', f'With eval. {command_line.CHECKPOINT_HELP}')
   text('allow_config_change', '', 'Keys or sections, with commas between, in which the config may '
        'differ from the one that the workdir has.')
@@ -58,7 +59,7 @@ def check_flags(f: flags.FlagValues) -> None:
   check(bool(f.workdir) or f.mode not in NEED_WORKDIR, '--workdir: missing; give a folder for the '
         'run, such as --workdir=runs/quickstart')
   check(not f.topology or f.mode not in NEED_WORKDIR, f'--topology={f.topology}: does nothing with '
-        f'--mode={f.mode}; give --mode=compile or --mode=plan')
+        f'--mode={f.mode}; give --mode=describe, --mode=plan or --mode=compile')
   command_line.check_checkpoint(f.checkpoint)
   check(f.checkpoint == 'newest' or f.mode == 'eval', f'--checkpoint={f.checkpoint}: does nothing '
         f'with --mode={f.mode}; give --mode=eval')
@@ -134,7 +135,7 @@ def run(argv: list[str]) -> int:
 
 
 def look_ahead(f: flags.FlagValues, config: Any) -> int:
-  """--mode=compile and --mode=plan: 1 where the step does not fit."""
+  """--mode=describe, plan and compile: 1 where the step does not fit."""
   if f.topology:
     from longctx.parallel import aot
     aot.check_topology(f.topology)
@@ -144,6 +145,9 @@ def look_ahead(f: flags.FlagValues, config: Any) -> int:
   if f.mode == 'compile':
     from longctx import compile
     return compile.run(config, f.workdir, f.topology)
+  if f.mode == 'describe':
+    from longctx import describe
+    return describe.run(config, f.workdir, f.topology)
   from longctx import plan
   return plan.run(config, f.workdir, f.topology)
 

@@ -32,8 +32,8 @@ FLOAT = 4   # bytes of parameters, moments, gradients, logits
 # What a layer would keep without remat is so many times alive while it is turned back. A TPU's
 # compiler makes more of it again than it holds; others are taken to be as a CPU's.
 TURNED = {
-    'cpu': {'none': 1.35, 'dots': 1.2, 'dots_no_batch': 1.2, 'full': 1.55},
-    'tpu': {'none': 0.63, 'dots': 0.63, 'dots_no_batch': 0.63, 'full': 0.63},
+    'cpu': {'none': 1.35, 'dots': 1.2, 'dots_no_batch': 1.2, 'full': 1.55, 'offload': 1.55},
+    'tpu': {'none': 0.63, 'dots': 0.63, 'dots_no_batch': 0.63, 'full': 0.63, 'offload': 0.63},
 }
 # Gradients of stacked layers stand beside the gradients: transposed, or on their way to being
 # summed over devices that share a parameter.
@@ -84,7 +84,8 @@ def table(found: list[Part], chip: Chip | None = None) -> str:
   gib = lambda n: f'{n / 2**30:9.3f} GiB'
   lines = [f'memory of a device, most of it in the {moment}:']
   for p in found:
-    when = '' if moment in p.moments else f'   in the {", ".join(p.moments)}: not counted'
+    when = '' if moment in p.moments else (
+        f'   in the {", ".join(p.moments)}: not counted' if p.moments else '   not of the device')
     lines.append(f'  {p.name:<34}{gib(p.bytes)}{when}')
   fits = chip is None or total <= chip.memory_bytes
   of = f' of {chip.memory:g} GiB: {"fits" if fits else "DOES NOT FIT"}' if chip else ''
@@ -107,6 +108,7 @@ def plan(config: Any, devices: list | None = None) -> list[Part]:
   remat = getattr(model, 'remat', 'none')
   platform = a.layout.mesh.devices.flat[0].platform
   turned = TURNED.get(platform, TURNED['cpu'])[remat]
+  away = _on_the_host(a) if remat == 'offload' else 0
   shorter = 'mesh.seq larger, data.length or data.batch_size smaller, run.accumulate larger'
   found = [
       Part('parameters', share(a.abstract.params), MOMENTS, WIDER),
@@ -117,12 +119,14 @@ def plan(config: Any, devices: list | None = None) -> list[Part]:
       Part('gradients', share(a.abstract.params), ('backward', 'update'), WIDER),
       Part('gradients summed before', share(a.abstract.params) if p.run.accumulate > 1 else 0,
            MOMENTS, 'run.accumulate=1'),
-      Part('kept from forward to backward', kept.activations, ('loss', 'backward'),
-           shorter if remat == 'full' else f"model.remat='full'; {shorter}"),
+      Part('kept from forward to backward', kept.activations - away, ('loss', 'backward'),
+           {'offload': shorter, 'full': f"model.remat='offload' (GPU, TPU); {shorter}"}.get(
+               remat, f"model.remat='full'; {shorter}")),
+      Part('on the host', away, ()),
       Part('parameters cast or sliced', kept.parameters, ('loss', 'backward')),
       Part('one layer, forward and backward', int(turned * one_layer(config, devices)),
            ('backward',), shorter),
-      *_of_layers(a), *_of_loss(a), *_of_keys(a)]
+      *_of_layers(a), *_of_blocks(a), *_of_loss(a), *_of_keys(a)]
   return [part for part in found if part.bytes]
 
 
@@ -135,6 +139,31 @@ def _share(x: jax.ShapeDtypeStruct) -> int:
 
 def _width(a: assembly.Assembly) -> int:
   return DTYPES[getattr(a.model_config, 'dtype', 'float32')].dtype.itemsize
+
+
+def _tokens(a: assembly.Assembly) -> tuple[int, int]:
+  """(rows, tokens of a row) of one device and microbatch."""
+  rows = a.parts.data.batch_size // a.parts.run.accumulate // a.layout.size('batch')
+  return rows, a.abstract_batch()['tokens'].shape[1] // a.layout.size('length')
+
+
+def _on_the_host(a: assembly.Assembly) -> int:
+  """Layer inputs but for the two that are on their way."""
+  rows, T = _tokens(a)
+  return max(0, a.model_config.num_layers - 2) * rows * T * a.model_config.embed_dim * _width(a)
+
+
+def _of_blocks(a: assembly.Assembly) -> list[Part]:
+  """Of the feed-forward layer by blocks: a block's activations, and sums of the weights' gradients."""
+  model, (rows, T) = a.model_config, _tokens(a)
+  block = getattr(model, 'mlp_block', 0)
+  if not 0 < block < T:
+    return []
+  F, inner = model.mlp_dim // a.layout.size('mlp'), 2 if model.mlp == 'swiglu' else 1
+  return [Part('a block of the feed-forward layer',
+               rows * block * F * (2 * inner + 2) * _width(a)
+               + (inner + 1) * model.embed_dim * F * FLOAT,
+               ('backward',), 'model.mlp_block smaller')]
 
 
 def _of_layers(a: assembly.Assembly) -> list[Part]:
@@ -157,17 +186,13 @@ def _of_layers(a: assembly.Assembly) -> list[Part]:
 
 def _of_loss(a: assembly.Assembly) -> list[Part]:
   p, layout = a.parts, a.layout
-  rows = p.data.batch_size // p.run.accumulate // layout.size('batch')
-  T = a.abstract_batch()['tokens'].shape[1] // layout.size('length')
+  rows, T = _tokens(a)
   D, V = a.model_config.embed_dim, a.model_config.vocab_size
   V = V // layout.size('vocab') if V % layout.size('vocab') == 0 else V
   chunk = min(p.loss.chunk or T, T)
-  cut = layout.size('embed') > 1
   return [
       Part('logits of a chunk', LOGITS * rows * chunk * V * FLOAT, ('loss',), 'loss.chunk smaller'),
       Part('table and its gradient', V * D * (_width(a) + 2 * FLOAT), ('loss',),
-           'model.vocab_size smaller, or mesh.model larger'),
-      Part('gradient of the table, whole', V * D * FLOAT if cut else 0, ('backward',),
            'model.vocab_size smaller, or mesh.model larger'),
       Part("gradient of the last layer's output", rows * T * D * _width(a), ('loss', 'backward'))]
 
@@ -178,8 +203,7 @@ def _of_keys(a: assembly.Assembly) -> list[Part]:
   n = layout.size('length')
   if n == 1 or not hasattr(model, 'num_kv_heads'):
     return []
-  rows = a.parts.data.batch_size // a.parts.run.accumulate // layout.size('batch')
-  T = a.abstract_batch()['tokens'].shape[1] // n
+  rows, T = _tokens(a)
   heads = model.num_kv_heads // layout.size('kv_heads')
   one = 2 * rows * T * heads * model.head_dim
   if a.parts.mesh.strategy == 'allgather':   # the layer keeps them whole, and is counted so
@@ -251,7 +275,7 @@ def _cuts(shape: tuple[int, ...], a: assembly.Assembly) -> int:
 def one_layer(config: Any, devices: list | None) -> int:
   """Bytes of one device that a layer keeps without remat: two periods' less one's."""
   p = parts(config)
-  period = len(getattr(p.model, 'window', (0,)))
+  period = getattr(p.model, 'period', 1)
 
   def kept(times: int) -> int:
     c = config.copy_and_resolve_references()

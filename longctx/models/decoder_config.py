@@ -11,6 +11,7 @@ import jax
 
 from longctx.attention import IMPLEMENTATIONS
 from longctx.errors import check, check_choice, check_range
+from longctx.models.facts import LayerFacts
 from longctx.models.layers import DTYPES
 from longctx.models.mixers import MIXERS
 from longctx.models.mixers.base import Cost, Settings
@@ -157,6 +158,28 @@ class Config:
     own = (self.attention_matrices() if mixer == 'attention' else
            self.mixer_costs()[mixer].matrices)
     return own + self.mlp_matrices()
+
+  def layer_facts(self, length: int) -> list[LayerFacts]:
+    """Of each layer, in rows of `length` tokens; caches count their index as one number a slot."""
+    costs, keys = self.mixer_costs(), self.mean_keys(length)
+    w = self.widths()
+    slot = 2 * w['num_kv_heads'] * w['head_dim'] + 1
+    norms = self.embed_dim * (1 if self.mlp == 'none' else 2)
+
+    def facts(mixer: str, window: int) -> LayerFacts:
+      if mixer == 'attention':
+        own = self.attention_matrices() + (2 * w['head_dim'] if self.qk_norm else 0)
+        forward = (2 * self.layer_matrices()
+                   + 4 * self.num_heads * w['head_dim'] * keys[window])
+        return LayerFacts(f'attention, {window}' if window else 'attention', 'P0',
+                          own + self.mlp_matrices() + norms, forward,
+                          state=(window - 1) * slot if window else 0, grows=0 if window else slot)
+      cost = costs[mixer]
+      return LayerFacts(mixer, MIXERS[mixer].dependency,
+                        cost.parameters + self.mlp_matrices() + norms,
+                        2 * self.layer_matrices(mixer) + cost.flops, cost.state)
+
+    return [facts(*kind) for kind in self.pattern()]
 
   def num_parameters(self) -> int:
     """Closed form of the parameter count (needs vocab_size)."""

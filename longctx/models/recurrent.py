@@ -23,6 +23,7 @@ from flax import nnx
 
 from longctx.errors import check, check_choice, check_range
 from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
+from longctx.models.facts import LayerFacts
 from longctx.models.layers import DTYPES, Embedding, constant, dropout, linear, param
 from longctx.parallel.mesh import constrain
 from longctx.recurrence import cell, elman, gru, lstm, slstm
@@ -97,6 +98,15 @@ class Config:
     head = 0 if self.tied else self.vocab_size * self.hidden_dim
     projection = self.hidden_dim * self.embed_dim if self.projects else 0
     return self.vocab_size * self.embed_dim + self.stack_parameters() + projection + head
+
+  def layer_facts(self, length: int) -> list[LayerFacts]:
+    """Of each layer, all directions of it together."""
+    del length
+    costs, n = self.layer_costs(), self.directions
+    sums = [costs[i:i + n] for i in range(0, len(costs), n)]
+    total = lambda layer, name: sum(getattr(c, name) for c in layer)
+    return [LayerFacts(self.name, 'P2', total(layer, 'parameters'), 2.0 * total(layer, 'matrices'),
+                       total(layer, 'state')) for layer in sums]
 
   windows = ()   # no layer of it attends
 
