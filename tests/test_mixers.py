@@ -16,13 +16,17 @@ B, T, D = 2, 11, 12
 SEGMENTS = np.array([[1] * 4 + [2] * 7, [3] * 9 + [4] * 2])
 
 
-def shaken(mixer, seed=0):
-  """Every parameter moved off its initial value, so that none may be forgotten."""
-  graphdef, params = nnx.split(mixer)
+def shaken(mixer_class, seed=0, **settings):
+  """A mixer whose every parameter is drawn anew, none left at a 0 or 1 that could be forgotten."""
+  more = {'groups': settings.pop('groups')} if 'groups' in settings else {}
+  settings = base.Settings(**dict(dim=D, num_heads=2, chunk=4) | settings)
+  abstract = nnx.eval_shape(lambda: mixer_class(settings, rngs=nnx.Rngs(0), **more))
+  graphdef, params = nnx.split(abstract)
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
-  moved = [x + jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
-  return nnx.merge(graphdef, jax.tree.unflatten(tree, moved))
+  drawn = [jnp.asarray(0.3 * rng.standard_normal(x.shape) + 0.5 * (x.ndim == 1), jnp.float32)
+           for x in leaves]
+  return nnx.merge(graphdef, jax.tree.unflatten(tree, drawn))
 
 
 def inputs(seed=1):
@@ -46,8 +50,7 @@ def arrays(mixer):
 def test_rglru_is_the_block_of_recurrent_gemma():
   import torch
   from transformers.models.recurrent_gemma import modeling_recurrent_gemma as published
-  settings = base.Settings(dim=D, num_heads=2, width=16, std=0.3, out_std=0.3)
-  mixer = shaken(rglru.RGLRU(settings, rngs=nnx.Rngs(0)))
+  mixer = shaken(rglru.RGLRU, width=16)
   config = published.RecurrentGemmaConfig(
       hidden_size=D, lru_width=16, num_attention_heads=2, num_hidden_layers=1, conv1d_width=4)
   theirs = published.RecurrentGemmaRecurrentBlock(config, 0)
@@ -76,9 +79,7 @@ def test_rglru_is_the_block_of_recurrent_gemma():
 def test_mamba2_is_the_mixer_of_mamba2(groups):
   import torch
   from transformers.models.mamba2 import modeling_mamba2 as published
-  settings = base.Settings(dim=D, num_heads=4, key_dim=5, std=0.3, out_std=0.3, chunk=4,
-                           norm_epsilon=1e-5)
-  mixer = shaken(mamba2.Mamba2(settings, groups=groups, rngs=nnx.Rngs(0)))
+  mixer = shaken(mamba2.Mamba2, num_heads=4, key_dim=5, norm_epsilon=1e-5, groups=groups)
   config = published.Mamba2Config(
       hidden_size=D, num_heads=4, head_dim=6, state_size=5, n_groups=groups, conv_kernel=4,
       chunk_size=8, num_hidden_layers=1, initializer_range=0.3)
@@ -127,7 +128,7 @@ def test_rglru_has_a_finite_gradient_where_the_gate_keeps_everything():
   slope = jax.grad(lambda x: rglru.bounded_sqrt(x))
   assert float(slope(0.0)) == rglru.MAX_SLOPE
   assert float(slope(0.25)) == pytest.approx(1.0)
-  mixer = rglru.RGLRU(base.Settings(dim=D, num_heads=2), rngs=nnx.Rngs(0))
+  mixer = shaken(rglru.RGLRU)
   mixer.bias_r.set_value(jnp.full((D,), -200.0))   # r = 0, a = 1
   graphdef, params = nnx.split(mixer)
   grads = jax.jit(jax.grad(lambda p: run(nnx.merge(graphdef, p), inputs(), SEGMENTS)[0].sum()))(params)
@@ -142,7 +143,7 @@ RESET = np.concatenate([np.ones((B, 1), bool), SEGMENTS[:, 1:] != SEGMENTS[:, :-
 
 def by_loops(mixer, row):
   """Our layer on packed documents against `row(parameters, x, reset)` in float64, row by row."""
-  mixer, x = shaken(mixer), inputs()
+  x = inputs()
   got, _ = run(mixer, x, SEGMENTS)
   expected = np.stack([row(arrays(mixer), x[i].astype(np.float64), RESET[i]) for i in range(B)])
   np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
@@ -161,12 +162,11 @@ def test_minimal_cells_equal_loops(mixer_class):
     h, _ = oracles.elementwise(1 - write, write * new, np.zeros(new.shape[1]), reset,
                                np.ones(T, bool))
     return h @ p['w_out']
-  by_loops(mixer_class(base.Settings(dim=D, num_heads=2, width=10, std=0.3, out_std=0.3, chunk=4),
-                       rngs=nnx.Rngs(0)), row)
+  by_loops(shaken(mixer_class, width=10), row)
 
 
 def test_minimal_gates_stay_finite_where_they_saturate():
-  mixer = minimal.MinLSTM(base.Settings(dim=D, num_heads=2), rngs=nnx.Rngs(0))
+  mixer = shaken(minimal.MinLSTM)
   for bias in mixer.biases[:2]:
     bias.set_value(jnp.full(bias.get_value().shape, -200.0))   # both gates 0: i / (f + i) is 1/2
   write = mixer.write_gate(*(jnp.full((1,), -200.0),) * 2)
@@ -198,8 +198,7 @@ def test_linear_attention_equals_loops():
         start = max(s for s in range(t + 1) if reset[s])
         total[h, t] = sum(feature(q[h, t]) @ feature(k[h, s]) for s in range(start, t + 1))
     return np.einsum('htv,hvd->td', out / total, p['w_out'])
-  by_loops(linear_attention.LinearAttention(
-      base.Settings(dim=D, num_heads=3, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+  by_loops(shaken(linear_attention.LinearAttention, num_heads=3), row)
 
 
 def test_retention_equals_loops():
@@ -208,8 +207,7 @@ def test_retention_equals_loops():
     _, _, out = summed(p, x, reset, log_decay)
     gated = rms(out * 6 ** -0.5) * silu(heads(x, p['w_g']))
     return np.einsum('htv,hvd->td', gated, p['w_out'])
-  by_loops(linear_attention.Retention(
-      base.Settings(dim=D, num_heads=2, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+  by_loops(shaken(linear_attention.Retention, num_heads=2), row)
 
 
 def test_gla_equals_loops():
@@ -218,8 +216,7 @@ def test_gla_equals_loops():
     _, _, out = summed(p, x, reset, np.log(sigmoid(logits)) / 16)
     gated = rms(out * 3 ** -0.5) * p['norm_scale'] * silu(heads(x, p['w_g']))
     return np.einsum('htv,hvd->td', gated, p['w_out'])
-  by_loops(linear_attention.GLA(
-      base.Settings(dim=D, num_heads=2, std=0.3, out_std=0.3, chunk=4), rngs=nnx.Rngs(0)), row)
+  by_loops(shaken(linear_attention.GLA, num_heads=2), row)
 
 
 CASES = {
@@ -239,11 +236,11 @@ CASES = {
 def test_cost_counts_parameters_and_state(name):
   mixer_class, changes = CASES[name]
   settings = base.Settings(**(dict(dim=D, num_heads=2) | changes))
-  mixer = mixer_class(settings, rngs=nnx.Rngs(0))
+  mixer = shaken(mixer_class, dim=D, **changes)
   cost = mixer_class.cost(settings)
-  leaves = jax.tree.leaves(nnx.state(mixer))
-  assert cost.parameters == sum(x.size for x in leaves)
-  assert cost.state == sum(x.size for x in jax.tree.leaves(mixer.init_state(3))) / 3
+  assert cost.parameters == sum(x.size for x in jax.tree.leaves(nnx.state(mixer)))
+  state = jax.eval_shape(lambda: mixer.init_state(3))
+  assert cost.state == sum(x.size for x in jax.tree.leaves(state)) / 3
   assert cost.matrices == sum(x.size for name, x in arrays(mixer).items() if name.startswith('w_'))
   assert cost.flops > 0 and cost.wire > 0
 
@@ -264,7 +261,7 @@ def test_mistakes_are_named(mixer_class, changes, message):
 @pytest.mark.parametrize('mixer_class', [linear_attention.GLA, mamba2.Mamba2, rglru.RGLRU])
 def test_layers_cut_over_devices(mixer_class):
   """Rows, tokens and heads over 2 devices each: outputs, state and gradients of one device."""
-  mixer = shaken(mixer_class(base.Settings(dim=16, num_heads=4, key_dim=3, chunk=4), rngs=nnx.Rngs(0)))
+  mixer = shaken(mixer_class, dim=16, num_heads=4, key_dim=3)
   x = np.random.default_rng(1).standard_normal((2, 16, 16)).astype(np.float32)
   segments = jnp.asarray([[1] * 5 + [2] * 11, [3] * 8 + [4] * 8])
   graphdef, params = nnx.split(mixer)

@@ -172,6 +172,12 @@ def _chunks(inputs: Inputs, size: int) -> tuple[jax.Array, jax.Array, jax.Array,
   return q, k, v, reset
 
 
+def _writes(k_NBGCK: jax.Array, v_NBGCRV: jax.Array) -> jax.Array:
+  """k^T v, [N, B, G, K, R, V]. One dim R V: XLA:CPU has no such product of bfloat16 with two."""
+  write = product('nbgik,nbgij->nbgkj', k_NBGCK, v_NBGCRV.reshape(*v_NBGCRV.shape[:4], -1))
+  return write.reshape(*write.shape[:4], *v_NBGCRV.shape[4:])
+
+
 def _by_head(inputs: Inputs, size: int) -> Chunks:
   q, k, v, reset = _chunks(inputs, size)
   dtype = v.dtype
@@ -194,7 +200,7 @@ def _by_head(inputs: Inputs, size: int) -> Chunks:
   scores = product('nbgtk,nbgik->nbgti', q, k)
   weights = jnp.broadcast_to((scores[:, :, :, None] * decay).astype(dtype), (N, B, G, R, C, C))
   out = product('nbgrti,nbgirv->nbgtrv', weights, v)
-  write = product('nbgik,nbgirv->nbgkrv', k, (v * left).astype(dtype))
+  write = _writes(k, (v * left).astype(dtype))
   return Chunks(q=q, seen=beside(every(b, docs.first)), out=out,
                 map=Map(kept[:, :, :, None, :, None], write))
 
@@ -209,7 +215,7 @@ def _by_channel(inputs: Inputs, size: int) -> Chunks:
   pairs = jnp.where(docs.pair, pairs, 0.0)
   out = product('nbgti,nbgirv->nbgtrv', pairs.astype(dtype), v)
   left = (k * every(b[..., -1:, :] - b, docs.last)).astype(dtype)
-  write = product('nbgik,nbgirv->nbgkrv', left, v)
+  write = _writes(left, v)
   kept = jnp.where(docs.open[..., None], jnp.exp(b[..., -1, :]), 0.0)
   return Chunks(q=(q * every(b, docs.first)).astype(dtype), seen=None, out=out,
                 map=Map(kept[..., None, None], write))
