@@ -74,9 +74,10 @@ def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inter
   """(out_BTNH, lse_BTN float32 natural base); rows that see nothing: out 0, lse -1e30."""
   kernel_checks.demand('splash', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
   T = q_BTNH.shape[1]
-  result, q_BNTH = None, _rows(_scaled(q_BTNH, options), _tile(T))
-  for run in _runs(mask, T, k_BSKH, v_BSKH):
-    def one_row(q_NTH, k_KSH, v_KSH, plan, run=run):
+  q_BNTH = _rows(_scaled(q_BTNH, options), _tile(T))
+
+  def visit(result, run):
+    def one_row(q_NTH, k_KSH, v_KSH, plan):
       out_NTH, (lse_NT,) = kernel._splash_attention_forward(
           plan.by_queries, q_NTH, k_KSH, v_KSH, None, None, is_mqa=False, block_sizes=run.sizes,
           residual_checkpoint_name=None, save_residuals=True,
@@ -89,8 +90,10 @@ def forward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inter
     if run.sees_BT is not None:
       out_BTNH = jnp.where(run.sees_BT[..., None, None], out_BTNH, 0.0).astype(out_BTNH.dtype)
       lse_BTN = jnp.where(run.sees_BT[..., None], lse_BTN, NEG_INF)
-    result = (out_BTNH, lse_BTN) if result is None else _merged(result, (out_BTNH, lse_BTN))
-  return result
+    return ((out_BTNH, lse_BTN) if result is None else _merged(result, (out_BTNH, lse_BTN))), ()
+
+  nothing = (jnp.zeros(q_BTNH.shape, jnp.float32), jnp.full(q_BTNH.shape[:3], NEG_INF))
+  return _over_runs(visit, nothing, mask, T, k_BSKH, v_BSKH)[0]
 
 
 def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
@@ -99,16 +102,16 @@ def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inte
              ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   """(dq, dk, dv, None), with probabilities exp(score - lse) and delta = rowsum(out * dout) - dlse."""
   kernel_checks.demand('splash', cannot(q_BTNH, k_BSKH, v_BSKH, mask, options))
-  T, S, tile = q_BTNH.shape[1], k_BSKH.shape[1], _tile(q_BTNH.shape[1])
+  T, tile = q_BTNH.shape[1], _tile(q_BTNH.shape[1])
   dout_BTNH = dout_BTNH.astype(v_BSKH.dtype)
   delta_BTN = (out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)).sum(-1)
   delta_BTN = delta_BTN if dlse_BTN is None else delta_BTN - dlse_BTN
   numbers = lambda x_BTN: _rows(x_BTN[..., None], tile)[..., 0]
   q_BNTH, dout_BNTH = _rows(_scaled(q_BTNH, options), tile), _rows(dout_BTNH, tile)
   lse_BNT, delta_BNT = numbers(lse_BTN), numbers(delta_BTN)
-  dq, dk, dv = [], [], []
-  for run in _runs(mask, T, k_BSKH, v_BSKH):
-    def one_row(q_NTH, k_KSH, v_KSH, lse_NT, dout_NTH, delta_NT, plan, run=run):
+
+  def visit(dq_BTNH, run):
+    def one_row(q_NTH, k_KSH, v_KSH, lse_NT, dout_NTH, delta_NT, plan):
       arrays = (q_NTH, k_KSH, v_KSH, None, None, lse_NT, dout_NTH, delta_NT)
       sizes = run.sizes
       shared = dict(_shared(run.function, options, interpret), is_mqa=False, bq=sizes.block_q,
@@ -122,13 +125,14 @@ def backward(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Inte
 
     grads = jax.vmap(one_row, in_axes=(0,) * 6 + (run.axes,))(
         q_BNTH, run.k_BKSH, run.v_BKSH, lse_BNT, dout_BNTH, delta_BNT, run.plan)
-    dq_BTNH, dk_BSKH, dv_BSKH = (x.swapaxes(1, 2) for x in grads)
-    dq.append(dq_BTNH[:, :T].astype(jnp.float32))
-    dk.append(dk_BSKH[:, :run.num_keys])
-    dv.append(dv_BSKH[:, :run.num_keys])
-  dq_BTNH = _scaled(sum(dq), options).astype(q_BTNH.dtype if len(dq) == 1 else jnp.float32)
-  restored = run.ranges.restored if run.ranges else lambda x: x
-  return dq_BTNH, *(restored(jnp.concatenate(x, axis=1)[:, :S]) for x in (dk, dv)), None
+    more, dk_BSKH, dv_BSKH = (x.swapaxes(1, 2) for x in grads)
+    more = more[:, :T]
+    return (more if dq_BTNH is None else dq_BTNH + more.astype(jnp.float32),
+            (dk_BSKH[:, :run.num_keys], dv_BSKH[:, :run.num_keys]))
+
+  dq_BTNH, (dk_BSKH, dv_BSKH) = _over_runs(
+      visit, jnp.zeros(q_BTNH.shape, jnp.float32), mask, T, k_BSKH, v_BSKH)
+  return _scaled(dq_BTNH, options), dk_BSKH, dv_BSKH, None
 
 
 def _shared(function, options, interpret):
@@ -180,12 +184,15 @@ class Run(NamedTuple):
   plan: Plan
   axes: int | None              # 0: each row of the batch has a plan of its own
   sees_BT: jax.Array | None     # None: every row sees some of these keys
-  ranges: object                # None: the keys stand as they were
 
 
-def _runs(mask: Intervals, T: int, k_BSKH: jax.Array, v_BSKH: jax.Array) -> list[Run]:
-  S = k_BSKH.shape[1]
-  block_q = _tile(T)
+def _over_runs(visit, nothing, mask: Intervals, T: int, k_BSKH: jax.Array, v_BSKH: jax.Array):
+  """(result, parts): visit(result, run) -> (result, arrays of the run's keys) for each run in turn.
+
+  The result before is `nothing`, or None where one run is all. Runs of MAX_KEYS stand in a scan:
+  one after the other in the program, XLA would hold several runs' results at once.
+  """
+  S, block_q = k_BSKH.shape[1], _tile(T)
 
   def sizes(num_keys):
     block_k = _tile(num_keys)
@@ -196,20 +203,33 @@ def _runs(mask: Intervals, T: int, k_BSKH: jax.Array, v_BSKH: jax.Array) -> list
   if (mask.kind == 'causal' and not mask.reach) or (mask.kind == 'full' and S % _tile(S) == 0):
     plan, function = _static_plan(mask.kind, T, S, block_q, _tile(S))
     keys = [_rows(x, _tile(S)) for x in (k_BSKH, v_BSKH)]
-    return [Run(*keys, S, sizes(S), function, plan, None, None, None)]
+    return visit(None, Run(*keys, S, sizes(S), function, plan, None, None))
 
   ranges = key_ranges(mask, S)
   k_BSKH, v_BSKH = ranges.ordered(k_BSKH), ranges.ordered(v_BSKH)
-  runs = []
-  for low in range(0, S, MAX_KEYS):
-    num_keys = min(MAX_KEYS, S - low)
+
+  def one(result, low, num_keys):
     start_BT = jnp.clip(ranges.start_BT - low, 0, num_keys)
     end_BT = jnp.clip(ranges.end_BT - low, 0, num_keys)
     size = sizes(num_keys)
     plan = jax.vmap(functools.partial(_plan, size, num_keys))(start_BT, end_BT)
-    keys = [_rows(x[:, low:low + num_keys], size.block_kv) for x in (k_BSKH, v_BSKH)]
-    runs.append(Run(*keys, num_keys, size, _within, plan, 0, start_BT < end_BT, ranges))
-  return runs
+    keys = [_rows(jax.lax.dynamic_slice_in_dim(x, low, num_keys, axis=1), size.block_kv)
+            for x in (k_BSKH, v_BSKH)]
+    return visit(result, Run(*keys, num_keys, size, _within, plan, 0, start_BT < end_BT))
+
+  num_keys = k_BSKH.shape[1]
+  whole, rest = divmod(num_keys, MAX_KEYS)
+  if num_keys <= MAX_KEYS:
+    result, parts = one(None, 0, num_keys)
+  else:
+    result, parts = jax.lax.scan(lambda result, i: one(result, i * MAX_KEYS, MAX_KEYS), nothing,
+                                 jnp.arange(whole))
+    parts = jax.tree.map(   # [runs, B, keys of a run, K, H]
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), parts)
+  if rest and whole:
+    result, last = one(result, whole * MAX_KEYS, rest)
+    parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), parts, last)
+  return result, jax.tree.map(lambda x: ranges.restored(x[:, :S]), parts)
 
 
 @functools.lru_cache(maxsize=64)
