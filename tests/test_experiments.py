@@ -34,3 +34,26 @@ def test_cost_of_attention(tmp_path):
   assert memory['ring, 8 devices'] < memory['jax.nn dense over 8 devices (GSPMD)']
   assert found['ratios']['1024']['ring, 8 devices'] == 1
   assert found['ratios']['1024']['jax.nn dense, 1 device'] > 0
+
+
+def test_recurrences(tmp_path):
+  """A run that was cut short in the middle of a line carries on behind the last whole one."""
+  run = [sys.executable, ROOT / 'experiments' / '02_recurrences' / 'run.py', '--tier=smoke',
+         f'--out={tmp_path}']
+  done = subprocess.run(run, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  lines = (tmp_path / 'tasks.jsonl').read_text().splitlines()
+  assert len(lines) == 4 and len((tmp_path / 'text.jsonl').read_text().splitlines()) == 2
+  for name in ('tasks', 'text', 'stream'):
+    assert (tmp_path / f'{name}.png').stat().st_size > 10_000
+  row = json.loads(lines[0])
+  assert row['task'] == 'mqar' and len(row['by_position_64']) == 64
+  assert sum(x is not None for x in row['by_position_64']) > 8
+  stream = json.loads((tmp_path / 'stream.jsonl').read_text().splitlines()[0])
+  assert stream['growth'] < 0.05 and stream['state_bytes'] < 10_000
+  (tmp_path / 'tasks.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:20])
+  again = subprocess.run([*run, '--part=tasks'], capture_output=True, text=True, timeout=900)
+  assert again.returncode == 0, again.stderr
+  after = (tmp_path / 'tasks.jsonl').read_text().splitlines()
+  assert after[:3] == lines[:3] and json.loads(after[3])['model'] == json.loads(lines[3])['model']
+  assert again.stdout.count('"task"') == 1
