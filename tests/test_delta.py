@@ -21,6 +21,9 @@ B, T, H, K, V = 2, 16, 2, 4, 3
 FORMS = {'sequential': Delta('sequential'), 'chunked': Delta('chunked', 4), 'scan': Delta('scan', 4)}
 DECAYS = ('none', 'head', 'channel')
 
+slow = lambda *args: pytest.param(*args, marks=pytest.mark.slow)
+DEVICES = [slow(name) if name in ('ring of 2', 'ring of 8') else name for name in kernel_laws.MESHES]
+
 
 @functools.cache
 def case(decay):
@@ -55,13 +58,14 @@ def test_equals_loops(form, decay):
   kernel_laws.equals_loops(FORMS[form], case(decay), loops)
 
 
-@pytest.mark.parametrize('decay', DECAYS)
-@pytest.mark.parametrize('form', ['chunked', 'scan'])
+@pytest.mark.parametrize('form,decay', [
+    *(('chunked', decay) for decay in DECAYS), ('scan', 'channel'), slow('scan', 'none'),
+    slow('scan', 'head')])
 def test_forms_are_equal_in_values_and_gradients(form, decay):
   kernel_laws.same(FORMS[form], FORMS['sequential'], case(decay))
 
 
-@pytest.mark.parametrize('decay', ['head', 'channel'])
+@pytest.mark.parametrize('decay', ['channel', slow('head')])
 def test_any_split_and_one_token_at_a_time(decay):
   kernel_laws.splits(FORMS['chunked'], case(decay), (0, 10, 16))
   kernel_laws.splits(FORMS['chunked'], case(decay), tuple(range(17)))
@@ -72,7 +76,7 @@ def test_maps_join_and_apply(form, decay):
   kernel_laws.joins(FORMS[form], case(decay))
 
 
-@pytest.mark.parametrize('devices', kernel_laws.MESHES)
+@pytest.mark.parametrize('devices', DEVICES)
 def test_cut_over_devices(devices):
   decay = 'channel' if devices == 'ring of 4' else 'head'
   kernel_laws.same(FORMS['chunked'], FORMS['sequential'], case(decay), kernel_laws.MESHES[devices])
@@ -163,7 +167,7 @@ tokens = lambda: np.random.default_rng(1).standard_normal((2, 11, D)).astype(np.
 def test_gated_delta_is_the_layer_of_qwen3_next():
   import torch
   from transformers.models.qwen3_next import modeling_qwen3_next as published
-  mixer = shaken(gated_delta.GatedDelta(small(chunk=4), rngs=nnx.Rngs(0)))
+  mixer = shaken(gated_delta.GatedDelta, key_dim=4, value_dim=6)
   config = published.Qwen3NextConfig(
       hidden_size=D, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=4,
       linear_value_head_dim=6, linear_conv_kernel_dim=4, num_hidden_layers=1, rms_norm_eps=1e-6,
@@ -236,17 +240,18 @@ def layer_loops(name, p, x, most):
   return y
 
 
-@pytest.mark.parametrize('name,negative', [('gated_delta', True), ('delta_net', False),
-                                           ('delta_net', True), ('kda', False), ('kda', True)])
+@pytest.mark.parametrize('name,negative', [
+    ('gated_delta', True), ('delta_net', True), ('kda', True), slow('delta_net', False),
+    slow('kda', False)])
 def test_layer_is_the_published_one(name, negative):
-  mixer = shaken(LAYERS[name](small(chunk=4, negative=negative), rngs=nnx.Rngs(0)))
+  mixer = shaken(LAYERS[name], key_dim=4, value_dim=6, negative=negative)
   got, _ = run(mixer, tokens(), SEGMENTS)
   for row, (a, b) in ((0, (0, 4)), (0, (4, 11)), (1, (0, 9)), (1, (9, 11))):
     expected = layer_loops(name, arrays(mixer), np.float64(tokens()[row, a:b]), 1.0 + negative)
     np.testing.assert_allclose(got[row, a:b], expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', ['kda', slow('gated_delta'), slow('delta_net')])
 def test_zero_inputs_and_saturated_gates_have_finite_gradients(name):
   mixer = LAYERS[name](small(chunk=4), rngs=nnx.Rngs(0))
   graphdef, params = nnx.split(mixer)
