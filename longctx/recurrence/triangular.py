@@ -7,7 +7,7 @@ doubling of the whole Neumann series takes as many rounds, but loses all digits 
 the powers of L then grow as binomial coefficients and cancel (with C = 64 and one key, 1e18).
 The backward pass is dL = -T^T dT T^T. Always float32.
 Sources: UT transform, arXiv:2406.06484; decays by halves keep every exponent <= 0.
-Held by: tests/test_delta.py.
+Held by: tests/test_delta.py, tests/test_diagonal_low_rank.py.
 
 G all chunks of all rows and heads  X left sides  M blocks  C tokens of a chunk  K key dim
 """
