@@ -35,6 +35,8 @@ TURNED = {
     'cpu': {'none': 1.35, 'dots': 1.2, 'dots_no_batch': 1.2, 'full': 1.55, 'offload': 1.55},
     'tpu': {'none': 0.63, 'dots': 0.63, 'dots_no_batch': 0.63, 'full': 0.63, 'offload': 0.63},
 }
+# A CPU multiplies bfloat16 as float32, and holds both.
+WIDENED = 1.42
 # Gradients of stacked layers stand beside the gradients: transposed, or on their way to being
 # summed over devices that share a parameter.
 BESIDE, BESIDE_SHARED = 0.45, 1.2
@@ -108,6 +110,7 @@ def plan(config: Any, devices: list | None = None) -> list[Part]:
   remat = getattr(model, 'remat', 'none')
   platform = a.layout.mesh.devices.flat[0].platform
   turned = TURNED.get(platform, TURNED['cpu'])[remat]
+  turned *= WIDENED if platform == 'cpu' and _width(a) < FLOAT else 1.0
   away = _on_the_host(a) if remat == 'offload' else 0
   shorter = 'mesh.seq larger, data.length or data.batch_size smaller, run.accumulate larger'
   found = [
@@ -206,7 +209,7 @@ def _of_keys(a: assembly.Assembly) -> list[Part]:
   rows, T = _tokens(a)
   heads = model.num_kv_heads // layout.size('kv_heads')
   one = 2 * rows * T * heads * model.head_dim
-  if a.parts.mesh.strategy == 'allgather':   # the layer keeps them whole, and is counted so
+  if a.parts.mesh.strategy in ('allgather', 'ulysses'):   # the layer keeps them, and is counted so
     return []
   return [Part('keys and values on the way', 2 * one * (_width(a) + FLOAT), ('backward',))]
 

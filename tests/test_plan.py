@@ -43,6 +43,11 @@ CONFIGS = [
     (8, dict(LONG, mesh__layout='sequence', model__remat='none')),
     (8, dict(LONG, mesh__layout='sequence_fsdp')),
     (8, dict(LONG, mesh__layout='sequence_fsdp', mesh__strategy='allgather')),
+    (8, dict(LONG, mesh__layout='sequence', mesh__strategy='ulysses', mesh__seq=4, mesh__data=2,
+             data__batch_size=2, model__num_kv_heads=4)),
+    (8, dict(LONG, mesh__layout='sequence_fsdp', model__mlp_block=256)),
+    (1, dict(model__remat='full', model__mlp_block=512)),
+    (1, dict(model__remat='full', model__dtype='bfloat16')),
     (8, dict(LONG, mesh__layout='sequence_fsdp', model__vocab_size=65536, model__tied=False)),
 ]
 
@@ -50,7 +55,11 @@ CONFIGS = [
 def check_prediction(devices: list, fields: dict) -> None:
   config = config_of(**fields)
   a = assembly.assemble(config, devices)
-  compiled = train.jit_step(a).lower(a.abstract, a.abstract_batch()).compile()
+  lowered = train.jit_step(a).lower(a.abstract, a.abstract_batch())
+  # Memory is settled before code is made of it: less care with the code, a third of the time.
+  compiled = lowered.compile({'xla_backend_optimization_level': 0,
+                              'xla_llvm_disable_expensive_passes': True}
+                             if devices[0].platform == 'cpu' else None)
   found = plan.plan(config, devices)
   _, total = plan.peak(found)
   assert total == pytest.approx(aot.memory_of(compiled).total, rel=0.1)
@@ -128,11 +137,34 @@ def test_what_the_mesh_cuts_is_smaller_by_as_much():
   assert eight['parameters'] == pytest.approx(one['parameters'] / 8, rel=0.01)
   assert eight['optimiser'] == pytest.approx(one['optimiser'] / 8, rel=0.01)
   same = ('kept from forward to backward', 'one layer, forward and backward')
-  assert [eight[name] for name in same] == [one[name] for name in same]   # 2 rows a device still
+  for name in same:   # 2 rows a device still, and the lookup keeps the tokens of all
+    assert eight[name] == pytest.approx(one[name], rel=1e-3)
   cut = bytes_of(**SMALL, mesh__layout='sequence', mesh__seq=8, devices=8)
   for name in same:
     assert cut[name] == pytest.approx(one[name] / 8, rel=0.02)
   assert cut['parameters'] == one['parameters']
+
+
+def test_layer_inputs_on_the_host_are_not_the_devices():
+  """All but two layers' that are on their way."""
+  chip, count = aot.check_topology('v5e:2x2')
+  def parts(remat):
+    config = config_of(**SMALL | dict(model__num_layers=6), model__remat=remat)
+    return {p.name: p for p in plan.plan(config, aot.stand_ins(chip, count)[:1])}
+  here, away = parts('full'), parts('offload')
+  name, moved = 'kept from forward to backward', 4 * 2 * 512 * 512 * 4
+  assert here[name].bytes - away[name].bytes == away['on the host'].bytes == moved
+  assert not away['on the host'].moments and 'not of the device' in plan.table([*away.values()])
+
+
+def test_blocks_hold_a_block_and_the_sums_of_the_weights_gradients():
+  found = bytes_of(**SMALL, model__mlp_block=128)
+  D, F = 512, 1368
+  assert found['a block of the feed-forward layer'] == 2 * 128 * F * 6 * 4 + 3 * D * F * 4
+  whole = bytes_of(**SMALL)
+  layer = 'one layer, forward and backward'
+  assert whole[layer] - found[layer] > 1.3 * 2 * 512 * 2 * F * 4   # gate, input, product are gone
+  assert 'a block of the feed-forward layer' not in whole
 
 
 def test_microbatches_divide_what_is_kept():

@@ -51,7 +51,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.A
   layout = mesh.current()
   if layout is None or layout.mesh.size == 1:
     return rows(dtype, table_VD, tokens_BT)
-  vocab, embed = layout.spec('vocab', 'embed', shape=table_VD.shape)
+  vocab, embed = (axis if axis and layout.mesh.shape[axis] > 1 else None
+                  for axis in layout.spec('vocab', 'embed', shape=table_VD.shape))
   over = [layout.rules[dim] for dim in ('batch', 'length')]
   divides = all(size % layout.size(dim) == 0
                 for dim, size in zip(('batch', 'length'), tokens_BT.shape))
