@@ -160,6 +160,9 @@ def ring_attention(kernel: Any, ring: Ring, lse_gradient: bool, q: jax.Array,
 
 def _forward(kernel, ring, lse_gradient, q, k, v, mask, options):
   del lse_gradient
+  # Else JAX takes what depends on the mask alone out of a scan over layers, and keeps it for all
+  # hops at once: memory would grow with the ring.
+  q, mask = jax.lax.optimization_barrier((q, mask))
   call = _Call(kernel, ring, q, k, v, mask, options)
   parts, results = call.parts, [kernel.nothing(q) for q in call.queries]
   hops = ring.hops
