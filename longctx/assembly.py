@@ -61,7 +61,7 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   p = parts(config)
   advice = ''
   if p.mesh.strategy == 'auto':
-    chosen, advice = choose_strategy(p, (devices or jax.devices())[0].device_kind)
+    chosen, advice = choose_strategy(p, devices or jax.devices())
     p = p._replace(mesh=chosen)
   layout = mesh.make_layout(p.mesh, devices)
   tokenizer = load_tokenizer(p.data.tokenizer)
@@ -93,20 +93,23 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
                   init, abstract, advice)
 
 
-def choose_strategy(p: Parts, device_kind: str) -> tuple[mesh.Config, str]:
+def choose_strategy(p: Parts, devices: list) -> tuple[mesh.Config, str]:
   """The mesh with the strategy that costs the least by parallel/costs.py, and why."""
-  chip, m = chips.chip_of(device_kind), p.mesh
-  if m.seq == 1 or not hasattr(p.model, 'num_heads') or chip is None or not chip.link:
-    why = (f'nothing is published of {device_kind}' if m.seq > 1 else 'mesh.seq is 1')
+  device_kind, m = devices[0].device_kind, p.mesh
+  chip = chips.chip_of(device_kind)
+  if m.seq == 1 or not getattr(p.model, 'windows', ()) or chip is None or not chip.link:
+    why = ('mesh.seq is 1' if m.seq == 1 else 'no layer attends' if not p.model.windows else
+           f'nothing is published of {device_kind}')
     return dataclasses.replace(m, strategy='ring'), f'mesh.strategy: ring ({why})'
   widths = p.model.widths()
-  windows = p.model.window
+  windows = p.model.windows
+  data = m.data if m.data > 0 else max(1, len(devices) // (m.seq * m.model))
   best, why = costs.recommend(costs.Shape(
-      batch=max(1, p.data.batch_size // p.run.accumulate // max(m.data, 1)),
+      batch=max(1, p.data.batch_size // p.run.accumulate // data),
       tokens=-(-p.data.length // m.seq), heads=max(1, p.model.num_heads // m.model),
       kv_heads=max(1, widths['num_kv_heads'] // m.model), head_dim=widths['head_dim'],
       bytes_per_element=2 if p.model.dtype == 'bfloat16' else 4, devices=m.seq,
-      reach=0 if 0 in windows else max(windows)), chip)
+      reach=0 if 0 in windows else max(windows), order=m.order, unit=m.unit), chip)
   return (dataclasses.replace(m, strategy=best.strategy, ulysses=best.ulysses),
           f'mesh.strategy: {why}, on {chip.name}')
 

@@ -417,3 +417,32 @@ def test_tiles_are_chosen_by_length_alike_before_and_after_filling_up(length):
     results.append((out, *pull(dout)))
   for a, b in zip(*results):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize('strategy,length,kind,seen', [
+    ('allgather', 512, 'causal', 'any'), ('ulysses', 512, 'causal', None),
+    ('ulysses', 509, 'causal', 'any'), ('ring', 512, 'full', 'full'), ('ring', 509, 'full', 'any'),
+    ('hybrid', 512, 'causal', 'any'), ('ring', 3, 'causal', None)])
+def test_a_kernel_is_chosen_for_what_it_will_be_given(strategy, length, kind, seen):
+  """A kernel of causal or full masks alone must not be chosen for hops and padding of no kind."""
+  from longctx.attention import dispatch
+  from longctx.parallel import mesh
+  layout = mesh.make_layout(mesh.Config(
+      data=1, seq=4, layout='sequence', strategy=strategy,
+      ulysses=2 if strategy == 'hybrid' else 1), jax.devices()[:4])
+  q = jax.ShapeDtypeStruct((1, length, 4, 8), jnp.bfloat16)
+  make = {'causal': intervals_module.causal, 'full': intervals_module.bidirectional}[kind]
+  hop = dispatch._mask_of_a_hop(layout, q, q, make(1, length), cached=False)
+  assert (None if hop is None else hop.kind) == seen
+
+
+def test_many_keys_are_not_scored_at_once():
+  """'auto' takes the dense form for few queries of few keys alone."""
+  from longctx.attention import dispatch
+  def chosen(queries, keys):
+    q, k = (jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32) for n in (queries, keys))
+    mask = intervals_module.bidirectional(1, queries, keys)
+    return dispatch.choose('auto', q, k, k, mask, Options(scale=1.0), False)
+  assert chosen(64, 2 ** 14) is dispatch.IMPLEMENTATIONS['reference']
+  assert chosen(64, 2 ** 14 + 1) is dispatch.IMPLEMENTATIONS['blockwise']
+  assert chosen(1, 2 ** 20) is dispatch.IMPLEMENTATIONS['reference']

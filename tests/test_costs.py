@@ -1,6 +1,7 @@
 """The closed forms of what is sent equal the sends of the traced program; the advice is sane."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def traced_sends(strategy, size, length, ulysses=1, window=0, order='contiguous'
                   order=order, unit=4), jax.devices()[:size])
   mask = (intervals.sliding_window(B, length, window) if window
           else intervals.causal(B, length))
+  mask = dataclasses.replace(mask, order=order)
   shape = lambda heads: jax.ShapeDtypeStruct((B, length, heads, H), dtype)
   attend = mesh.under(layout, lambda q, k, v: sequence.attend(
       Blockwise(), layout, q, k, v, mask, Options(scale=1.0), lse_gradient=False)[0])
@@ -119,13 +121,37 @@ def test_the_advice_follows_the_lengths_and_the_heads():
 def test_the_strategy_is_chosen_from_the_config():
   """mesh.strategy='auto': by the chip's figures where there are any, and told either way."""
   p = configuration.parts(command_line_config())
-  chosen, why = assembly.choose_strategy(p, 'TPU v5p')
+  chosen, why = assembly.choose_strategy(p, [types.SimpleNamespace(device_kind='TPU v5p')] * 8)
   assert chosen.strategy in ('ring', 'bidirectional', 'hybrid')
   assert why.startswith(f'mesh.strategy: {chosen.strategy}: ') and why.endswith('on v5p')
-  chosen, why = assembly.choose_strategy(p, 'cpu')
+  chosen, why = assembly.choose_strategy(p, jax.devices())
   assert (chosen.strategy, why) == ('ring', 'mesh.strategy: ring (nothing is published of cpu)')
   a = assembly.assemble(command_line_config())
   assert (a.layout.strategy, a.advice) == ('ring', why)
+
+
+def test_rows_and_layers_count_as_a_device_has_them():
+  """mesh.data=-1 takes all other devices; only layers that attend have a window."""
+  chips = [types.SimpleNamespace(device_kind='TPU v5p')] * 8
+  def said(data, **model):
+    config = command_line_config()
+    config.mesh.update(dict(seq=2, data=data))
+    config.data.batch_size, config.model.num_layers = 8, 2
+    config.model.update(model)
+    return assembly.choose_strategy(configuration.parts(config), chips)[1]
+  assert said(-1) == said(4) != said(1)
+  mixed = dict(layers=('mamba2', 'attention'), window=(0, 128))
+  assert said(4, **mixed) == said(4, window=(128,)) != said(4)
+  assert 'no layer attends' in said(4, layers=('mamba2',))
+
+
+@pytest.mark.parametrize('order,hops', [('contiguous', 1), ('zigzag', 7), ('striped', 5)])
+def test_a_window_costs_the_hops_that_the_order_makes(order, hops):
+  s = costs.Shape(batch=1, tokens=1024, heads=8, kv_heads=8, head_dim=64, devices=8, reach=512,
+                  order=order)
+  assert costs.hops_of(s) == hops
+  found = {c.strategy for c in costs.costs(s, CHIP['v5p'])}
+  assert ('bidirectional' in found) == (hops == 7)   # what a window reaches comes one way
 
 
 def command_line_config():

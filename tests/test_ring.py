@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import re
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from longctx.attention import attention, intervals
 from longctx.attention.blockwise import Blockwise
@@ -75,12 +77,12 @@ def layout_of(strategy, size, order='contiguous', ulysses=1, model=1):
   return mesh.make_layout(config, jax.devices()[:size * model])
 
 
-def laid_out(mask, slots):
+def laid_out(mask, slots, order='contiguous'):
   """The mask with its tokens in the slots' order; slots beyond T are padding."""
   row = lambda x, fill: jnp.pad(x, ((0, 0), (0, PADDED - T)), constant_values=fill)[:, slots]
   return intervals.Intervals(
       start_BT=row(mask.start_BT, 0), end_BT=row(mask.end_BT, 0), index_BT=row(mask.index_BT, -1),
-      sink_start_BT=row(mask.sink_start_BT, 0), sink_end_BT=row(mask.sink_end_BT, 0))
+      sink_start_BT=row(mask.sink_start_BT, 0), sink_end_BT=row(mask.sink_end_BT, 0), order=order)
 
 
 @functools.cache
@@ -170,7 +172,7 @@ def test_a_group_sorts_what_its_devices_hold(strategy, order, ulysses):
   layout = layout_of(strategy, size, order, 1 if strategy == 'ulysses' else ulysses)
   put = lambda x: jnp.asarray(np.pad(x, [(0, 0), (0, PADDED - T), (0, 0), (0, 0)])[:, slots],
                               jnp.float32)
-  qkv, mask = [put(x) for x in inputs()[0]], laid_out(MASKS['packed'], slots)
+  qkv, mask = [put(x) for x in inputs()[0]], laid_out(MASKS['packed'], slots, order)
   attend = mesh.under(layout, lambda qkv: sequence.attend(KERNEL, layout, *qkv, mask, OPTIONS))
   out, lse = jax.jit(attend, compiler_options=FAST)(qkv)
   back = lambda x: np.asarray(x)[:, np.argsort(slots)][:, :T]
@@ -244,11 +246,53 @@ def test_hops_that_a_window_does_not_reach_are_not_missed(window, strategy, ulys
     slots = layouts.permutation(order, PADDED, 4, UNIT)
     row = lambda x, slots=slots: x[:, slots]
     laid = intervals.Intervals(start_BT=row(mask.start_BT), end_BT=row(mask.end_BT),
-                               index_BT=row(mask.index_BT), reach=window)
+                               index_BT=row(mask.index_BT), reach=window, order=order)
     attend = mesh.under(layout, lambda qkv, mask, layout=layout: sequence.attend(
         KERNEL, layout, *qkv, mask, OPTIONS)[0])
     out = jax.jit(attend, compiler_options=FAST)([x[:, slots] for x in qkv], laid)
     np.testing.assert_allclose(np.asarray(out)[:, np.argsort(slots)], want, atol=5e-6)
+
+
+@pytest.mark.parametrize('length', [8, 24])
+def test_one_kv_head_goes_half_its_keys_each_way(length):
+  """Where a device has but one key, all go one way."""
+  layout, mask = layout_of('bidirectional', 8), intervals.causal(B, length)
+  qkv, (dout, dlse) = jax.tree.map(lambda x: jnp.asarray(x[:, :length], jnp.float32), inputs())
+  qkv = qkv[0], qkv[1][:, :, :1], qkv[2][:, :, :1]
+  def run(qkv):
+    out, pull = jax.vjp(mesh.under(layout, lambda *qkv: sequence.attend(
+        KERNEL, layout, *qkv, mask, OPTIONS)), *qkv)
+    return out, pull((dout, dlse))
+  got = jax.jit(run, compiler_options=FAST)(qkv)
+  wide = [np.asarray(x, np.float64) for x in (*qkv, dout, dlse)]
+  sees = np.asarray(intervals.sees(mask))
+  want = (oracles.masked_attention(*wide[:3], sees, SCALE),
+          oracles.masked_gradients(*wide[:3], sees, SCALE, *wide[3:])[:3])
+  check(got, want, 2e-5)
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(data=strategies.data())
+def test_any_intervals_through_a_ring(data):
+  """Drawn: lengths, tiny documents, empty rows, windows longer than the row, in any order of slots."""
+  length = data.draw(strategies.integers(1, PADDED))
+  number = strategies.integers(0, PADDED + 3)
+  row = strategies.lists(number, min_size=PADDED, max_size=PADDED)
+  start, end = (np.array([data.draw(row) for _ in range(B)]) for _ in range(2))
+  index = np.where(np.arange(PADDED) < length, np.arange(PADDED), -1)
+  slots = np.array(data.draw(strategies.permutations(range(PADDED))))
+  put = lambda x: jnp.asarray(np.broadcast_to(x, (B, PADDED))[:, slots])
+  mask = intervals.Intervals(start_BT=put(start), end_BT=put(end), index_BT=put(index),
+                             sink_start_BT=put(0 * start), sink_end_BT=put(0 * start))
+  wide = lambda x: np.pad(x, [(0, 0), (0, PADDED - T)] + [(0, 0)] * (x.ndim - 2))[:, slots]
+  qkv, cotangents = jax.tree.map(lambda x: jnp.asarray(wide(x), jnp.float32), inputs())
+  got = program('ring', 4, 1)(qkv, mask, cotangents)
+  qkv, cotangents = jax.tree.map(lambda x: np.asarray(x, np.float64), (qkv, cotangents))
+  sees = np.asarray(intervals.sees(mask))
+  out, lse = oracles.masked_attention(*qkv, sees, SCALE)
+  want = (out, np.maximum(lse, -1e30)), oracles.masked_gradients(*qkv, sees, SCALE,
+                                                                 *cotangents)[:3]
+  check(got, want, 2e-5)
 
 
 @pytest.mark.parametrize('num_kv_heads,model', [(4, 2), (2, 4)])

@@ -49,6 +49,10 @@ class T5Buckets:
 
   def block(self, q_index_P: jax.Array, k_index_R: jax.Array) -> jax.Array:
     num_buckets = self.table_NX.shape[1]
+    least = 4 if self.bidirectional else 2
+    if num_buckets < least:
+      raise ValueError(f'table_NX has {num_buckets} buckets: must have at least {least}, half of '
+                       'them of one distance each')
     distance_PR = q_index_P[:, None] - k_index_R[None, :]   # > 0: the key came before
     offset_PR = 0
     if self.bidirectional:

@@ -29,7 +29,8 @@ IMPLEMENTATIONS = {
     'blockwise': Blockwise(),
 }
 
-DENSE_SCORES = 64   # queries up to which 'auto' takes the dense form: a strip of scores is small
+# 'auto' takes the dense form of so few queries, and scores: one strip of them is small.
+DENSE_QUERIES, DENSE_SCORES = 64, 2 ** 20
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals, *,
@@ -99,7 +100,7 @@ def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options
   """The implementation named, or the first in the table that can serve the call ('auto')."""
   layout = mesh.current()
   platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
-  travels = layout is not None and sequence.keys_travel(layout) and not cached
+  hop = None if layout is None else _mask_of_a_hop(layout, q, k, mask, cached)
 
   def refusal(name: str) -> str:
     kernel = IMPLEMENTATIONS[name]
@@ -108,14 +109,10 @@ def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options
     if lse_gradient and not kernel.LSE_GRADIENT:
       return 'it gives no gradient through lse; call attention(), which returns none'
     reason = kernel.cannot(q, k, v, mask, options)
-    if travels and not reason:   # of keys from other devices no order is known
-      hop = dataclasses.replace(mask, key_index_BS=mask.keys_BS,
-                                kind='full' if mask.kind == 'full' else 'any')
-      reason = kernel.cannot(q, k, v, hop, options)
-    return reason
+    return reason or (kernel.cannot(q, k, v, hop, options) if hop is not None else '')
 
   if implementation == 'auto':
-    if q.shape[1] <= DENSE_SCORES:
+    if q.shape[1] <= DENSE_QUERIES and q.shape[1] * k.shape[1] <= DENSE_SCORES:
       return IMPLEMENTATIONS['reference']
     names = [name for name in IMPLEMENTATIONS if name != 'reference']
     return IMPLEMENTATIONS[next(name for name in names if not refusal(name))]
@@ -126,3 +123,16 @@ def choose(implementation: str, q: Any, k: Any, v: Any, mask: Intervals, options
   if reason:
     raise NotImplementedError(f'implementation={implementation!r} cannot serve this call: {reason}')
   return IMPLEMENTATIONS[implementation]
+
+
+def _mask_of_a_hop(layout: mesh.Layout, q: Any, k: Any, mask: Intervals, cached: bool
+                   ) -> Intervals | None:
+  """What a kernel is given where keys of other devices, or padding, have no order that is known."""
+  size = layout.size('length')
+  if cached or q.shape[1] < size or size == 1:   # a cache's mask is of no known order already
+    return None
+  padded = q.shape[1] % size or k.shape[1] % size
+  if layout.ulysses == size and not padded:
+    return None   # all tokens, in their order
+  kind = 'full' if mask.kind == 'full' and not padded else 'any'
+  return dataclasses.replace(mask, key_index_BS=mask.keys_BS, kind=kind)

@@ -22,7 +22,7 @@ KINDS = ('any', 'ordered', 'causal', 'full')
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=('start_BT', 'end_BT', 'index_BT', 'key_index_BS', 'sink_start_BT', 'sink_end_BT'),
-    meta_fields=('kind', 'reach'))
+    meta_fields=('kind', 'reach', 'order'))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intervals:
   """Query t of row b sees key s iff start <= key_index[b, s] < end, or likewise for the sinks.
@@ -30,8 +30,9 @@ class Intervals:
   `kind` says what is known, of slots, before the arrays are: 'causal' (T = S, query slot t sees key
   slots 0 to t, or the last `reach` of them), 'ordered' (it sees some slot up to t, and all from
   there to t: packed documents, chunks), 'full' (every query sees every key) or 'any'. `reach` > 0
-  promises that no query sees a key `reach` or more tokens before itself (a window), sinks excepted.
-  Both only save work.
+  promises that no query sees a key `reach` or more slots before itself, nor one after (a window),
+  sinks excepted, where the slots are put back into the order of their tokens. Both only save work.
+  `order` says how the tokens stand over devices: see parallel/layouts.py.
   """
 
   start_BT: jax.Array
@@ -42,6 +43,7 @@ class Intervals:
   sink_end_BT: jax.Array | None = None
   kind: str = 'any'
   reach: int = 0
+  order: str = 'contiguous'
 
   @property
   def keys_BS(self) -> jax.Array:
@@ -142,9 +144,10 @@ def intersect(a: Intervals, b: Intervals) -> Intervals:
   if a.has_sinks or b.has_sinks:
     raise ValueError('intersect: a mask with sinks is two intervals; intersect first, then add '
                      'the sinks with with_sinks')
-  if a.start_BT.shape != b.start_BT.shape or (a.key_index_BS is None) != (b.key_index_BS is None):
-    raise ValueError(f'intersect: masks of {a.start_BT.shape} and {b.start_BT.shape} queries; '
-                     'both must be of the same queries and keys')
+  if a.start_BT.shape != b.start_BT.shape or (a.key_index_BS is None, a.order) != (
+      b.key_index_BS is None, b.order):
+    raise ValueError(f'intersect: masks of {a.start_BT.shape} and {b.start_BT.shape} queries, order '
+                     f'{a.order!r} and {b.order!r}; both must be of the same queries and keys')
   least = lambda x, y: jnp.minimum(x, y)
   kinds = {a.kind, b.kind} - {'full'}
   kind = ('full' if not kinds else kinds.pop() if len(kinds) == 1
@@ -153,7 +156,7 @@ def intersect(a: Intervals, b: Intervals) -> Intervals:
       start_BT=jnp.maximum(a.start_BT, b.start_BT), end_BT=least(a.end_BT, b.end_BT),
       index_BT=least(a.index_BT, b.index_BT),   # -1 where either says padding
       key_index_BS=None if a.key_index_BS is None else least(a.key_index_BS, b.key_index_BS),
-      kind=kind, reach=min(a.reach, b.reach) or max(a.reach, b.reach))
+      kind=kind, reach=min(a.reach, b.reach) or max(a.reach, b.reach), order=a.order)
 
 
 def with_sinks(mask: Intervals, count: int, first_BT: jax.Array | None = None) -> Intervals:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.attention import Intervals
+from longctx.parallel import mesh
 
 
 class Clock(NamedTuple):
@@ -57,6 +58,7 @@ class Context(NamedTuple):
   valid_BT: jax.Array | None   # False for padding; None: no padding
   whole: bool                  # static: one document a row, index == arange(T)
   dense: bool                  # static: index == arange(T) (documents may begin anywhere)
+  order: str = ''              # static: of tokens that were laid out over devices; '': as they come
   angles: tuple[jax.Array, jax.Array] | None = None   # of rotary positions, made once a call
 
   def mask(self, window: int = 0) -> Intervals:
@@ -67,8 +69,10 @@ class Context(NamedTuple):
     if self.valid_BT is not None:
       end_BT = jnp.where(self.valid_BT, end_BT, start_BT)   # padding sees nothing
     kind = 'causal' if self.whole else 'ordered' if self.dense else 'any'
+    # Padding amid a row puts tokens apart that follow each other: then a window reaches anywhere.
+    padded = self.valid_BT is not None and not self.order
     return Intervals(start_BT=start_BT, end_BT=end_BT, index_BT=self.index_BT, kind=kind,
-                     reach=window)
+                     reach=0 if padded else window, order=self.order or 'contiguous')
 
 
 def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,
@@ -97,8 +101,9 @@ def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Ar
     if positions_BT is None:
       positions_BT = jnp.maximum(index_BT - start_BT, 0)
     valid_BT = index_BT >= 0
+    layout = mesh.current()
     return Context(index_BT, start_BT, positions_BT, valid_BT & (index_BT == start_BT), valid_BT,
-                   whole=False, dense=False), None
+                   whole=False, dense=False, order=layout.order if layout else 'contiguous'), None
   seen = clock if clock is not None else new_clock(batch)
   slot_T = jnp.arange(length, dtype=jnp.int32)
   if valid_BT is None:

@@ -15,7 +15,9 @@ Held by: tests/test_costs.py (equal to the sends of the traced program).
 
 import dataclasses
 
+from longctx.parallel import layouts
 from longctx.parallel.chips import Chip
+from longctx.parallel.ring import hops_needed
 
 INDEX = 4        # bytes of a token's index, and of a mask's vector
 SUM = 4          # bytes of a partial gradient
@@ -35,6 +37,8 @@ class Shape:
   devices: int = 1     # that share the sequence
   pairs: float = 0.5   # seen of all query-key pairs: 0.5 causal
   reach: int = 0       # of a window; 0 sees all
+  order: str = 'contiguous'   # of the tokens over the devices, in runs of `unit` where striped
+  unit: int = layouts.UNIT
 
   def flops(self) -> float:
     """Forward and backward (2.5 times the forward) of one device's queries."""
@@ -77,9 +81,12 @@ def gathered_bytes(s: Shape) -> tuple[int, int]:
   return others * (keys + INDEX * s.batch * s.tokens), others * keys
 
 
-def hops_of(s: Shape, size: int, tokens: int) -> int:
-  """Hops of a ring in the tokens' own order."""
-  return size - 1 if not s.reach else min(size - 1, -(-(s.reach - 1) // tokens))
+def hops_of(s: Shape, degree: int = 1) -> int:
+  """Hops of the ring, whose places are groups of `degree` devices, in the tokens' order."""
+  length = s.tokens * s.devices
+  unit = layouts.unit_of(s.order, length, s.devices, s.unit)
+  place = lambda run: layouts.device_of(s.order, run, s.devices) // degree
+  return hops_needed(place, length // unit, unit, s.devices // degree, s.reach)
 
 
 def costs(s: Shape, chip: Chip) -> list[Cost]:
@@ -93,9 +100,10 @@ def costs(s: Shape, chip: Chip) -> list[Cost]:
                       backward_bytes=int(sent[1]), why=why,
                       seconds=max(compute, hidden_wire / link) + open_wire / link))
 
-  sent = ring_bytes(s, hops_of(s, n, s.tokens))
+  hops = hops_of(s)
+  sent = ring_bytes(s, hops)
   add('ring', 1, sent, sum(sent), 0, 'transfers hide behind the hops')
-  if hops_of(s, n, s.tokens) == n - 1:   # else the keys that a window reaches come one way
+  if hops == n - 1:   # else the keys that a window reaches come one way
     add('bidirectional', 1, sent, sum(sent) / 2, 0, 'half of the keys on each of two links')
   for u in (u for u in range(2, n + 1) if n % u == 0):
     if s.heads % u or (s.kv_heads % u and u % s.kv_heads):
@@ -104,7 +112,7 @@ def costs(s: Shape, chip: Chip) -> list[Cost]:
     if u < n:
       inside = dataclasses.replace(s, tokens=s.tokens * u, heads=s.heads // u,
                                    kv_heads=max(1, s.kv_heads // u))
-      ring = ring_bytes(inside, hops_of(s, n // u, s.tokens * u))
+      ring = ring_bytes(inside, hops_of(s, u))
     both = tuple(a + b for a, b in zip(turned, ring))
     add('ulysses' if u == n else 'hybrid', 1 if u == n else u, both, sum(ring), sum(turned),
         'the all-to-alls stand open before and after' + ('' if u == n else '; the ring hides'))

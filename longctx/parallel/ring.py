@@ -68,6 +68,8 @@ def groups_of(ring: Ring, num_heads: int, num_kv_heads: int, num_keys: int) -> l
     n, k = num_heads // 2, num_kv_heads // 2
     return [Group(slice(0, n), slice(0, k), ((1, ALL),)),
             Group(slice(n, None), slice(k, None), ((-1, ALL),))]
+  if num_keys < 2:
+    return [Group(ALL, ALL, ((1, ALL),))]
   half = num_keys // 2
   return [Group(ALL, ALL, ((1, slice(0, half)), (-1, slice(half, None))))]
 

@@ -60,7 +60,7 @@ def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array
     k, v, mask = _pad_keys(k, v, mask, size)
     known_order = not cached and length == num_keys == q.shape[1]   # padding is of no order
     local = functools.partial(_cut, kernel, lse_gradient, layout,
-                              layout.order if known_order else None)
+                              mask.order if known_order else None)
   q_spec = layout.spec('batch', rows, 'heads', None)
   kv_spec = layout.spec('batch', keys, 'heads', None)
   mask_spec = jax.tree.map(lambda _: layout.spec('batch', rows), mask)
@@ -115,11 +115,6 @@ def write_slots(old: jax.Array, new: jax.Array, slot_BT: jax.Array) -> jax.Array
       local, mesh=layout.mesh, out_specs=spec, check_vma=False,
       in_specs=(spec, layout.spec('batch', None, *heads, shape=new.shape),
                 layout.spec('batch', None)))(old, new, slot_BT)
-
-
-def keys_travel(layout: Layout) -> bool:
-  """Whether a kernel meets keys of other devices hop by hop."""
-  return layout.size('length') > layout.ulysses and layout.strategy != 'allgather'
 
 
 def share_heads(x_BSKH: jax.Array, layout: Layout) -> jax.Array:
