@@ -6,9 +6,10 @@ of H (those of one device), elements of b bytes:
     ring           forward h (2 B T K H b + 4 B T); backward the same and h (2 B T K H 4)
                    h hops; float32 sums of gradients travel behind the keys; 4 B T are the indices
     bidirectional  the same bytes on two links
-    ulysses (u)    (u-1)/u of q, k, v, out (b) each way, and of lse (4) forward; masks gathered
+    ulysses (u)    (u-1)/u of q, k, v, out (b) each way, and of lse (4) forward; masks gathered;
+                   of kv heads that are copied for u devices, float32 gradients
     hybrid         ulysses of u, then a ring of n/u whose parts are u T tokens of 1/u of the heads
-    allgather      (n-1) (2 B T K H b + 4 B T) forward; (n-1) (2 B T K H b) scattered back
+    allgather      (n-1) (2 B T K H b + 4 B T) forward; (n-1) (2 B T K H 4) scattered back
 
 Held by: tests/test_costs.py (equal to the sends of the traced program).
 """
@@ -68,17 +69,19 @@ def ulysses_bytes(s: Shape, degree: int, vectors: int = 4) -> tuple[int, int]:
   """`vectors`: of the mask, gathered once a direction (start, end, index and the keys' index)."""
   kv_heads = max(s.kv_heads, degree) if s.kv_heads % degree else s.kv_heads
   tokens = s.batch * s.tokens
-  turned = (2 * s.heads + 2 * kv_heads) * s.head_dim * s.bytes_per_element * tokens
+  back = SUM if s.kv_heads % degree else s.bytes_per_element   # of copies the gradients are summed
+  queries, keys = (2 * n * s.head_dim * tokens for n in (s.heads, kv_heads))
+  turned = (queries + keys) * s.bytes_per_element
   lse = s.heads * 4 * tokens
   away = lambda x: x * (degree - 1) // degree
   forward = away(turned + lse) + (degree - 1) * vectors * INDEX * tokens
-  return forward, away(turned)
+  return forward, away(queries * s.bytes_per_element + keys * back)
 
 
 def gathered_bytes(s: Shape) -> tuple[int, int]:
-  keys = 2 * s.batch * s.tokens * s.kv_heads * s.head_dim * s.bytes_per_element
+  keys = 2 * s.batch * s.tokens * s.kv_heads * s.head_dim
   others = s.devices - 1
-  return others * (keys + INDEX * s.batch * s.tokens), others * keys
+  return others * (keys * s.bytes_per_element + INDEX * s.batch * s.tokens), others * keys * SUM
 
 
 def hops_of(s: Shape, degree: int = 1) -> int:

@@ -155,7 +155,8 @@ def ring_attention(kernel: Any, ring: Ring, lse_gradient: bool, q: jax.Array,
   """(out_BTNH, lse_BTN) of this device's queries over the keys of the whole ring.
 
   Runs under `shard_map`; arguments are this device's parts. `kernel` has the methods of
-  `attention/blockwise.py::Blockwise`.
+  `attention/blockwise.py::Blockwise`, and computes in the queries' type; gradients come in the type
+  of what they are of.
   """
   return _forward(kernel, ring, lse_gradient, q, k, v, mask, options)[0]
 
@@ -165,7 +166,7 @@ def _forward(kernel, ring, lse_gradient, q, k, v, mask, options):
   # Else JAX takes what depends on the mask alone out of a scan over layers, and keeps it for all
   # hops at once: memory would grow with the ring.
   q, mask = jax.lax.optimization_barrier((q, mask))
-  call = _Call(kernel, ring, q, k, v, mask, options)
+  call = _Call(kernel, ring, q, k.astype(q.dtype), v.astype(q.dtype), mask, options)
   parts, results = call.parts, [kernel.nothing(q) for q in call.queries]
   hops = ring.hops
   if kernel.KNOWS_KINDS:   # the device's own tokens, whose kind is known
@@ -188,7 +189,8 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
   q, k, v, mask, options, out, lse = residuals
   dout, dlse = cotangents
   # Else XLA keeps the forward pass's travelling keys for this one: memory would grow with the ring.
-  k, v = jax.lax.optimization_barrier((k, v))
+  k_given, v_given = jax.lax.optimization_barrier((k, v))
+  k, v = k_given.astype(q.dtype), v_given.astype(q.dtype)
   call = _Call(kernel, ring, q, k, v, mask, options)
   saved = []
   for group in call.groups:
@@ -200,12 +202,12 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
 
   if not ring.hops:
     sums, home = call.gradients(parts, saved, sums, home, own=True)
-    return _finish(call, q, k, v, options, sums, home)
+    return _finish(call, q, k_given, v_given, options, sums, home)
 
   if not ring.overlap:
     sums, home = _gradients_in_turn(call, saved, sums, lambda k, v: _Call(
         kernel, ring, q, k, v, mask, options).parts, k, v)
-    return _finish(call, q, k, v, options, sums, home)
+    return _finish(call, q, k_given, v_given, options, sums, home)
 
   first_T = jnp.arange(q.shape[1]) < q.shape[1] // 2
   add = lambda a, b: jax.tree.map(jnp.add, a, b)
@@ -231,7 +233,7 @@ def _backward(kernel, ring, lse_gradient, residuals, cotangents):
   saved, mine = jax.lax.optimization_barrier((saved, mine))
   arrived = call.hand_on(mine, -ring.hops)
   sums, home = call.gradients(call.parts, saved, sums, home, own=True, only=~first_T)
-  return _finish(call, q, k, v, options, sums, add(home, arrived))
+  return _finish(call, q, k_given, v_given, options, sums, add(home, arrived))
 
 
 def _gradients_in_turn(call: _Call, saved: list, sums: list, fold: Callable, k: jax.Array,

@@ -41,7 +41,7 @@ def attend(kernel: Any, layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array
 
   `cached`: the keys are a cache, cut over the axis of `slots` where it divides their number.
   """
-  k, v = (share_heads(x, layout) for x in (k, v))
+  k, v = (share_heads(x, layout, cached) for x in (k, v))
   check_heads(layout, q.shape[2] // layout.size('heads'), k.shape[2] // layout.size('heads'))
   size, length, num_keys = layout.size('length'), q.shape[1], k.shape[1]
   mask = dataclasses.replace(mask, key_index_BS=mask.keys_BS)
@@ -117,14 +117,32 @@ def write_slots(old: jax.Array, new: jax.Array, slot_BT: jax.Array) -> jax.Array
                 layout.spec('batch', None)))(old, new, slot_BT)
 
 
-def share_heads(x_BSKH: jax.Array, layout: Layout) -> jax.Array:
+def _copied(x_BSKH: jax.Array, times: int) -> jax.Array:
+  """Kv heads repeated; in float32 at least, so that the sums of their gradients are."""
+  return jnp.repeat(x_BSKH.astype(jnp.promote_types(x_BSKH.dtype, jnp.float32)), times, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sent_narrow(exchange: Any, dtype: Any, x: jax.Array) -> jax.Array:
+  """exchange(x), sent as `dtype`, which holds x exactly; gradients are sent and summed as they are."""
+  return exchange(x.astype(dtype)).astype(x.dtype)
+
+
+sent_narrow.defvjp(
+    lambda exchange, dtype, x: (sent_narrow(exchange, dtype, x), x.shape),
+    lambda exchange, dtype, shape, grad: jax.linear_transpose(
+        exchange, jax.ShapeDtypeStruct(shape, grad.dtype))(grad))
+
+
+def share_heads(x_BSKH: jax.Array, layout: Layout, cached: bool = False) -> jax.Array:
   """Kv heads repeated, where there are fewer than devices to share the heads: one for each."""
   devices, K = layout.size('heads'), x_BSKH.shape[2]
   if K % devices == 0:
     return x_BSKH
   check(devices % K == 0, f'model.num_kv_heads={K}: must divide mesh.model={devices} or be a '
         'multiple of it, so that each device has the kv head of its query heads')
-  return jnp.repeat(x_BSKH, devices // K, axis=2)
+  times = devices // K
+  return jnp.repeat(x_BSKH, times, axis=2) if cached else _copied(x_BSKH, times)
 
 
 def check_heads(layout: Layout, num_heads: int, num_kv_heads: int) -> None:
@@ -167,24 +185,30 @@ def _pad_keys(k, v, mask, size):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def one_device(kernel: Any, lse_gradient: bool, q: jax.Array, k: jax.Array, v: jax.Array,
                mask: Any, options: Any) -> tuple[jax.Array, jax.Array]:
-  """(out, lse) of a kernel, differentiable in q, k, v and the bias; in lse if `lse_gradient`."""
-  del lse_gradient
-  return kernel.forward(q, k, v, mask, options)
+  """(out, lse) of a kernel, differentiable in q, k, v and the bias; in lse if `lse_gradient`.
+
+  It computes in the queries' type. Gradients come in the type of what they are of: those of float32
+  keys are not rounded, so that they may be summed.
+  """
+  return _forward(kernel, lse_gradient, q, k, v, mask, options)[0]
 
 
 def _forward(kernel, lse_gradient, q, k, v, mask, options):
+  del lse_gradient
+  kinds = jnp.zeros((0,), k.dtype), jnp.zeros((0,), v.dtype)
+  k, v = k.astype(q.dtype), v.astype(q.dtype)
   out, lse = kernel.forward(q, k, v, mask, options)
-  return (out, lse), (q, k, v, mask, options, out, lse)
+  return (out, lse), (q, k, v, mask, options, out, lse, kinds)
 
 
 def _backward(kernel, lse_gradient, residuals, cotangents):
-  q, k, v, mask, options, out, lse = residuals
+  q, k, v, mask, options, out, lse, kinds = residuals
   dout, dlse = cotangents
   dq, dk, dv, dbias = kernel.backward(q, k, v, mask, options, out, lse, dout,
                                       dlse if lse_gradient else None)
   doptions = dataclasses.replace(
       options, bias=jax.tree.map(lambda x, d: d.astype(x.dtype), options.bias, dbias))
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, doptions
+  return dq.astype(q.dtype), dk.astype(kinds[0].dtype), dv.astype(kinds[1].dtype), None, doptions
 
 
 one_device.defvjp(_forward, _backward)
@@ -195,9 +219,10 @@ def _cut(kernel, lse_gradient, layout, order, q, k, v, mask, options):
   axis, size = layout.rules['length'], layout.size('length')
   if layout.strategy == 'allgather':
     gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    wide = lambda x: sent_narrow(gather, x.dtype, x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     mask = dataclasses.replace(mask, key_index_BS=gather(mask.key_index_BS),
                                kind='full' if mask.kind == 'full' else 'any')
-    return one_device(kernel, lse_gradient, q, gather(k), gather(v), mask, options)
+    return one_device(kernel, lse_gradient, q, wide(k), wide(v), mask, options)
   hops = size // layout.ulysses - 1
   if mask.reach and not mask.has_sinks and order is not None:
     length = q.shape[1] * size
@@ -235,11 +260,13 @@ def _ulysses(inner, axis, size, degree, sort, q, k, v, mask, options):
       take(x, unsort), axis, split_axis=1, concat_axis=2, tiled=True, axis_index_groups=groups)
   gather = lambda x: take(jax.lax.all_gather(
       x, axis, axis=1, tiled=True, axis_index_groups=groups), sort)
-  if k.shape[2] % degree:
-    k, v = (jnp.repeat(x, degree // x.shape[2], axis=2) for x in (k, v))
+  keys = tokens
+  if k.shape[2] % degree:   # gradients of the copies of a head are summed
+    keys = lambda x: sent_narrow(tokens, q.dtype, x)
+    k, v = (_copied(x, degree // x.shape[2]) for x in (k, v))
   mine = jax.lax.axis_index(axis) % degree
   share = lambda x: jax.lax.dynamic_slice_in_dim(
       x, mine * (x.shape[0] // degree), x.shape[0] // degree)
   mask = jax.tree.map(gather, mask)
-  out, lse = inner(tokens(q), tokens(k), tokens(v), mask, jax.tree.map(share, options))
+  out, lse = inner(tokens(q), keys(k), keys(v), mask, jax.tree.map(share, options))
   return heads(out.astype(q.dtype)), heads(lse)   # nothing is merged after: rounded before it is sent
