@@ -34,6 +34,7 @@ MODELS = {
     'delta rules': recurrent_layers('delta_net', 'gated_delta', 'kda', mixer_negative=True),
     'decays': recurrent_layers('linear_attention', 'retention', 'gla', 'mamba2', mlp='none'),
     'griffin': recurrent_layers('min_gru', 'min_lstm', 'rglru', 'attention', window=(5,)),
+    'normalised': recurrent_layers('mlstm', 'rwkv7', mlp='none'),
     'elman': cell(name='elman', num_layers=1),
     'lstm': cell(tied=True),
     'gru': cell(name='gru', layer_norm=True),

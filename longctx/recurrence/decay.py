@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from longctx.recurrence import chunks
 from longctx.recurrence.affine import product
 from longctx.recurrence.documents import chunk_size, documents, from_chunks, to_chunks
-from longctx.recurrence.triangular import decayed_products
+from longctx.recurrence.triangular import decayed_pairs, sums_around
 
 FLOOR = -88.0   # exp of it is below the smallest normal float32
 CHUNKS = {'cpu': 64, '': 64}
@@ -209,12 +209,13 @@ def _by_channel(inputs: Inputs, size: int) -> Chunks:
   q, k, v, reset = _chunks(inputs, size)
   dtype = v.dtype
   docs = documents(reset)
-  b = jnp.cumsum(jnp.maximum(to_chunks(inputs.log_decay, size), FLOOR), axis=-2)   # [N, B, H, C, K]
+  log_decay = jnp.maximum(to_chunks(inputs.log_decay, size), FLOOR)   # [N, B, H, C, K]
+  _, b, behind = sums_around(log_decay)
   every = lambda x, allowed: jnp.exp(jnp.where(allowed[..., None], x, -jnp.inf))
-  pairs = decayed_products(q[..., None, :, :], b, k, b, diagonal=True)[..., 0, :, :]
+  pairs = decayed_pairs(q[..., None, :, :], k, log_decay, (True,))[..., 0, :, :]
   pairs = jnp.where(docs.pair, pairs, 0.0)
   out = product('nbgti,nbgirv->nbgtrv', pairs.astype(dtype), v)
-  left = (k * every(b[..., -1:, :] - b, docs.last)).astype(dtype)
+  left = (k * every(behind, docs.last)).astype(dtype)
   write = _writes(left, v)
   kept = jnp.where(docs.open[..., None], jnp.exp(b[..., -1, :]), 0.0)
   return Chunks(q=(q * every(b, docs.first)).astype(dtype), seen=None, out=out,

@@ -95,11 +95,3 @@ def sums_around(log_decay_CK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arra
   behind = jax.lax.cumsum(jnp.concatenate([log_decay_CK[..., 1:, :], rest], axis=-2), axis=axis,
                           reverse=True)
   return before, before + log_decay_CK, behind
-
-
-def decayed_products(x_XCK: jax.Array, to_CK: jax.Array, y_CK: jax.Array, from_CK: jax.Array,
-                     diagonal: bool) -> jax.Array:
-  """decayed_pairs from the log decay up to and with each token, as `to` and as `from`."""
-  del to_CK
-  log_decay_CK = jnp.diff(from_CK, axis=-2, prepend=0)
-  return decayed_pairs(x_XCK, y_CK, log_decay_CK, (diagonal,) * x_XCK.shape[-3])
