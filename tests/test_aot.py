@@ -206,7 +206,8 @@ def test_compile_mode_counts_the_state_as_arguments(tmp_path):
 @pytest.mark.parametrize('args, said', [
     (['--mode=compile', '--topology=v5e:9x9'], '--topology=v5e:9x9: no such topology'),
     (['--mode=train', '--workdir=w', '--topology=v5e:2x2'],
-     '--topology=v5e:2x2: does nothing with --mode=train; give --mode=compile'),
+     '--topology=v5e:2x2: does nothing with --mode=train; give --mode=describe, '
+     '--mode=plan or --mode=compile'),
     (['--mode=compile', '--config.mesh.seq=3'], 'mesh.seq=3'),
     (['--mode=compile', '--config.model.remat=offload'],
      "model.remat='offload': layer inputs go to the memory of the host, and these devices")])

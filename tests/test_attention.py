@@ -330,7 +330,8 @@ def test_learned_sink_logits_take_their_share_and_learn(name):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name == 'reference' else name for name in RUNS])
 def test_first_tokens_stay_in_sight_of_a_window(name):
   """Attention sinks: a second interval; the kernel walks its blocks too, and no others."""
   masks = [with_sinks(sliding_window(2, LENGTH, 5), 3),
@@ -402,7 +403,9 @@ def test_heads_at_once_are_the_definition_too(monkeypatch):
   np.testing.assert_allclose(dtable.table_NX, want_table, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('length', [1000, 1024, 1025, 1300])
+@pytest.mark.parametrize('length', [
+    1025, pytest.param(1000, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow),
+    pytest.param(1300, marks=pytest.mark.slow)])
 def test_tiles_are_chosen_by_length_alike_before_and_after_filling_up(length):
   """Lengths about where tiles grow: the last tile is part padding, of queries and of keys."""
   kernel = Blockwise()

@@ -112,6 +112,7 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert_close(logged(home / 'one'), logged(pair[0]))
 
 
+@pytest.mark.slow
 def test_the_sequence_cut_over_processes(home, text):
   changes = {'mesh_layout': 'sequence', 'mesh_data': 1, 'mesh_seq': 8}
   codes, outputs = run_pair(home, 'sequence', text, 'packed', **changes)

@@ -80,7 +80,7 @@ def test_masks_pass_through_jit_and_are_cut_with_the_batch():
   assert (np.asarray(m.sees(row)) == table(rule)[:1]).all()
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12))
 def test_packed_windows_of_any_lengths(lengths, window):
   ids = np.repeat(np.arange(len(lengths)), lengths)[None]

@@ -40,6 +40,9 @@ MODELS = {
     'gru': cell(name='gru', layer_norm=True),
     'slstm': cell(name='slstm', num_layers=1, cell_heads=4),
 }
+# Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
+SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru')
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 CLASSES = {'decoder': decoder.Decoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
 
@@ -75,7 +78,7 @@ SPLITS = {'uneven': (0, 8, 9, 10, 18, 19, 20, 21, 22, 23, 24), 'one by one': tup
 
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('packed', [False, True])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_whole_equals_any_split(name, packed, split):
   model, call = made(name)
   arrays = {'segment_ids_BT': jnp.asarray(SEGMENTS)} if packed else {}
@@ -85,7 +88,7 @@ def test_whole_equals_any_split(name, packed, split):
   np.testing.assert_allclose(carried, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_state_after_a_split_is_the_state_after_the_whole(name):
   model, call = made(name)
   _, after_whole = call(tokens(), model.init_state(BATCH, 32))
@@ -94,7 +97,7 @@ def test_state_after_a_split_is_the_state_after_the_whole(name):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_packed_equals_separate(name):
   _, call = made(name)
   packed, _ = call(tokens(), None, segment_ids_BT=jnp.asarray(SEGMENTS))
@@ -105,7 +108,7 @@ def test_packed_equals_separate(name):
     np.testing.assert_allclose(packed[row, a:b], alone[0, :b - a], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_the_future_and_other_documents_change_nothing(name):
   """Bit for bit: what cannot be seen must not move."""
   _, call = made(name)
@@ -119,7 +122,7 @@ def test_the_future_and_other_documents_change_nothing(name):
 
 
 @pytest.mark.parametrize('where', ['left', 'right', 'middle', 'a whole call'])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_padding_is_not_seen(name, where):
   model, call = made(name)
   whole, _ = call(tokens(), None)
@@ -143,7 +146,7 @@ def test_padding_is_not_seen(name, where):
   assert np.isfinite(hidden).all()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_rows_with_padding_of_their_own(name):
   """One row pads while the other reads: a row's state stands still, the other's moves on."""
   model, call = made(name)
@@ -157,7 +160,7 @@ def test_rows_with_padding_of_their_own(name):
   np.testing.assert_allclose(hidden, whole[:, 5:13], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_batch_rows_are_strangers(name):
   _, call = made(name)
   whole, _ = call(tokens(), None)
@@ -165,7 +168,7 @@ def test_batch_rows_are_strangers(name):
   np.testing.assert_allclose(swapped[::-1], whole, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   import dataclasses
   config = dataclasses.replace(MODELS[name], dtype='bfloat16')
@@ -181,14 +184,14 @@ def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   assert {x.dtype for x in jax.tree.leaves(recurrent_states)} <= {jnp.dtype('float32')}
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_parameter_count_is_the_closed_form(name):
   config = MODELS[name].resolved(VOCAB)
   model, _ = made(name)
   assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == config.num_parameters()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', NAMES)
 def test_logits_are_hidden_times_the_output_table(name):
   model, call = made(name)
   hidden, _ = call(tokens(), None)

@@ -133,7 +133,13 @@ STRATEGIES = [('ring', 1, 1), ('ring', 2, 1), ('ring', 3, 1), ('ring', 4, 1), ('
               ('ulysses', 8, 1), ('hybrid', 4, 2), ('hybrid', 8, 2), ('hybrid', 8, 4)]
 
 
-@pytest.mark.parametrize('strategy,size,ulysses', STRATEGIES)
+FAST_ONES = [('ring', 1, 1), ('ring', 3, 1), ('ring', 8, 1), ('bidirectional', 3, 1),
+             ('bidirectional', 8, 1), ('allgather', 3, 1), ('ulysses', 4, 1), ('hybrid', 8, 2)]
+
+
+@pytest.mark.parametrize('strategy,size,ulysses', [
+    case if case in FAST_ONES else pytest.param(*case, marks=pytest.mark.slow)
+    for case in STRATEGIES])
 def test_every_mask_and_order_is_the_definition(strategy, size, ulysses):
   """float64 to 1e-12; the orders share one program, Ulysses's own sorting is tested below."""
   compiled = program(strategy, size, ulysses)
@@ -143,8 +149,9 @@ def test_every_mask_and_order_is_the_definition(strategy, size, ulysses):
         check(run(compiled, size, name, order, jnp.float64), expected(name), 1e-12)
 
 
-@pytest.mark.parametrize('strategy,size', [('ring', 2), ('ring', 3), ('ring', 8),
-                                           ('bidirectional', 4)])
+@pytest.mark.parametrize('strategy,size', [
+    ('ring', 3), ('bidirectional', 4), pytest.param('ring', 2, marks=pytest.mark.slow),
+    pytest.param('ring', 8, marks=pytest.mark.slow)])
 def test_a_ring_that_hides_its_transfers_is_the_definition_too(strategy, size):
   """As on a TPU or GPU: the local work in halves, gradients that arrive added afterwards."""
   compiled = program(strategy, size, 1, overlap=True)
@@ -202,8 +209,9 @@ def half_precision_error(strategy, size, num_kv_heads=K, ulysses=1):
 
 
 @pytest.mark.parametrize('strategy,num_kv_heads,ulysses', [
-    ('ring', K, 1), ('bidirectional', 2, 1), ('allgather', 2, 1), ('ulysses', 2, 1),
-    ('hybrid', 2, 4)])
+    ('ring', K, 1), ('allgather', 2, 1), ('hybrid', 2, 4),
+    pytest.param('bidirectional', 2, 1, marks=pytest.mark.slow),
+    pytest.param('ulysses', 2, 1, marks=pytest.mark.slow)])
 def test_the_error_of_bfloat16_does_not_grow_with_the_devices(strategy, num_kv_heads, ulysses):
   """Two kv heads are copied for devices that share heads: their gradients are float32 sums."""
   one = half_precision_error('ring', 1, num_kv_heads)
@@ -241,7 +249,7 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize('strategy,ulysses', [('ring', 1), ('bidirectional', 1), ('hybrid', 2)])
-@pytest.mark.parametrize('window', [3, 9])
+@pytest.mark.parametrize('window', [9, pytest.param(3, marks=pytest.mark.slow)])
 def test_hops_that_a_window_does_not_reach_are_not_missed(window, strategy, ulysses):
   """The ring of a static window stops early; its values are the definition's, in every order."""
   mask = intervals.sliding_window(B, PADDED, window)

@@ -377,7 +377,7 @@ def test_too_many_bad_steps_stop_the_run(text, tmp_path, capsys, monkeypatch):
     poison(m, 6)
     with pytest.raises(ConfigError, match=re.escape(
         'run.max_bad_steps=3: 3 steps in a row up to step 8 were not finite, first in the '
-        'gradient of blocks/0/attention/w_kv; lower optimizer.learning_rate=0.03')):
+        'gradient of blocks/0/mixer/w_kv; lower optimizer.learning_rate=0.03')):
       train.run(config, str(tmp_path))
   out = capsys.readouterr().out
   assert [f'step {at} was skipped' in out for at in range(5, 10)] == [False, True, True, True,
