@@ -258,7 +258,9 @@ def test_mistakes_are_named(mixer_class, changes, message):
     mixer_class.cost(base.Settings(**(dict(dim=D, num_heads=2) | changes)))
 
 
-@pytest.mark.parametrize('mixer_class', [linear_attention.GLA, mamba2.Mamba2, rglru.RGLRU])
+@pytest.mark.parametrize('mixer_class', [
+    mamba2.Mamba2, pytest.param(linear_attention.GLA, marks=pytest.mark.slow),
+    pytest.param(rglru.RGLRU, marks=pytest.mark.slow)])
 def test_layers_cut_over_devices(mixer_class):
   """Rows, tokens and heads over 2 devices each: outputs, state and gradients of one device."""
   mixer = shaken(mixer_class, dim=16, num_heads=4, key_dim=3)

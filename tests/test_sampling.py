@@ -163,10 +163,10 @@ def build_real(which):
 
 
 BUILDS = [(build_toy, 'count'), (build_toy, 'tail'), (build_real, 'lstm'), (build_real, 'decoder'),
-          (build_real, 'window')]
+          pytest.param(build_real, 'window', marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize('build, which', BUILDS, ids=[which for _, which in BUILDS])
+@pytest.mark.parametrize('build, which', BUILDS, ids=['count', 'tail', 'lstm', 'decoder', 'window'])
 def test_greedy_is_argmax_of_the_full_forward_pass(build, which):
   model = build(which)
   graphdef, params = nnx.split(model)
