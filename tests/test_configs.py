@@ -136,7 +136,8 @@ def test_every_config_builds_with_its_number_of_parameters(name):
 
 
 # Of configs that differ in size alone one stands for the others.
-ALIKE = ('books', 'lstm_ptb_small', 'ring_1m_v5p', 'tinyshakespeare')
+ALIKE = ('books', 'lstm_ptb_small', 'ring_1m_v5e', 'ring_1m_v5p',
+         'tinyshakespeare')
 
 
 @pytest.mark.parametrize('stem', [

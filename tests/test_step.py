@@ -201,7 +201,8 @@ def test_a_bad_parameter_is_named():
 PLAIN = {'optimizer_name': 'sgd', 'optimizer_learning_rate': 0.5, 'loss_z_loss': 0.01}
 
 
-@pytest.mark.parametrize('variant,devices', [('lstm', 1), ('windowed', 2)])
+@pytest.mark.parametrize('variant,devices', [
+    ('windowed', 2), pytest.param('lstm', 1, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(variant, devices):
   batches = [make_batch(i) for i in range(3)]
   whole, of_whole = run(assemble(variant, devices, **PLAIN), batches)

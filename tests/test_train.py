@@ -222,7 +222,8 @@ def test_padding_does_not_count_as_tokens(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize('variant,lost,changes', [
     ('packed', 0, {'model_dropout': 0.2}),   # crashes as soon as step 8 is saved
     ('lstm', 3, {'optimizer_ema': 0.9, 'evaluation_use_ema': True}),
-    ('windowed', 3, {'run_accumulate': 2, 'model_dropout': 0.2}),
+    pytest.param('windowed', 3, {'run_accumulate': 2, 'model_dropout': 0.2},
+                 marks=pytest.mark.slow),
 ])
 def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost, changes):
   config = make_config(text, variant, **changes)
