@@ -74,7 +74,7 @@ def every_bit(config, workdir):
 
 
 @pytest.mark.parametrize('kills,steps', [
-    (2, 200), pytest.param(20, 2000, marks=pytest.mark.slow)])
+    pytest.param(2, 200, marks=pytest.mark.slow), pytest.param(20, 2000, marks=pytest.mark.slow)])
 def test_killed_is_straight(tmp_path, kills, steps):
   text = {'files': tiny.write_corpus(tmp_path / 'text'), 'cache_dir': str(tmp_path / 'cache')}
   changes = {'model_dropout': 0.1, 'optimizer_ema': 0.99, 'run_num_steps': steps,

@@ -367,7 +367,8 @@ def temp_bytes(size, backward, num_heads):
 
 
 @pytest.mark.parametrize('backward,num_heads,growth', [(False, 8, 1.05), (True, 8, 1.15),
-                                                       (True, 4, 1.3)])
+                                                       pytest.param(True, 4, 1.3,
+                                                                    marks=pytest.mark.slow)])
 def test_memory_of_a_device_does_not_grow_with_the_ring(backward, num_heads, growth):
   """None at all from 4 devices to 8. A ring of 2 has one hop and nothing in flight beside it: keys
   and sums of gradients are held once, which counts the less the more queries share them."""

@@ -282,6 +282,7 @@ def test_terminated_before_the_first_step_and_while_it_evaluates(text, tmp_path,
   assert len([line for line in lines(tmp_path) if 'loss' in line]) == 6
 
 
+@pytest.mark.slow
 def test_from_eight_devices_to_one_to_four(text, tmp_path, on_devices, at_batch):
   config = make_config(text, 'windowed')
   alone, moved = str(tmp_path / 'alone'), str(tmp_path / 'moved')
