@@ -7,20 +7,18 @@ of it (`atomic_write`).
 Held by: tests/test_workdir.py.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import signal
-import socket
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from longctx import files
 from longctx.errors import ConfigError, check, nearest
+from longctx.files import Lock, atomic_write
 
 # Keys and sections of a config. These change no number of a run, and may differ from W's:
 FREE = ('mesh', 'run.compilation_cache', 'run.expect', 'data.cache_dir', 'data.prefetch',
@@ -39,47 +37,6 @@ LOCK_FILE = '.lock'
 _ABSENT = object()  # a key that one side lacks; None is a value
 
 
-def atomic_write(path: str | os.PathLike, data: bytes) -> None:
-  """Writes `data` so that a reader, or a power cut, meets the old file or the new one."""
-  path = Path(path)
-  # Two processes that write one path must not share the temporary file.
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}.tmp')
-  try:
-    with open(temporary, 'wb') as f:
-      f.write(data)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise
-  folder = os.open(path.parent, os.O_RDONLY)
-  try:
-    os.fsync(folder)  # the rename itself
-  finally:
-    os.close(folder)
-
-
-class Lock:
-  """The hold of one run on its workdir; `release`, leaving the `with`, or the process's end drop it."""
-
-  def __init__(self, fd: int | None):
-    self._fd = fd
-
-  def release(self) -> None:  # never by collection: the caller may keep no reference
-    """Lets the next run in. The file stays: removing it would let two runs lock two files."""
-    if self._fd is not None:
-      os.close(self._fd)
-      self._fd = None
-
-  def __enter__(self) -> 'Lock':
-    return self
-
-  def __exit__(self, *exc) -> None:
-    self.release()
-
-
 def lock(workdir: str | os.PathLike) -> Lock:
   """Makes the workdir if need be and takes it; ConfigError if another run has it.
 
@@ -91,27 +48,17 @@ def lock(workdir: str | os.PathLike) -> Lock:
   _make(workdir)
   if jax.process_index() != 0:
     return Lock(None)
-  path = Path(workdir) / LOCK_FILE
   try:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    return files.hold(Path(workdir) / LOCK_FILE)
+  except files.HeldError as e:
+    raise ConfigError(f'--workdir={workdir}: held by a run that is still going ({e.holder}); wait '
+                      'for it, stop it, or give another workdir') from None
+  except files.CannotLockError as e:
+    raise ConfigError(f'--workdir={workdir}: its file system cannot lock files ({e}); '
+                      'give a workdir on another one') from e
   except OSError as e:
     raise ConfigError(f'--workdir={workdir}: cannot write there ({e.strerror}); give a folder '
                       'that you may write to') from e
-  try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    holder = os.read(fd, 200).decode(errors='replace').strip() or 'another process'
-    os.close(fd)
-    raise ConfigError(f'--workdir={workdir}: held by a run that is still going ({holder}); wait '
-                      'for it, stop it, or give another workdir') from None
-  except OSError as e:
-    os.close(fd)
-    raise ConfigError(f'--workdir={workdir}: its file system cannot lock files ({e.strerror}); '
-                      'give a workdir on another one') from e
-  with contextlib.suppress(OSError):   # a full disk: held without a name
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f'pid {os.getpid()} on {socket.gethostname()}\n'.encode(), 0)
-  return Lock(fd)
 
 
 def _make(workdir: str | os.PathLike) -> None:
