@@ -17,7 +17,7 @@ import ml_collections
 from longctx.data import stream
 from longctx.errors import ConfigError, check, check_range, nearest
 from longctx.evaluation import perplexity
-from longctx.models import decoder, recurrent
+from longctx.models import decoder, memory_config, memory_decoder, recurrent
 from longctx.parallel import mesh
 from longctx.training import loss, optim
 
@@ -49,6 +49,7 @@ class Run:
 
 MODELS = {
     'decoder': (decoder.Config, decoder.Decoder),
+    'memory': (memory_config.Config, memory_decoder.MemoryDecoder),
     'elman': (recurrent.Config, recurrent.Recurrent),
     'lstm': (recurrent.Config, recurrent.Recurrent),
     'gru': (recurrent.Config, recurrent.Recurrent),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import attention_layer, decoder, recurrent
+from longctx.models import attention_layer, decoder, memory_config, memory_decoder, recurrent, segments
+from longctx.models.memories import base as memories
 
 VOCAB, BATCH, LENGTH = 29, 2, 24
 
@@ -21,6 +22,12 @@ small = functools.partial(decoder.Config, vocab_size=VOCAB, num_layers=2, embed_
                           max_length=64, init_std=0.3)
 def recurrent_layers(*layers, **settings):
   return small(layers=layers, num_layers=len(layers), num_heads=2, mixer_chunk=8, **settings)
+
+
+def memory(long_term, **settings):
+  return memory_config.Config(**dict(
+      vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=2, segment=5, init_std=0.3,
+      long_term=long_term) | settings)
 
 
 MODELS = {
@@ -39,11 +46,15 @@ MODELS = {
     'lstm': cell(tied=True),
     'gru': cell(name='gru', layer_norm=True),
     'slstm': cell(name='slstm', num_layers=1, cell_heads=4),
+    'transformer_xl': memory('none', short_term=7),
+    'relative': memory('none', short_term=3, position='relative', num_heads=4, num_kv_heads=2),
+    'infini': memory('infini', num_heads=4, num_kv_heads=2),
+    'two stores': memory('infini', short_term=7, memory_variant='linear', memory_layers=(1,)),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
 SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
-CLASSES = {'decoder': decoder.Decoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
+CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
 
 @functools.cache
@@ -180,8 +191,11 @@ def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   # Root mean squares: a norm behind a head that says almost nothing makes single numbers large.
   rms = lambda x: np.sqrt(np.mean(np.square(np.asarray(x, np.float32))))
   assert rms(np.asarray(hidden, np.float32) - whole) < 0.02 * config.num_layers * rms(whole)
-  recurrent_states = [x for x in state.layers if not isinstance(x, attention_layer.Cache)]
-  assert {x.dtype for x in jax.tree.leaves(recurrent_states)} <= {jnp.dtype('float32')}
+  kept_exactly = (attention_layer.Cache, memories.Past)   # nothing is added up in these
+  layers = state.memory.layers if isinstance(state, segments.State) else state.layers
+  summed = jax.tree.map(lambda x: None if isinstance(x, kept_exactly) else x, layers,
+                        is_leaf=lambda x: isinstance(x, kept_exactly))
+  assert {x.dtype for x in jax.tree.leaves(summed)} <= {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize('name', NAMES)

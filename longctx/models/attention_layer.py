@@ -117,20 +117,29 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm(head_dim, norm_epsilon, rngs=rngs) if qk_norm else None
     self.k_norm = RMSNorm(head_dim, norm_epsilon, rngs=rngs) if qk_norm else None
 
-  def __call__(self, x_BTD: jax.Array, cache: Cache | None, context: Context, window: int
-               ) -> tuple[jax.Array, Cache | None]:
-    heads = lambda w_DNH: linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(
+  def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, v of each head, normed where the config says so, not yet turned by their positions."""
+    split = lambda w_DNH: linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(
         *x_BTD.shape[:2], *w_DNH.shape[1:])
     w_kv = self.w_kv.get_value()
-    q_BTNH, k_BTKH, v_BTKH = heads(self.w_q.get_value()), heads(w_kv[:, 0]), heads(w_kv[:, 1])
+    q_BTNH, k_BTKH, v_BTKH = split(self.w_q.get_value()), split(w_kv[:, 0]), split(w_kv[:, 1])
     if self.q_norm is not None:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    return q_BTNH, k_BTKH, v_BTKH
+
+  def merged(self, out_BTNH: jax.Array) -> jax.Array:
+    """What all heads say, back in the residual's width."""
+    w_out = self.w_out.get_value()
+    y_BTD = linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]))
+    return constrain(y_BTD, 'batch', 'length', None)
+
+  def __call__(self, x_BTD: jax.Array, cache: Cache | None, context: Context, window: int
+               ) -> tuple[jax.Array, Cache | None]:
+    q_BTNH, k_BTKH, v_BTKH = self.heads(x_BTD)
     if context.angles is not None:
       angles = context.angles
       q_BTNH, k_BTKH = rotate(q_BTNH, angles), rotate(k_BTKH, angles)
-    q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
-    k_BTKH = constrain(k_BTKH, 'batch', 'length', 'kv_heads', None)
-    v_BTKH = constrain(v_BTKH, 'batch', 'length', 'kv_heads', None)
+    q_BTNH, k_BTKH, v_BTKH = cut_heads(q_BTNH, k_BTKH, v_BTKH)
 
     mask = context.mask(window)
     settings = dict(scale=self.head_dim ** -0.5, implementation=self.implementation)
@@ -143,6 +152,11 @@ class Attention(nnx.Module):
         here = merge(attend(q_BTNH, cache.k, cache.v, past, cached=True, **settings), here)
       cache = write(cache, k_BTKH, v_BTKH, context.index_BT)
       out_BTNH = here[0]
-    w_out = self.w_out.get_value()
-    y_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]))
-    return constrain(y_BTD, 'batch', 'length', None), cache
+    return self.merged(out_BTNH), cache
+
+
+def cut_heads(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+              ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The three, each device with its rows, tokens and heads."""
+  kv = lambda x: constrain(x, 'batch', 'length', 'kv_heads', None)
+  return constrain(q_BTNH, 'batch', 'length', 'heads', None), kv(k_BSKH), kv(v_BSKH)

@@ -1,0 +1,1 @@
+"""What segment memories compute, on arrays: reads, writes and the maps of their states."""

@@ -1,0 +1,9 @@
+"""Long-term memories by name: what `model.long_term` may say."""
+
+from longctx.models.memories.base import Block
+from longctx.models.memories.infini import Infini
+
+MEMORIES: dict[str, type[Block]] = {
+    'none': Block,
+    'infini': Infini,
+}

@@ -1,0 +1,163 @@
+"""A decoder that reads documents in segments and remembers them: short term exactly, long term by kind.
+
+Embedding, layers of models/memories, a last norm, and logits by a table that may be tied. Documents of
+any length, in calls of any length: models/segments.py. Whole rows from their begin (no state, no
+documents inside) are read in the order that the memory's dependency class allows, model.schedule:
+
+    sequential   segment by segment, each through all layers
+    parallel     layer by layer, each over all segments at once (P0 and P1)
+    wavefront    layers and segments in diagonals, all cells of one side by side (P2)
+
+Positions are counted from each segment's first token, and mean differences only: `positions_BT` is not
+read. Held by: tests/test_memories.py.
+
+B batch  T tokens  S segments  C tokens of one  D model  V vocab
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.models import schedules, segments
+from longctx.models.decoder_config import REMAT
+from longctx.models.layers import DTYPES, Embedding, RMSNorm, dropout, normal, param
+from longctx.models.memories import MEMORIES
+from longctx.models.memories.base import Cell
+from longctx.models.memory_config import Config
+
+
+class Memory(NamedTuple):
+  """All that a model remembers of whole segments; batch first."""
+
+  tokens: Any            # [B, m, D] what memory tokens said last, where they carry it; else ()
+  layers: tuple[Any, ...]
+
+
+class MemoryDecoder(nnx.Module):
+  """hidden, state = decoder(tokens, state, ...); logits = decoder.logits(hidden)."""
+
+  state_grows = False
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    config = self.config = config.resolved(config.vocab_size)
+    settings = config.settings()
+    self.embedding = Embedding(config.vocab_size, config.embed_dim, config.init_std, rngs=rngs)
+    self.front, self.back = MEMORIES[config.long_term].extra_tokens(settings)
+    self.tokens = (param(rngs, normal(config.init_std), (max(self.front, self.back), config.embed_dim),
+                         (None, 'embed')) if self.front or self.back else None)
+    self.blocks = nnx.List([MEMORIES[config.kind(i)](settings, rngs=nnx.Rngs(rngs.params()))
+                            for i in range(config.num_layers)])
+    self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
+    self.head = (None if config.tied else
+                 Embedding(config.vocab_size, config.embed_dim, config.init_std, rngs=rngs))
+
+  @property
+  def dependency(self) -> str:
+    return max(MEMORIES[kind].dependency for kind in self.config.kinds())
+
+  def fresh(self, batch_size: int) -> Memory:
+    """What a document begins with."""
+    tokens = ()
+    if self.front:
+      tokens = jnp.broadcast_to(self.tokens.get_value(), (batch_size, *self.tokens.get_value().shape))
+    return Memory(tokens, tuple(block.init_memory(batch_size) for block in self.blocks))
+
+  def init_state(self, batch_size: int, capacity: int = 0) -> segments.State:
+    """An empty state; `capacity` means nothing to a state that does not grow."""
+    del capacity
+    return segments.new_state(batch_size, self.config.segment, self.fresh(batch_size))
+
+  def __call__(self, tokens_BT: jax.Array, state: segments.State | None = None, *,
+               positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None,
+               valid_BT: jax.Array | None = None, dropout_key: jax.Array | None = None
+               ) -> tuple[jax.Array, segments.State | None]:
+    """Hidden states [B, T, D] in the compute type, and the state after these tokens."""
+    del positions_BT
+    config, B = self.config, tokens_BT.shape[0]
+    if state is None and segment_ids_BT is None and valid_BT is None:
+      return self._whole(tokens_BT, dropout_key), None
+    before = self.init_state(B) if state is None else state
+    hidden_BTD, after = segments.walk(
+        self._read(), lambda: self.fresh(B), config.segment, config.embed_dim, DTYPES[config.dtype],
+        tokens_BT, before, segment_ids_BT, valid_BT, truncate=config.truncate, key=dropout_key)
+    return hidden_BTD, None if state is None else after
+
+  # One cell.
+
+  def _read(self) -> segments.Read:
+    """The function that reads a cell; remade for the backward pass where model.remat says so."""
+    graphdef, params = nnx.split(self)
+    def read(params, tokens_BC, cell, memory, key):
+      model = nnx.merge(graphdef, params)
+      x_BCD, cell = model.enter(tokens_BC, cell, memory.tokens, key)
+      layers = []
+      for i, (block, before) in enumerate(zip(model.blocks, memory.layers)):
+        x_BCD, after = block(x_BCD, before, cell, None if key is None else jax.random.fold_in(key, i))
+        layers.append(after)
+      hidden_BCD, tokens = model.leave(x_BCD)
+      return hidden_BCD, Memory(tokens, tuple(layers))
+    if self.config.remat != 'none':
+      read = jax.checkpoint(read, policy=REMAT[self.config.remat])
+    return functools.partial(read, params)
+
+  def enter(self, tokens_BC: jax.Array, cell: Cell, carried: Any, key: jax.Array | None
+            ) -> tuple[jax.Array, Cell]:
+    """The first layer's input, with the memory's own tokens before and after those of the segment."""
+    config, B = self.config, tokens_BC.shape[0]
+    x_BCD = self.embedding(tokens_BC, DTYPES[config.dtype])
+    if key is not None:
+      x_BCD = dropout(x_BCD, config.dropout, jax.random.fold_in(key, config.num_layers))
+    if not self.front and not self.back:
+      return x_BCD, cell
+    own = (carried if self.front else
+           jnp.broadcast_to(self.tokens.get_value(), (B, *self.tokens.get_value().shape)))
+    own_BMD = own.astype(x_BCD.dtype)
+    x_BCD = jnp.concatenate([own_BMD[:, :self.front], x_BCD, own_BMD[:, :self.back]], axis=1)
+    valid_BC = jnp.pad(cell.valid_BC, ((0, 0), (self.front, self.back)), constant_values=True)
+    return x_BCD, cell._replace(valid_BC=valid_BC)
+
+  def leave(self, x_BCD: jax.Array) -> tuple[jax.Array, Any]:
+    """(hidden states of the segment's tokens, what memory tokens carry on) of the last layer's output."""
+    C = x_BCD.shape[1] - self.front - self.back
+    carried = x_BCD[:, self.front + C:].astype(jnp.float32) if self.front else ()
+    return self.norm(x_BCD[:, self.front:self.front + C]), carried
+
+  # Whole rows.
+
+  def schedule(self) -> str:
+    """The order in which whole rows are read."""
+    if self.config.schedule != 'auto':
+      return self.config.schedule
+    return 'parallel' if self.dependency in ('P0', 'P1') else 'sequential'
+
+  def _whole(self, tokens_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+    B, T = tokens_BT.shape
+    C = self.config.segment
+    S = -(-T // C)
+    tokens_BSC = jnp.pad(tokens_BT, ((0, 0), (0, S * C - T))).reshape(B, S, C)
+    valid_BSC = jnp.broadcast_to((jnp.arange(S * C) < T).reshape(S, C), (B, S, C))
+    hidden_BSCD, _ = self.read_segments(tokens_BSC, valid_BSC, jnp.zeros((B,), jnp.int32),
+                                        self.fresh(B), key)
+    return hidden_BSCD.reshape(B, S * C, -1)[:, :T]
+
+  def read_segments(self, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,
+                    memory: Memory, key: jax.Array | None = None, schedule: str = ''
+                    ) -> tuple[jax.Array, Memory]:
+    """Segments of one document a row that follow each other, after `number_B` others.
+
+    The segment driver: hidden states [B, S, C, D] and the memory after the last segment, which must
+    be whole if the memory is to be read again.
+    """
+    order = getattr(schedules, schedule or self.schedule())
+    return order(self, tokens_BSC, valid_BSC, number_B, memory, key)
+
+  def output_embedding_VD(self) -> jax.Array:
+    return (self.embedding if self.head is None else self.head).table.get_value()
+
+  def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+    """float32 logits [B, T, V]."""
+    table = self.output_embedding_VD().astype(hidden_BTD.dtype)
+    return jnp.einsum('BTD,VD->BTV', hidden_BTD, table, preferred_element_type=jnp.float32)
