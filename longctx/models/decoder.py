@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from longctx.errors import check
 from longctx.models.attention_layer import LANES, Attention, Cache, empty_cache
 from longctx.models.attention_layer import rebase as rebase_cache
 from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
@@ -218,6 +219,24 @@ class Decoder(nnx.Module):
       return x_BTD, None
     by_place = [unstack(s, repeats) for s in stacked]
     return x_BTD, tuple(by_place[i % period][i // period] for i in range(depth))
+
+  def merge_states(self, a: State, b: State) -> State:
+    """The state after two texts, each read from an empty one: what follows attends to both.
+
+    Exact where a layer's state is a plain sum over its tokens. In one layer it is the state after one
+    text and then the other; above it, the layers below read each text without the other.
+    """
+    others = [m for m in dict.fromkeys(self.config.layers)
+              if not getattr(MIXERS.get(m), 'adds', False)]
+    check(not others, f'merge: model.layers has {", ".join(others)}, whose memory is no plain sum over '
+          "what was read, so two cannot be added; only model.layers=('linear_attention',) can. Read "
+          'both texts into one context')
+    check(self.config.position != 'learned', "merge: with model.position='learned' two texts would "
+          "stand at the same positions; only 'rope' and 'none' can, which linear_attention does not "
+          'read. Read both texts into one context')
+    clock = Clock(a.clock.index + b.clock.index, a.clock.start + b.clock.start,
+                  jnp.maximum(a.clock.segment, b.clock.segment))
+    return State(clock, jax.tree.map(jnp.add, a.layers, b.layers))
 
   def output_embedding_VD(self) -> jax.Array:
     return (self.embedding if self.head is None else self.head).table.get_value()

@@ -114,6 +114,7 @@ class LinearAttention(Decayed):
   """y, state = mixer(x, state, context)."""
 
   name, gated, extra_values = 'linear_attention', False, 1
+  adds = True   # a state is a plain sum over its tokens: those of two texts may be added
 
   def mix(self, x_BTD, q, k, v, run):
     del x_BTD

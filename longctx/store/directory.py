@@ -1,0 +1,224 @@
+"""A folder of named contexts, safe under several processes at once, with a budget of bytes.
+
+A context is written beside the old one and put in its place in one instant, with the store's lock
+held; then what was used longest ago goes, until the rest fits the budget. Never dropped: what is
+pinned, what a process holds (`hold`), and what is being saved. Where that cannot be, nothing is
+written.
+Held by: tests/test_contexts.py.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from longctx import files
+from longctx.errors import ConfigError, check, nearest
+from longctx.store import file, index
+from longctx.store.context import Context
+from longctx.store.file import SUFFIX
+from longctx.store.identity import Identity
+
+NAME = re.compile('[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
+HOLDS = '.holds'   # folder of lock files, one a context
+
+
+def check_name(name: str) -> None:
+  check(NAME.fullmatch(name) is not None, f'context {name!r}: is no name; use letters, digits, ".", '
+        '"_" and "-", beginning with a letter or a digit, at most 100')
+
+
+class Store:
+  """Contexts by name in a folder; `key` encrypts them, `budget` bounds their bytes (0: no bound)."""
+
+  def __init__(self, folder: str, key: bytes | None = None, budget: int = 0, make: bool = False):
+    """`make`: the folder is made if it is not there."""
+    self.folder, self.key, self.budget = Path(folder), key, budget
+    self.flag = f'--store={folder}'
+    check(bool(str(folder)), '--store: missing; give a folder for contexts, such as --store=contexts')
+    check(not self.folder.exists() or self.folder.is_dir(), f'{self.flag}: is a file; give a folder')
+    try:
+      if make:
+        self.folder.mkdir(parents=True, exist_ok=True)
+      check(self.folder.is_dir(), f'{self.flag}: no such folder; python -m longctx.chat makes it '
+            'when it saves a context')
+      (self.folder / HOLDS).mkdir(exist_ok=True)
+    except OSError as e:
+      raise ConfigError(f'{self.flag}: cannot be made ({e.strerror}: {e.filename}); give a folder '
+                        'that you may write to') from e
+
+  def path(self, name: str) -> Path:
+    check_name(name)
+    return self.folder / (name + SUFFIX)
+
+  @contextlib.contextmanager
+  def _index(self) -> Iterator[index.Index]:
+    with contextlib.ExitStack() as stack:
+      try:
+        opened = stack.enter_context(index.opened(self.folder))
+      except files.CannotLockError as e:
+        raise ConfigError(f'{self.flag}: its file system cannot lock files ({e}); give a folder on '
+                          'another one') from e
+      except OSError as e:
+        raise ConfigError(f'{self.flag}: cannot be used ({e.strerror}: {e.filename}); give a folder '
+                          'that you may write to, on a disk with room') from e
+      yield opened
+
+  def rows(self) -> list[index.Row]:
+    with self._index() as i:
+      return sorted(i.rows.values())
+
+  def row(self, name: str) -> index.Row:
+    with self._index() as i:
+      return self._known(i, name)
+
+  def _known(self, i: index.Index, name: str) -> index.Row:
+    check_name(name)
+    check(name in i.rows, f'context {name!r}: there is none in {self.flag}{nearest(name, i.rows)}')
+    return i.rows[name]
+
+  def __contains__(self, name: str) -> bool:
+    return self.path(name).exists()
+
+  def hold(self, name: str) -> files.Lock:
+    """Keeps a context to this process: nobody else may hold, delete or drop it meanwhile."""
+    check_name(name)
+    try:
+      return files.hold(self.folder / HOLDS / name)
+    except files.HeldError as e:
+      raise ConfigError(f'context {name!r}: in use by another process ({e.holder}); end that first, or '
+                        f'fork it: python -m longctx.contexts fork {name} NEW '
+                        f'{self.flag}') from None
+    except (OSError, files.CannotLockError) as e:
+      raise ConfigError(f'{self.flag}: cannot lock a file there ({e})') from e
+
+  def _is_held(self, name: str) -> bool:
+    try:
+      files.hold(self.folder / HOLDS / name).release()
+    except files.HeldError:
+      return True
+    except OSError:   # cannot be told: better kept
+      return True
+    return False
+
+  def save(self, name: str, context: Context) -> int:
+    """Writes a context, whole or not at all; returns its bytes."""
+    path = self.path(name)
+    return self._write(name, file.dump(context, path, self.key))
+
+  def load(self, name: str, identity: Identity | None = None) -> Context:
+    with self._index() as i:
+      self._known(i, name)
+      i.touch(name)
+      data = file.read(self.path(name))   # under the lock: nobody drops it meanwhile
+    context = file.decode(file.unseal(data, self.path(name), self.key), str(self.path(name)))
+    if identity is not None:
+      file.check_same(context.header.identity, identity, f'context {name!r}')
+    return context
+
+  def fork(self, name: str, new: str) -> int:
+    """A copy under a new name that shares nothing with the first."""
+    self.check_free(new)
+    data = self._plain(name)
+    return self._write(new, self._sealed(data, new), new=True)
+
+  def encrypt(self, name: str) -> int:
+    """Encrypts a context that is not encrypted."""
+    check(self.key is not None, 'encrypt: no key; give --key_file=FILE or set '
+          f'{file.seal.KEY_VARIABLE}')
+    with self.hold(name):
+      data = file.unseal(self._bytes(name), self.path(name), None)
+      file.decode(data, str(self.path(name)))
+      return self._write(name, self._sealed(data, name))
+
+  def decrypt(self, name: str) -> int:
+    """Writes an encrypted context as it is."""
+    with self.hold(name):
+      return self._write(name, self._plain(name))
+
+  def _bytes(self, name: str) -> bytes:
+    with self._index() as i:
+      self._known(i, name)
+      return file.read(self.path(name))
+
+  def _plain(self, name: str) -> bytes:
+    """The checked bytes of a context, decrypted."""
+    data = file.unseal(self._bytes(name), self.path(name), self.key)
+    file.decode(data, str(self.path(name)))
+    return data
+
+  def _sealed(self, data: bytes, name: str) -> bytes:
+    return data if self.key is None else file.seal.seal(data, self.key, name)
+
+  def check_free(self, name: str) -> None:
+    check(name not in self, f'context {name!r}: is there already in {self.flag}; give another name, or '
+          f'delete it first: python -m longctx.contexts delete {name} {self.flag}')
+
+  def _write(self, name: str, data: bytes, new: bool = False) -> int:
+    with self._index() as i:
+      self._to_drop(i, name, len(data))   # refuses before anything is written
+    path = self.path(name)
+    try:
+      with files.beside(path, data) as put, self._index() as i:
+        if new:
+          self.check_free(name)
+        dropped = self._to_drop(i, name, len(data))
+        put()
+        for victim in dropped:
+          self._remove(i, victim)
+        i.refresh(name)
+        i.touch(name)
+    except OSError as e:
+      kept = 'what was saved before is as it was' if path.exists() else 'nothing was written'
+      room = ('; make room on the disk, or delete contexts: python -m longctx.contexts list '
+              f'{self.flag}' * (e.errno in (errno.ENOSPC, errno.EDQUOT)))
+      raise ConfigError(f'{path}: cannot be written: {e.strerror or e}; {kept}{room}') from e
+    return len(data)
+
+  def _to_drop(self, i: index.Index, name: str, size: int) -> list[str]:
+    """The contexts, used longest ago first, that must go so that `size` bytes of `name` fit."""
+    if not self.budget:
+      return []
+    others = [row for row in i.rows.values() if row.name != name]
+    excess = sum(row.bytes for row in others) + size - self.budget
+    dropped = []
+    for row in sorted(others, key=lambda row: row.used):
+      if excess <= 0:
+        break
+      if not row.pinned and not self._is_held(row.name):
+        dropped.append(row.name)
+        excess -= row.bytes
+    kept = sum(row.bytes for row in others if row.name not in dropped)
+    check(excess <= 0, f'--budget={self.budget}: {name} needs {size} bytes, and contexts that are '
+          f'pinned or in use have {kept}; nothing was written and nothing dropped: unpin or delete '
+          f'some, or give a budget of {size + kept} or more')
+    return dropped
+
+  def trim(self) -> list[str]:
+    """Drops what was used longest ago until the rest fits the budget; the names that went."""
+    with self._index() as i:
+      dropped = self._to_drop(i, '', 0)
+      for name in dropped:
+        self._remove(i, name)
+      return dropped
+
+  def delete(self, name: str) -> None:
+    with self._index() as i:
+      row = self._known(i, name)
+      check(not row.pinned, f'context {name!r}: is pinned; unpin it first: python -m longctx.contexts '
+            f'unpin {name} {self.flag}')
+      with self.hold(name):
+        self._remove(i, name)
+
+  def _remove(self, i: index.Index, name: str) -> None:
+    self.path(name).unlink(missing_ok=True)
+    i.refresh(name)
+
+  def pin(self, name: str, pinned: bool = True) -> None:
+    """A pinned context is never dropped for room, nor deleted."""
+    with self._index() as i:
+      self._known(i, name)
+      mark = self.folder / (name + index.PIN)
+      mark.touch() if pinned else mark.unlink(missing_ok=True)
+      i.refresh(name)
