@@ -20,13 +20,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import parts  # noqa: E402
 import small_models  # noqa: E402
 
-from longctx.data.tasks import TASKS  # noqa: E402
-
 TIERS = {
     'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,),
                   steps=2, text_steps=2, text_batches=1, stream=16 * 1024),
-    'cpu': dict(models=small_models.NAMES, tasks=tuple(TASKS), rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1),
-                steps=600, text_steps=1500, text_batches=24, stream=1 << 20),
+    'cpu': dict(models=small_models.NAMES, tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2),
+                seeds=(0, 1), steps=600, text_steps=1500, text_batches=24, stream=1 << 20),
 }
 
 

@@ -7,6 +7,12 @@
     parity          bits: at each, the parity of all so far (state of two values)
     s3              permutations of three things: at each, the product so far (state of six, and it
                     matters in which order; Liu et al. 2022, arXiv:2210.10749)
+    segment_recall  a key and its value a segment of two tokens, then each key and ASK, in another
+                    order: say its value (the one fact a segment of ARMT, arXiv:2407.04841, with all
+                    facts asked)
+    segment_rewrite the same, each key with a second value later on: the last one counts
+    passkey         a mark and five different digits in one segment of noise, the mark again at the end
+                    of the last: say the digits (Mohtashami & Jaggi 2023, arXiv:2305.16300)
 
 A batch is (tokens, targets), int32 [B, T]; targets are UNSCORED where nothing is asked. The answer
 to token t stands at t: nothing is shifted.
@@ -41,7 +47,7 @@ def mqar(rng: np.random.Generator, rows: int, length: int, *, pairs: int, vocab_
   half, slots = vocab_size // 2, (length - 2 * pairs) // 2
   check(pairs < half and slots >= pairs, f'mqar: length={length}, vocab_size={vocab_size}: must have '
         f'room for {pairs} pairs twice, and more than twice as many symbols')
-  draw = lambda low, high: np.argsort(rng.random((rows, high - low)), axis=1)[:, :pairs] + low
+  draw = lambda low, high: _some(rng, rows, high - low, pairs) + low
   keys, values = draw(1, half), draw(half, vocab_size)
   tokens = rng.integers(0, vocab_size, (rows, length))
   tokens[:, 0:2 * pairs:2], tokens[:, 1:2 * pairs:2] = keys, values
@@ -88,6 +94,57 @@ def s3(rng: np.random.Generator, rows: int, length: int) -> Batch:
   return tokens, targets
 
 
+def segment_recall(rng: np.random.Generator, rows: int, length: int, *, keys: int, values: int,
+                   times: int = 1) -> Batch:
+  """Each key `times` times with a value, in a new order each time; then each once more, with ASK.
+
+  Tokens: keys from 0, values from `keys`, then ASK. There are as many keys as `length` has room for.
+  """
+  n, left = divmod(length, 2 * (times + 1))
+  check(not left and 1 <= n <= keys, f'segment_recall: length={length}: must be {2 * (times + 1)} '
+        f'tokens for each of 1 to {keys} keys')
+  names = _some(rng, rows, keys, n)
+  shuffled = lambda: np.take_along_axis(names, _some(rng, rows, n, n), axis=1)
+  written, asked = np.concatenate([shuffled() for _ in range(times)], axis=1), shuffled()
+  said = rng.integers(keys, keys + values, written.shape)
+  last = np.zeros((rows, keys), np.int64)
+  np.put_along_axis(last, written[:, -n:], said[:, -n:], axis=1)
+  ask, unscored = np.full_like(asked, keys + values), np.full_like(written, UNSCORED)
+  interleave = lambda a, b: np.stack([a, b], axis=2).reshape(rows, -1)
+  tokens = np.concatenate([interleave(written, said), interleave(asked, ask)], axis=1)
+  answers = interleave(np.full_like(asked, UNSCORED), np.take_along_axis(last, asked, axis=1))
+  targets = np.concatenate([interleave(unscored, unscored), answers], axis=1)
+  return tokens.astype(np.int32), targets.astype(np.int32)
+
+
+def passkey(rng: np.random.Generator, rows: int, length: int, *, segment: int, digits: int,
+            symbols: int) -> Batch:
+  """The mark and its digits stand in one segment before the last, if there is more than one.
+
+  Tokens: ten digits, `symbols` of noise, the mark. The answer to the mark is the first digit, the
+  answer to the first digit the second.
+  """
+  count, left = divmod(length, segment)
+  check(not left and count and segment > 2 * digits and digits <= 10, f'passkey: length={length}: '
+        f'must be segments of {segment}, each longer than twice {digits} different digits')
+  key = _some(rng, rows, 10, digits)
+  mark = np.full((rows, 1), 10 + symbols)
+  tokens = rng.integers(10, 10 + symbols, (rows, length))
+  room = segment - (2 * digits if count == 1 else digits)
+  start = rng.integers(0, max(1, count - 1), rows) * segment + rng.integers(0, room, rows)
+  np.put_along_axis(tokens, start[:, None] + np.arange(digits + 1),
+                    np.concatenate([mark, key], axis=1), axis=1)
+  tokens[:, -digits:] = np.concatenate([mark, key[:, :-1]], axis=1)
+  targets = np.full((rows, length), UNSCORED, np.int32)
+  targets[:, -digits:] = key
+  return tokens.astype(np.int32), targets
+
+
+def _some(rng: np.random.Generator, rows: int, of: int, count: int) -> np.ndarray:
+  """[rows, count] different numbers below `of` in each row, in any order."""
+  return np.argsort(rng.random((rows, of)), axis=1)[:, :count]
+
+
 def mqar_task(pairs: int = 8, vocab_size: int = 256) -> Task:
   make = lambda rng, rows, length: mqar(rng, rows, length, pairs=pairs, vocab_size=vocab_size)
   return Task(make, vocab_size, 1 / pairs)   # one of the values that were seen
@@ -98,9 +155,24 @@ def selective_copy_task(items: int = 8, symbols: int = 16) -> Task:
   return Task(make, symbols + 2, 1 / symbols)
 
 
+def segment_recall_task(times: int, keys: int = 32, values: int = 16) -> Task:
+  make = lambda rng, rows, length: segment_recall(rng, rows, length, keys=keys, values=values,
+                                                  times=times)
+  return Task(make, keys + values + 1, 1 / values)
+
+
+def passkey_task(segment: int = 64, digits: int = 5, symbols: int = 32) -> Task:
+  make = lambda rng, rows, length: passkey(rng, rows, length, segment=segment, digits=digits,
+                                           symbols=symbols)
+  return Task(make, 10 + symbols + 1, 1 / 10)
+
+
 TASKS = {
     'mqar': mqar_task(),
     'selective_copy': selective_copy_task(),
     'parity': Task(parity, 2, 1 / 2),
     's3': Task(s3, 6, 1 / 6),
+    'segment_recall': segment_recall_task(1),
+    'segment_rewrite': segment_recall_task(2),
+    'passkey': passkey_task(),
 }
