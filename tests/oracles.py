@@ -497,3 +497,81 @@ def diagonal_low_rank(q, k, v, erase, rate, log_decay, S, reset, valid):
          + np.outer(k[t], v[t]))
     out[t] = q[t] @ S
   return out, S
+
+
+# --- Segment memories: one row ---------------------------------------------------------------
+
+
+def dpfp(x, nu=3):
+  """u = [relu x; relu -x]; feature (j, i) is u_i u_{i-j}, j = 1 .. nu; scaled to length 1."""
+  u = [max(a, 0.0) for a in x] + [max(-a, 0.0) for a in x]
+  features = np.array([u[i] * u[(i - j) % len(u)] for j in range(1, nu + 1) for i in range(len(u))])
+  length = np.sqrt(sum(f * f for f in features))
+  return features / length if length > 1e-12 else 0 * features
+
+
+def associative_read(W, z, q):
+  """W [F, D], z [F], q [T, A] -> [T, D]."""
+  return np.array([dpfp(a) @ W / (dpfp(a) @ z + 1e-5) for a in q])
+
+
+def associative_write(W, z, k, v, beta, gamma=None):
+  """k [M, A], v [M, D], beta [M] -> (W, z, gamma [M]); a gamma that is given is used as it is."""
+  W_new, z_new, gammas = W.copy(), z.copy(), []
+  for m in range(len(k)):
+    key = dpfp(k[m])
+    known = key @ z
+    gammas.append(min(max(1 - known / (key @ key + 1e-5), 0.0), 1.0) if gamma is None else gamma[m])
+    W_new += np.outer(key, beta[m] * (v[m] - key @ W / (known + 1e-5)))
+    z_new += gammas[-1] * key
+  return W_new, z_new, gammas
+
+
+# Segment memories.
+
+
+def infini_feature(x):
+  """elu(x) + 1."""
+  return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def infini_read(M, z, q):
+  """Of one head and segment: q [C, K], M [K, V], z [K] -> [C, V]; an empty memory says 0."""
+  out = np.zeros((len(q), M.shape[1]))
+  for t in range(len(q)):
+    phi = infini_feature(q[t])
+    if phi @ z > 0:
+      out[t] = phi @ M / (phi @ z)
+  return out
+
+
+def infini_write(M, z, k, v, delta):
+  """(M, z) after a segment of one head; every token reads the old memory."""
+  old = infini_read(M, z, k) if delta else np.zeros_like(v)
+  M, z = M.copy(), z.copy()
+  for t in range(len(k)):
+    M += np.outer(infini_feature(k[t]), v[t] - old[t])
+    z += infini_feature(k[t])
+  return M, z
+
+
+def relative_attention(q, k, v, sees, u, w, bias):
+  """Transformer-XL, of one head: q [C, H] at the end of keys [S, H]; bias w . x of D model dims [D, H].
+
+  `w` is the projection of distances, `u` and `bias` the two learned vectors of queries.
+  """
+  C, S, H, D = len(q), len(k), q.shape[1], len(w)
+  out = np.zeros((C, v.shape[1]))
+  for i in range(C):
+    scores = np.full(S, -np.inf)
+    for j in range(S):
+      n = (S - C + i) - j
+      if n < 0 or not sees[i, j]:
+        continue
+      angle = n * 10_000.0 ** (-np.arange(0, D, 2) / D)
+      r = np.concatenate([np.sin(angle), np.cos(angle)]) @ w
+      scores[j] = ((q[i] + u) @ k[j] + (q[i] + bias) @ r) / np.sqrt(H)
+    if np.isfinite(scores).any():
+      p = np.exp(scores - scores.max())
+      out[i] = p / p.sum() @ v
+  return out
