@@ -2,8 +2,10 @@
 
 from longctx.models.memories.base import Block
 from longctx.models.memories.infini import Infini
+from longctx.models.memories.memorizing import Memorizing
 
 MEMORIES: dict[str, type[Block]] = {
     'none': Block,
     'infini': Infini,
+    'memorizing': Memorizing,
 }

@@ -1,0 +1,76 @@
+"""The Memorizing Transformer: heads look up the keys most like their queries among the last M tokens.
+
+  out = g V_m + (1 - g) V_c      V_c: attention over the segment, V_m: over the `memory_top` keys found
+                                 g: a number a head; queries and keys of length 1, times a learned scale
+  memory_size   M, tokens kept (8192); memory_top: keys found (32)
+  variant       '' or 'exact'; 'approximate': jax.lax.approx_max_k in each block of keys, which TPUs do fast
+
+The paper has one such layer, at three quarters of the depth: model.memory_layers=(8,) of 12. Keys have
+no position, and no gradient enters what is kept, nor goes to it from later segments. A segment looks up
+before it is written, so no token finds itself. What a layer keeps depends on its own input alone (P0 in
+principle), but handing each of S segments its M tokens would copy them S times: its class is P2, and
+training keeps a copy of the memory for each segment of a call.
+Source: arXiv:2203.08913; google-research/meliad; the mathematics: longctx/memory/memorizing.py.
+Differs: the scale and the length 1 are of the memory's queries and keys alone (the local ones have
+model.qk_norm); with kv heads shared by groups of query heads, a group shares a memory; with
+short_term > 0 what falls out of it is written (the paper writes a segment at once), so that no token is
+in both.
+Held by: tests/test_models.py, tests/test_memorizing.py.
+
+B batch  S keys  C slots of a cell  N query heads  K kv heads  H head dim
+"""
+
+import jax
+from flax import nnx
+
+from longctx.errors import check, check_choice
+from longctx.memory import memorizing
+from longctx.models.layers import DTYPES, constant, param
+from longctx.models.memories.base import Block, Cost, Settings, Store
+
+
+def sizes(settings: Settings) -> tuple[int, int]:
+  """(tokens kept, keys found)."""
+  return settings.size or 8192, settings.top or 32
+
+
+class MemorizingStore(Store):
+  """The last tokens' keys and values of each kv head."""
+
+  def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+    slots, self.top = sizes(settings)
+    self.shape = slots, settings.num_kv_heads, settings.head_dim, DTYPES[settings.dtype]
+    self.approximate = settings.variant == 'approximate'
+    self.scale = param(rngs, constant(1.0), (settings.num_heads,), ('heads',))
+
+  def init_memory(self, batch_size: int) -> memorizing.State:
+    return memorizing.empty(batch_size, *self.shape)
+
+  def read(self, q_BCNH: jax.Array, memory: memorizing.State) -> jax.Array:
+    return memorizing.read(memory, q_BCNH, self.scale.get_value(), self.top,
+                           approximate=self.approximate)
+
+  def write(self, memory: memorizing.State, k_BSKH: jax.Array, v_BSKH: jax.Array,
+            valid_BS: jax.Array) -> memorizing.State:
+    return memorizing.write(memory, k_BSKH, v_BSKH, valid_BS)
+
+
+class Memorizing(Block):
+  """Can begin as the plain layer: model.gate='tanh' is closed at first."""
+
+  dependency = 'P2'
+  reads = ('variant', 'size', 'top', 'gate')
+
+  @classmethod
+  def cost(cls, settings: Settings) -> Cost:
+    s, (slots, top) = settings, sizes(settings)
+    check_choice('model.memory_variant', s.variant, ('', 'exact', 'approximate'))
+    check(top <= slots, f'model.memory_top={top}: must be at most model.memory_size={slots}; so many '
+          'keys are looked for among so many')
+    # Of a full memory. The search has no backward pass, but is counted as if it had one.
+    return Cost(parameters=2 * s.num_heads, matrices=0,
+                flops=2.0 * s.num_heads * s.head_dim * (slots + 2 * top),
+                state=2 * slots * s.num_kv_heads * s.head_dim + 1)
+
+  def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+    super().__init__(settings, store=MemorizingStore, rngs=rngs)

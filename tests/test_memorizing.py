@@ -1,0 +1,222 @@
+"""The Memorizing Transformer's memory against a list of tokens and loops, in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.memory import memorizing
+from longctx.models.memories.base import Block, Cell, Settings
+from longctx.models.memories.memorizing import Memorizing
+from longctx.parallel import aot
+
+B, C, N, K, H, M, TOP, BLOCK = 2, 3, 4, 2, 5, 7, 3, 4   # the last block of keys is met in part
+SETTINGS = Settings(dim=8, num_heads=4, num_kv_heads=2, head_dim=4, segment=4, mlp='none', size=6,
+                    top=2, std=0.5, out_std=0.5)
+
+
+def unit(x):
+  return x / np.sqrt(np.sum(x * x) + 1e-6)
+
+
+def oracle_read(tokens, q, scale, top):
+  """tokens: [(k [K, H], v [K, H])] that are kept; q [C, N, H] -> [C, N, H]."""
+  out = np.zeros_like(q)
+  for t, n in np.ndindex(*q.shape[:2]):
+    head = n // (N // K)
+    found = sorted(((unit(k[head]) @ unit(q[t, n]), v[head]) for k, v in tokens),
+                   key=lambda pair: -pair[0])[:top]
+    if found:
+      weights = np.exp([scale[n] * score for score, _ in found])
+      out[t, n] = sum(w * v for w, (_, v) in zip(weights, found)) / sum(weights)
+  return out
+
+
+def document(segments, seed=0):
+  """q, k, v of so many segments of each row, and which tokens are valid: the rows' numbers differ."""
+  draw = np.random.default_rng(seed).normal
+  q, k, v = draw(size=(segments, B, C, N, H)), *draw(size=(2, segments, B, C, K, H))
+  valid = np.ones((segments, B, C), bool)
+  valid[0, 0, 0] = valid[1, 1] = False   # nothing fell out of the short-term memory
+  return q, k, v, valid
+
+
+@functools.cache
+def compiled():
+  read = functools.partial(memorizing.read, top=TOP, approximate=False, block=BLOCK)
+  return jax.jit(read), jax.jit(memorizing.write)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mix(graphdef, params, x, memory):
+  """A layer's whole cell of valid tokens."""
+  cell = Cell(jnp.ones(x.shape[:2], bool), jnp.zeros(len(x), jnp.int32))
+  return nnx.merge(graphdef, params).mix(x, memory, cell)
+
+
+def empty(dtype=jnp.float64):
+  return memorizing.empty(B, M, K, H, dtype)
+
+
+def test_reads_and_writes_are_those_of_a_list_of_the_last_tokens():
+  """Thirteen segments of three: the ring of seven is turned five times, and its counter wraps."""
+  read, write = compiled()
+  scale = np.array([1.0, 3.0, -2.0, 10.0])
+  with jax.enable_x64(True):
+    state, tokens = empty(), [[] for _ in range(B)]
+    for q, k, v, valid in zip(*document(13)):
+      expected = np.stack([oracle_read(tokens[b], q[b], scale, TOP) for b in range(B)])
+      np.testing.assert_allclose(read(state, q, scale), expected, atol=1e-12)
+      state = write(state, k, v, valid)
+      for b, t in zip(*np.nonzero(valid)):
+        tokens[b] = [*tokens[b], (k[b, t], v[b, t])][-M:]
+    assert (np.asarray(state.written) < 2 * M).all() and (np.asarray(state.written) >= M).all()
+    # More than M at once: the last M of them stay.
+    k, v = np.random.default_rng(1).normal(size=(2, B, 2 * M + 1, K, H))
+    state = memorizing.write(state, k, v, np.ones((B, 2 * M + 1), bool))
+    expected = np.stack([oracle_read(list(zip(k[b, -M:], v[b, -M:])), q[b], scale, TOP)
+                         for b in range(B)])
+    np.testing.assert_allclose(read(state, q, scale), expected, atol=1e-12)
+
+
+def test_gradients_are_those_of_queries_and_scale_alone():
+  read, write = compiled()
+  with jax.enable_x64(True):
+    q, k, v, valid = document(3, seed=2)
+    seen, scale = np.random.default_rng(3).normal(size=q[0].shape), np.array([1.0, 3.0, -2.0, 10.0])
+    state = write(write(empty(), k[0], v[0], valid[0]), k[1], v[1], valid[1])
+    tokens = [[(k[s, b, t], v[s, b, t]) for s in range(2) for t in range(C) if valid[s, b, t]]
+              for b in range(B)]
+    loss = lambda q, scale: (read(state, q, scale) * seen).sum()
+    dq, dscale = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(q[2]), jnp.asarray(scale))
+    expected = lambda q, scale: sum((oracle_read(tokens[b], q[b], scale, TOP) * seen[b]).sum()
+                                    for b in range(B))
+    step = 1e-6
+    for at in [(0, 0, 0, 0), (0, 1, 2, 4), (1, 2, 3, 1), (1, 0, 1, 3)]:
+      other = [q[2].copy() for _ in range(2)]
+      other[0][at], other[1][at] = q[2][at] + step, q[2][at] - step
+      slope = (expected(other[0], scale) - expected(other[1], scale)) / (2 * step)
+      np.testing.assert_allclose(dq[at], slope, rtol=1e-6, atol=1e-8)
+    for n in range(N):
+      up, down = (scale + sign * step * np.eye(N)[n] for sign in (1, -1))
+      slope = (expected(q[2], up) - expected(q[2], down)) / (2 * step)
+      np.testing.assert_allclose(dscale[n], slope, rtol=1e-6, atol=1e-8)
+    kept = lambda k, v: (read(write(state, k, v, valid[2]), q[2], scale) * seen).sum()
+    for gradient in jax.jit(jax.grad(kept, (0, 1)))(k[2], v[2]):
+      assert (np.asarray(gradient) == 0).all()
+
+
+def test_slots_without_a_token_are_never_found():
+  """meliad's DenseKVMemory lets zero keys that nobody wrote share the softmax: against a key that is
+  unlike the query, score -1, an empty slot's 0 wins."""
+  read, write = compiled()
+  k = np.ones((B, C, K, H), np.float32)
+  v = np.random.default_rng(4).normal(size=(B, C, K, H)).astype(np.float32)
+  valid = np.array([[False, False, True]] * B)
+  state = write(empty(jnp.float32), k, v, valid)
+  out = read(state, -np.ones((B, C, N, H), np.float32), np.full(N, 5, np.float32))
+  np.testing.assert_allclose(out, np.broadcast_to(np.repeat(v[:, 2:], N // K, axis=2), out.shape),
+                             rtol=1e-6)
+
+
+def test_a_memory_of_262144_tokens_is_searched_and_written_in_place(optimized):
+  """Scores of all keys never exist, and a write's only large arrays are its argument's own."""
+  slots, queries, heads, width = 2 ** 18, 64, 2, 8
+  abstract = jax.eval_shape(lambda: memorizing.empty(1, slots, heads, width, jnp.float32))
+  token = lambda n: jax.ShapeDtypeStruct((1, n, heads, width), jnp.float32)
+  scale = jax.ShapeDtypeStruct((heads,), jnp.float32)
+  read = jax.jit(functools.partial(memorizing.read, top=8, approximate=False))
+  reading = read.lower(abstract, token(queries), scale).compile()
+  scores = queries * heads * slots * 4
+  assert aot.memory_of(reading).temporary < scores / 16
+  write = jax.jit(memorizing.write, donate_argnums=0)
+  writing = write.lower(abstract, token(queries), token(queries),
+                        jax.ShapeDtypeStruct((1, queries), bool)).compile()
+  memory = 2 * slots * heads * width * 4
+  assert writing.memory_analysis().alias_size_in_bytes >= memory
+  assert aot.memory_of(writing).temporary < memory / 64
+  k, v = jax.random.normal(jax.random.key(0), (2, 1, slots, heads, width))
+  state = memorizing.State(memorizing.unit(k), v, jnp.asarray([slots], jnp.int32))
+  q = jax.random.normal(jax.random.key(1), (1, queries, heads, width))
+  out = np.asarray(reading(state, q, jnp.full((heads,), 4.0)))
+  for t, n in ((0, 0), (63, 1)):
+    s = np.asarray(state.k[0, :, n], np.float64) @ unit(np.asarray(q[0, t, n], np.float64))
+    found = np.argsort(-s)[:8]
+    weights = np.exp(4 * s[found])
+    np.testing.assert_allclose(out[0, t, n], weights / weights.sum() @ np.asarray(v[0, found, n]),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_the_approximate_search_asks_for_an_approximate_maximum():
+  read = functools.partial(memorizing.read, top=TOP, block=BLOCK)
+  call = lambda approximate: jax.make_jaxpr(functools.partial(read, approximate=approximate))(
+      empty(jnp.float32), jnp.ones((B, C, N, H)), jnp.ones(N))
+  assert 'approx_top_k' in str(call(True)) and 'approx_top_k' not in str(call(False))
+  q, k, v, valid = (jnp.asarray(x[2]) for x in document(3))
+  state = memorizing.write(empty(jnp.float32), k, v, valid)
+  # On a CPU the approximation is exact.
+  np.testing.assert_allclose(read(state, q, jnp.ones(N), approximate=True),
+                             read(state, q, jnp.ones(N), approximate=False), rtol=1e-6)
+
+
+def test_a_segment_does_not_find_itself():
+  """Written before it is read, a token finds its own key first (a gate of 1 hides all else)."""
+  block = Memorizing(SETTINGS, rngs=nnx.Rngs(0))
+  block.gate[...] = jnp.full((4,), 40.0)
+  x = jax.random.normal(jax.random.key(0), (1, 4, 8))
+  y, memory = mix(*nnx.split(block), x, block.init_memory(1))
+  assert (np.asarray(y) == 0).all() and memory.store.written[0] == 4
+  y, memory = mix(*nnx.split(block), x, memory)
+  assert np.abs(y).max() > 0.1 and memory.store.written[0] == 8
+
+
+def test_closed_gates_begin_as_the_plain_layer():
+  settings = dataclasses.replace(SETTINGS, gate='tanh')
+  block, plain = Memorizing(settings, rngs=nnx.Rngs(0)), Block(settings, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (1, 4, 8))
+  _, memory = mix(*nnx.split(block), x, block.init_memory(1))
+  np.testing.assert_array_equal(mix(*nnx.split(block), -x, memory)[0],
+                                mix(*nnx.split(plain), -x, plain.init_memory(1))[0])
+
+
+def test_zeros_saturation_and_rows_of_padding_are_finite():
+  block = Memorizing(SETTINGS, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(block)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params, scale, valid_BC):
+    block = nnx.merge(graphdef, params)
+    block.store.scale[...] = scale
+    cell = Cell(valid_BC, jnp.zeros((2,), jnp.int32))
+    memory, x = block.init_memory(2), jnp.zeros((2, 4, 8)).at[:, 1].set(1e4)
+    for _ in range(2):
+      y, memory = block.mix(x, memory, cell)
+    return (y ** 2).sum(), (y, memory)
+
+  for scale in (1e4, -1e4, 0.0):
+    for valid in ([True] * 4, [False] * 4):
+      out = run(params, jnp.full((4,), scale), jnp.asarray([[True] * 4, valid]))
+      assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize('size,top', [(6, 2), (0, 0)])
+def test_costs_are_what_is_there(size, top):
+  settings = dataclasses.replace(SETTINGS, size=size, top=top)
+  cost = Memorizing.cost(settings)
+  block, plain = Memorizing(settings, rngs=nnx.Rngs(0)), Block(settings, rngs=nnx.Rngs(0))
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert count(jax.eval_shape(lambda: block.init_memory(1))) == cost.state
+  assert count(nnx.state(block)) - count(nnx.state(plain)) == cost.parameters
+
+
+def test_impossible_sizes_are_refused():
+  with pytest.raises(ConfigError, match=r'memory_top=7: must be at most model.memory_size=6'):
+    Memorizing.cost(dataclasses.replace(SETTINGS, top=7))
+  with pytest.raises(ConfigError, match='memory_variant'):
+    Memorizing.cost(dataclasses.replace(SETTINGS, variant='aproximate'))
