@@ -66,8 +66,14 @@ def help_text(doc: str, table: flags.FlagValues) -> str:
 def parse_flags(table: flags.FlagValues, argv: list[str], more: Iterable[str] = (),
                 stray: str = 'flags begin with --') -> None:
   """Reads `argv` into `table`. `more`: names that would be right too; `stray`: of other words."""
+  rest = parse_words(table, argv, more)
+  check(not rest, f'{"".join(rest[:1])!r}: not a flag; {stray}; see --help')
+
+
+def parse_words(table: flags.FlagValues, argv: list[str], more: Iterable[str] = ()) -> list[str]:
+  """Reads `argv` into `table`; returns the words that are no flags."""
   try:
-    rest = table(argv)[1:]
+    return table(argv)[1:]
   except flags.UnrecognizedFlagError as e:
     hint = nearest(e.flagname, [*(n for n in table if n not in ABSL), *more])
     raise ConfigError(f'--{e.flagname}: unknown flag{hint}; see --help') from None
@@ -75,7 +81,14 @@ def parse_flags(table: flags.FlagValues, argv: list[str], more: Iterable[str] = 
     raise ConfigError(_illegal_value(e, table)) from None
   except flags.Error as e:
     raise ConfigError(_other_fault(e)) from None
-  check(not rest, f'{"".join(rest[:1])!r}: not a flag; {stray}; see --help')
+
+
+def parse_bytes(flag: str, text: str) -> int:
+  """Bytes of '10GiB', '500 MB' or '1000000'."""
+  found = re.fullmatch(r'\s*([0-9]+(?:\.[0-9]*)?)\s*(?:([kKMGT])(i?))?B?\s*', text)
+  check(found is not None, f'{flag}={text}: must be a size, such as 10GiB, 500MB or 1000000')
+  number, letter, binary = found.groups()
+  return int(float(number) * (1024 if binary else 1000) ** ' KMGT'.index((letter or ' ').upper()))
 
 
 def _other_fault(e: flags.Error) -> str:

@@ -27,7 +27,7 @@ class Header:
   tokens: int               # that the state has read
   tail: tuple[int, ...]     # tokens of the document that it has not read yet
   dtype: str                # of the arrays: 'float32, int32'
-  created: float            # seconds since 1970
+  created: int              # seconds since 1970
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +64,10 @@ def take(state: Any, identity: Identity, *, row: int = 0, capacity: int = 0, tok
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
       raise ValueError(f'{name} of the state is {leaf.dtype}, which no file holds; keep its words '
                        '(jax.random.key_data) in the state')
-    arrays[name] = np.array(leaf[row:row + 1], order='C')
+    arrays[name] = np.array(leaf if shape[0] == 1 else leaf[row:row + 1], order='C')
   dtypes = ', '.join(sorted({str(x.dtype) for x in arrays.values()}))
   return Context(Header(identity=identity, capacity=capacity, tokens=int(tokens),
-                        tail=tuple(map(int, tail)), dtype=dtypes, created=time.time()), arrays)
+                        tail=tuple(map(int, tail)), dtype=dtypes, created=int(time.time())), arrays)
 
 
 def state_of(context: Context, init_state: Callable[..., Any], where: str = 'the context') -> Any:

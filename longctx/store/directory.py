@@ -15,6 +15,7 @@ from pathlib import Path
 
 from longctx import files
 from longctx.errors import ConfigError, check, nearest
+from longctx.parallel import device_memory
 from longctx.store import file, index
 from longctx.store.context import Context
 from longctx.store.file import SUFFIX
@@ -102,20 +103,23 @@ class Store:
       return True
     return False
 
-  def save(self, name: str, context: Context) -> int:
-    """Writes a context, whole or not at all; returns its bytes."""
+  def save(self, name: str, context: Context, new: bool = False) -> int:
+    """Writes a context, whole or not at all; returns its bytes. `new`: none of this name may be there."""
     path = self.path(name)
-    return self._write(name, file.dump(context, path, self.key))
+    if new:
+      self.check_free(name)
+    return self._write(name, file.dump(context, path, self.key), new)
 
   def load(self, name: str, identity: Identity | None = None) -> Context:
-    with self._index() as i:
-      self._known(i, name)
-      i.touch(name)
-      data = file.read(self.path(name))   # under the lock: nobody drops it meanwhile
-    context = file.decode(file.unseal(data, self.path(name), self.key), str(self.path(name)))
+    data = file.unseal(self._bytes(name, use=True), self.path(name), self.key)
+    context = file.decode(data, str(self.path(name)))
     if identity is not None:
       file.check_same(context.header.identity, identity, f'context {name!r}')
     return context
+
+  def read(self, name: str) -> Context:
+    """The context, checked, of whatever model; that it was looked at is no use of it."""
+    return file.decode(self._plain(name), str(self.path(name)))
 
   def fork(self, name: str, new: str) -> int:
     """A copy under a new name that shares nothing with the first."""
@@ -129,7 +133,7 @@ class Store:
           f'{file.seal.KEY_VARIABLE}')
     with self.hold(name):
       data = file.unseal(self._bytes(name), self.path(name), None)
-      file.decode(data, str(self.path(name)))
+      file.check_whole(data, str(self.path(name)))
       return self._write(name, self._sealed(data, name))
 
   def decrypt(self, name: str) -> int:
@@ -137,15 +141,24 @@ class Store:
     with self.hold(name):
       return self._write(name, self._plain(name))
 
-  def _bytes(self, name: str) -> bytes:
+  def _bytes(self, name: str, use: bool = False) -> bytes:
     with self._index() as i:
-      self._known(i, name)
-      return file.read(self.path(name))
+      size, free = self._known(i, name).bytes, device_memory.available_memory()
+      check(free is None or size <= free, f'context {name!r}: is a file of {size:,} bytes, and this '
+            f'machine has {free or 0:,} bytes of memory left; load it where there is more')
+      if use:
+        i.touch(name)
+      try:
+        opened = open(self.path(name), 'rb')  # noqa: SIM115  (read below, without the lock)
+      except OSError as e:
+        raise ConfigError(f'{self.path(name)}: cannot be read: {e.strerror}') from e
+    with opened:   # what was opened stays as it is, whoever drops or replaces it meanwhile
+      return opened.read()
 
   def _plain(self, name: str) -> bytes:
     """The checked bytes of a context, decrypted."""
     data = file.unseal(self._bytes(name), self.path(name), self.key)
-    file.decode(data, str(self.path(name)))
+    file.check_whole(data, str(self.path(name)))
     return data
 
   def _sealed(self, data: bytes, name: str) -> bytes:

@@ -67,14 +67,19 @@ def _checksum(data: bytes) -> bytes:
   return digest.hexdigest().encode()
 
 
-def decode(data: bytes, where: str) -> Context:
+def check_whole(data: bytes, where: str) -> None:
   """ConfigError unless every byte is as it was saved."""
-  from safetensors import deserialize
   check(data[8:START] == MARK, f'{where}: is not a context, or its beginning is damaged; restore it '
         'from a copy, or delete it')
   check(data[START:START + DIGITS] == _checksum(data), f'{where}: is damaged or cut short '
         f'({len(data)} bytes, whose SHA-256 differs from the one in it); restore it from a copy, or '
         'delete it')
+
+
+def decode(data: bytes, where: str) -> Context:
+  """The context in these bytes; ConfigError unless all are as they were saved."""
+  from safetensors import deserialize
+  check_whole(data, where)
   header = _header(data, where)
   arrays = {name: np.frombuffer(x['data'], DTYPES[x['dtype']]).reshape(x['shape'])
             for name, x in deserialize(data)}
@@ -93,7 +98,7 @@ def _header(data: bytes, where: str) -> Header:
     identity = Identity(model=h['model'], config=h['config'], parameters=h['parameters'],
                         tokenizer=h['tokenizer'])
     return Header(identity=identity, capacity=h['capacity'], tokens=int(h['tokens']),
-                  tail=tuple(h['tail']), dtype=h['dtype'], created=float(h['created']))
+                  tail=tuple(h['tail']), dtype=h['dtype'], created=int(h['created']))
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
     if isinstance(e, ConfigError):
       raise
@@ -149,7 +154,7 @@ def load(path: str | os.PathLike, identity: Identity | None = None, key: bytes |
 def fork(source: str | os.PathLike, target: str | os.PathLike, key: bytes | None = None) -> int:
   """A copy that shares nothing with its source, which is checked whole; returns its bytes."""
   data = unseal(read(source), source, key)
-  decode(data, str(source))
+  check_whole(data, str(source))
   data = data if key is None else seal.seal(data, key, name_of(target))
   files.atomic_write(target, data)
   return len(data)

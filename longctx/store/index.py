@@ -27,7 +27,7 @@ PIN = '.pin'
 STALE = 24 * 3600   # seconds after which a temporary file was left behind by a process that died
 TABLE = '''create table if not exists contexts (
   name text primary key, file text not null, bytes integer not null, tokens integer,
-  model text not null, hash text not null, state text not null, created real, used integer not null,
+  model text not null, hash text not null, state text not null, created integer, used integer not null,
   pinned integer not null, modified integer not null, inode integer not null)'''
 READY, SEALED, DAMAGED = '', 'encrypted', 'damaged'
 
@@ -42,7 +42,7 @@ class Row(NamedTuple):
   model: str
   hash: str        # of the model: config, parameters and tokenizer
   state: str       # READY, SEALED or DAMAGED
-  created: float | None
+  created: int | None
   used: int        # nanoseconds since 1970
   pinned: bool
   modified: int
