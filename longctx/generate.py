@@ -26,14 +26,23 @@ CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what a terminal
 def define_flags() -> flags.FlagValues:
   """The flags of this face, in a table of their own: `longctx.main` has flags of the same names."""
   table = flags.FlagValues()
+  define_model_flags(table)
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
+  text('prompt', '', 'Text to continue; - reads it from stdin; empty starts a new document.')
+  text('prompt_file', '', 'File with the text to continue, every byte of it.')
+  flags.DEFINE_bool('echo', True, 'Write the prompt before the text that continues it.',
+                    flag_values=table)
+  flags.DEFINE_bool('help', False, 'Show this help.', flag_values=table)
+  return table
+
+
+def define_model_flags(table: flags.FlagValues) -> None:
+  """Which model, and how it chooses."""
   text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
   whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
   real = lambda *args: flags.DEFINE_float(*args, flag_values=table)
-  switch = lambda *args: flags.DEFINE_bool(*args, flag_values=table)
   text('workdir', '', 'Folder of a run; nothing is written there.')
   text('checkpoint', 'newest', command_line.CHECKPOINT_HELP)
-  text('prompt', '', 'Text to continue; - reads it from stdin; empty starts a new document.')
-  text('prompt_file', '', 'File with the text to continue, every byte of it.')
   whole('max_new_tokens', 200, 'Tokens to make at most.')
   real('temperature', 0.8, 'Divides the logits; 0 always takes the most probable token.')
   whole('top_k', 0, 'Keeps the k most probable tokens; 0 = off.')
@@ -41,10 +50,7 @@ def define_flags() -> flags.FlagValues:
   real('min_p', 0.0, 'Keeps tokens with at least this share of the largest probability; 0 = off.')
   whole('seq', 1, 'Devices that share what the model remembers, for contexts larger than one holds.')
   whole('seed', 0, 'The same seed draws the same text.')
-  switch('use_ema', False, 'Use the averaged parameters.')
-  switch('echo', True, 'Write the prompt before the text that continues it.')
-  switch('help', False, 'Show this help.')
-  return table
+  flags.DEFINE_bool('use_ema', False, 'Use the averaged parameters.', flag_values=table)
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -56,6 +62,13 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 def check_flags(f: flags.FlagValues) -> Any:
   """The checks that need no checkpoint; returns the Sampling."""
+  settings = check_model_flags(f)
+  check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
+  return settings
+
+
+def check_model_flags(f: flags.FlagValues) -> Any:
+  """Those of `define_model_flags`."""
   check(bool(f.workdir), '--workdir: missing; give the folder of a trained run, such as '
         'runs/quickstart')
   check(os.path.isdir(f.workdir), f'--workdir={f.workdir}: no such folder')
@@ -63,7 +76,6 @@ def check_flags(f: flags.FlagValues) -> Any:
   check_range('--max_new_tokens', f.max_new_tokens, low=1)
   check_range('--seq', f.seq, low=1)
   check_range('--seed', f.seed, low=0, high=2**31 - 1)
-  check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
   from longctx.inference.sampling import Sampling
   try:
     return Sampling(temperature=f.temperature, top_k=f.top_k, top_p=f.top_p, min_p=f.min_p)

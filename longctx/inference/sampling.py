@@ -1,6 +1,7 @@
 """Text out of a model: the prompt is read in chunks, then one token at a time from the state.
 
-`generate` yields token ids as they are made. The prompt goes through the model in chunks of one
+`generate` yields token ids as they are made; `read_chunk`, `read_tail` and `decode`, which it is made
+of, carry a `Memory` on from call to call (inference/reader.py). The prompt goes through the model in chunks of one
 fixed shape, the last one padded with `valid` = False, so that any prompt compiles the same two
 programs: `read` (a chunk) and `step` (one token). The state is donated from call to call, and the
 next step is sent to the device before the last token is fetched, so that Python's time is hidden.
@@ -21,8 +22,8 @@ B batch  T tokens  D model  V vocab
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +89,27 @@ def sample_token(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1
   return jax.random.categorical(key, kept_BV, axis=-1).astype(jnp.int32)
 
 
+class Programs(NamedTuple):
+  """The compiled parts of `generate`."""
+
+  fresh: Callable[..., Any]   # (batch, capacity, params) -> an empty state
+  read: Callable[..., Any]    # (params, state, tokens_BT, valid_BT) -> hidden of each last token, state
+  first: Callable[..., Any]   # (params, hidden_BD, key) -> token_B, alive_B
+  step: Callable[..., Any]    # (params, state, token_B, alive_B, key, index) -> token_B, alive_B, state
+
+
+@dataclasses.dataclass
+class Memory:
+  """What is known of a text from call to call; the state is donated, and the newest stands here."""
+
+  state: Any
+  tail: list[np.ndarray]   # of each row: tokens given or made that the state has not read
+
+
 @functools.lru_cache(maxsize=8)
-def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned: tuple[int, ...],
-              layout: mesh.Layout | None):
-  """The compiled parts of `generate`, shared by all calls with the same model and settings."""
+def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned: tuple[int, ...],
+             layout: mesh.Layout | None) -> Programs:
+  """Shared by all calls with the same model and settings."""
   wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
 
   def choose(model, hidden_BD, alive_B, key):
@@ -122,25 +140,59 @@ def _programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banne
     token_B, alive_B = choose(model, hidden_B1D[:, 0], alive_B, jax.random.fold_in(key, index))
     return token_B, alive_B, state
 
-  return (jax.jit(wrap(fresh), static_argnums=(0, 1)), jax.jit(wrap(read), donate_argnums=1),
-          jax.jit(wrap(first)), jax.jit(wrap(step), donate_argnums=1))
+  return Programs(jax.jit(wrap(fresh), static_argnums=(0, 1)), jax.jit(wrap(read), donate_argnums=1),
+                  jax.jit(wrap(first)), jax.jit(wrap(step), donate_argnums=1))
 
 
-def _prefill(fresh, read, params, prompts, capacity, chunk):
-  """Reads every prompt; the hidden vector of each row's last token and the state after it."""
-  lengths_B = np.array([len(prompt) for prompt in prompts])
-  state = fresh(len(prompts), capacity, params)
+def read_chunk(run: Programs, params: Any, memory: Memory, chunk: int
+               ) -> tuple[jax.Array, np.ndarray]:
+  """Reads `chunk` tokens of each row's tail, or what it has.
+
+  Returns the hidden vector of each row's last token [B, D], and which rows had any [B, 1].
+  """
+  counts_B = np.array([min(chunk, len(tail)) for tail in memory.tail])
+  tokens_BT = np.zeros((len(counts_B), chunk), np.int32)
+  for row, (tail, count) in enumerate(zip(memory.tail, counts_B)):
+    tokens_BT[row, :count] = tail[:count]
+  valid_BT = np.arange(chunk) < counts_B[:, None]
+  hidden_BD, memory.state = run.read(params, memory.state, tokens_BT, valid_BT)
+  memory.tail = [tail[chunk:] for tail in memory.tail]
+  return hidden_BD, valid_BT[:, :1]
+
+
+def read_tail(run: Programs, params: Any, memory: Memory, chunk: int) -> jax.Array:
+  """Reads every row's tail, of at least one token; the hidden vector of each row's last token."""
   hidden_BD = None
-  for start in range(0, lengths_B.max(), chunk):
-    tokens_BT = np.zeros((len(prompts), chunk), np.int32)
-    for row, prompt in enumerate(prompts):
-      part = prompt[start:start + chunk]
-      tokens_BT[row, :len(part)] = part
-    valid_BT = start + np.arange(chunk) < lengths_B[:, None]
-    new_BD, state = read(params, state, tokens_BT, valid_BT)
-    # Rows whose prompt ended in an earlier chunk keep what they had.
-    hidden_BD = new_BD if hidden_BD is None else jnp.where(valid_BT[:, :1], new_BD, hidden_BD)
-  return hidden_BD, state
+  while any(len(tail) for tail in memory.tail):
+    new_BD, had_B1 = read_chunk(run, params, memory, chunk)
+    # Rows whose tail ended in an earlier chunk keep what they had.
+    hidden_BD = new_BD if hidden_BD is None else jnp.where(had_B1, new_BD, hidden_BD)
+  return hidden_BD
+
+
+def decode(run: Programs, params: Any, hidden_BD: jax.Array, memory: Memory, *, max_new_tokens: int,
+           stop_token: int, seed: int) -> Iterator[np.ndarray]:
+  """Makes tokens after those that `memory` has read, `hidden_BD` being of the last; see generate_batch.
+
+  Whenever a token is handed out, and at the end, `memory` stands after the tokens handed out so far:
+  all are read, or in the tail. A stop token is neither.
+  """
+  key = jax.random.key(seed)
+  token_B, alive_B = run.first(params, hidden_BD, jax.random.fold_in(key, 0))
+  for index in range(1, max_new_tokens + 1):
+    current_B, reads = token_B, index < max_new_tokens
+    if reads:
+      token_B, alive_B, memory.state = run.step(params, memory.state, token_B, alive_B, key, index)
+    current_B = np.array(current_B)
+    if (current_B == NOT_FINITE).any():
+      raise FloatingPointError(f'the logits of new token {index} hold NaN: the parameters or the '
+                               'state are not finite')
+    current_B[current_B == stop_token] = ENDED
+    if not reads:
+      memory.tail = [np.array([t] if t != ENDED else [], np.int32) for t in current_B.tolist()]
+    if (current_B == ENDED).all():
+      return
+    yield current_B
 
 
 def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *,
@@ -170,24 +222,12 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
   if capacity < needed:
     raise ValueError(f'capacity={capacity}: the prompt and max_new_tokens={max_new_tokens} need '
                      f'{needed}')
-  prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  fresh, read, first, step = _programs(graphdef, sampling, stop_token, tuple(banned),
-                                         layout)
-  key = jax.random.key(seed)
-  hidden_BD, state = _prefill(fresh, read, params, prompts, capacity, chunk)
-  token_B, alive_B = first(params, hidden_BD, jax.random.fold_in(key, 0))
-  for index in range(1, max_new_tokens + 1):
-    current_B = token_B
-    if index < max_new_tokens:
-      token_B, alive_B, state = step(params, state, token_B, alive_B, key, index)
-    current_B = np.array(current_B)
-    if (current_B == NOT_FINITE).any():
-      raise FloatingPointError(f'the logits of new token {index} hold NaN: the parameters or the '
-                               'state are not finite')
-    current_B[current_B == stop_token] = ENDED
-    if (current_B == ENDED).all():
-      return
-    yield current_B
+  run = programs(graphdef, sampling, stop_token, tuple(banned), layout)
+  memory = Memory(run.fresh(len(prompts), capacity, params),
+                  [np.asarray(prompt, np.int32) for prompt in prompts])
+  hidden_BD = read_tail(run, params, memory, chunk)
+  yield from decode(run, params, hidden_BD, memory, max_new_tokens=max_new_tokens,
+                    stop_token=stop_token, seed=seed)
 
 
 def generate(graphdef: nnx.GraphDef, params: Any, prompt_ids: Sequence[int],
