@@ -60,7 +60,7 @@ MODELS = {
     'two stores': memory('infini', short_term=7, memory_variant='linear', memory_layers=(1,)),
     'memorizing': memory('memorizing', short_term=3, memory_size=9, memory_top=3, qk_norm=True,
                          memory_layers=(0,)),
-    'armt': memory('armt', memory_tokens=3, memory_width=4, short_term=3),
+    'armt': memory('armt', memory_tokens=3, memory_width=16, short_term=3),
     'rmt': memory('rmt', memory_tokens=2, short_term=3),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.

@@ -96,6 +96,9 @@ class Config:
     check(not self.memory_layers or self.long_term != 'none', f'model.memory_layers='
           f"{self.memory_layers}: is not read with model.long_term='none'; name a memory there")
     self._check_own()
+    front, _ = MEMORIES[self.long_term].extra_tokens(self.settings())
+    check(not front or not self.memory_layers, f'model.memory_layers={self.memory_layers}: is not read '
+          f'with model.long_term={self.long_term!r}, whose tokens pass through all layers; leave it out')
     kind, schedule = MEMORIES[self.long_term], self.schedule
     check(schedule != 'parallel' or kind.dependency in ('P0', 'P1'), f'model.schedule={schedule!r}: '
           f'{self.long_term} needs each segment before the next (dependency class {kind.dependency}); '
@@ -175,13 +178,14 @@ class Config:
     forward = more * (2 * self.layer_matrices() + 4 * self.num_heads * w['head_dim'] * keys)
     past = self.short_term * self.embed_dim + (1 if self.short_term else 0)
 
-    def facts(kind: str) -> LayerFacts:
+    def facts(kind: str, carried: int) -> LayerFacts:
       cost = NO_COST if kind == 'none' else own
       name = {'none': f'attention, {self.short_term} kept' if self.short_term else 'attention'}
       return LayerFacts(name.get(kind, kind), MEMORIES[kind].dependency,
                         self.layer_parameters() + cost.parameters,
-                        forward + 2 * cost.matrices + cost.flops, past + cost.state)
-    return [facts(self.kind(i)) for i in range(self.num_layers)]
+                        forward + 2 * cost.matrices + cost.flops, past + cost.state + carried)
+    # What memory tokens say in the last layer is kept for the first.
+    return [facts(self.kind(i), 0 if i else front * self.embed_dim) for i in range(self.num_layers)]
 
   def num_parameters(self) -> int:
     """Closed form of the parameter count (needs vocab_size)."""

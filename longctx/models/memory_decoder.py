@@ -122,8 +122,9 @@ class MemoryDecoder(nnx.Module):
   def leave(self, x_BCD: jax.Array) -> tuple[jax.Array, Any]:
     """(hidden states of the segment's tokens, what memory tokens carry on) of the last layer's output."""
     C = x_BCD.shape[1] - self.front - self.back
+    x_BCD = self.norm(x_BCD)   # of what is carried too: the residual would grow with every segment
     carried = x_BCD[:, self.front + C:].astype(jnp.float32) if self.front else ()
-    return self.norm(x_BCD[:, self.front:self.front + C]), carried
+    return x_BCD[:, self.front:self.front + C], carried
 
   # Whole rows.
 

@@ -54,8 +54,8 @@ def parallel(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: 
   def one(memory, inputs):
     tokens, valid, g = inputs
     part = None if key is None else jax.random.fold_in(key, g)
-    hidden, memory = _at_once(model, tokens, valid, number_B + g * truncate,
-                              jax.lax.stop_gradient(memory), part)
+    number = number_B + g * truncate
+    hidden, memory = _at_once(model, tokens, valid, number, detach(memory, number, 1), part)
     return memory, hidden
 
   memory, hidden = jax.lax.scan(

@@ -244,10 +244,12 @@ def rows_where(which_B: jax.Array, yes: Any, no: Any) -> Any:
 def detach(memory: Any, number_B: jax.Array, truncate: int) -> Any:
   """The memory before segment `number`, cut off from its past at every `truncate`-th; 0: never.
 
-  The one place where backpropagation through time is truncated.
+  The one place where backpropagation through time is truncated. What a document begins with has no past:
+  where it is learned it keeps its gradient.
   """
   if not truncate:
     return memory
-  return rows_where(number_B % truncate == 0, jax.lax.stop_gradient(memory), memory)
+  cut_B = (number_B > 0) & (number_B % truncate == 0)
+  return rows_where(cut_B, jax.lax.stop_gradient(memory), memory)
 
 

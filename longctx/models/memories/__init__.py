@@ -1,11 +1,15 @@
 """Long-term memories by name: what `model.long_term` may say."""
 
+from longctx.models.memories.armt import ARMT
 from longctx.models.memories.base import Block
 from longctx.models.memories.infini import Infini
 from longctx.models.memories.memorizing import Memorizing
+from longctx.models.memories.rmt import RMT
 
 MEMORIES: dict[str, type[Block]] = {
     'none': Block,
     'infini': Infini,
     'memorizing': Memorizing,
+    'armt': ARMT,
+    'rmt': RMT,
 }

@@ -1,0 +1,54 @@
+"""model.truncate: through a memory, gradients go back so many segments of a document and no more.
+
+RMT's published code, and what copied it, detaches a local variable: the truncation has no effect there,
+and no loss or value shows it. So the gradient itself is looked at, for each memory that has one and in
+each order in which segments are read.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.test_models import built, memory
+
+SEGMENTS, C, TRUNCATE = 5, 2, 2
+
+memory = functools.partial(memory, vocab_size=SEGMENTS, embed_dim=8, segment=C, mlp='none', tied=False,
+                           remat='none', truncate=TRUNCATE)
+MODELS = {
+    'infini': memory('infini'),
+    'armt': memory('armt', memory_tokens=2, memory_width=8),
+    'rmt': memory('rmt', memory_tokens=2),
+}
+ORDERS = {'P0': ('sequential', 'parallel'), 'P1': ('sequential', 'parallel'),
+          'P2': ('sequential', 'wavefront'), 'P3': ('sequential',)}
+CASES = [(name, order) for name, config in MODELS.items()
+         for order in ('walk', *ORDERS[built(config).dependency])]
+
+
+@pytest.mark.parametrize('name, order', CASES)
+def test_gradients_end_where_they_are_truncated(name, order):
+  """Segment s is the token s, C times: row s of the table's gradient is what goes back to segment s."""
+  graphdef, params = nnx.split(built(MODELS[name]))
+  tokens = jnp.repeat(jnp.arange(SEGMENTS), C)[None]
+  def losses(params):
+    """One a segment."""
+    model = nnx.merge(graphdef, params)
+    if order == 'walk':
+      hidden, _ = model(tokens, valid_BT=jnp.ones(tokens.shape, bool))
+    else:
+      hidden, _ = model.read_segments(
+          tokens.reshape(1, SEGMENTS, C), jnp.ones((1, SEGMENTS, C), bool), jnp.zeros((1,), jnp.int32),
+          model.fresh(1), schedule=order)
+    hidden = hidden.reshape(SEGMENTS, -1)
+    return (hidden * jnp.arange(hidden.shape[1])).sum(1)
+  by_table = jax.jit(lambda params: jax.jacrev(losses)(params).embedding.table[...])
+  reach = np.abs(by_table(params)).max(-1)   # [loss of segment n, of what segment s says]
+  n, s = np.mgrid[:SEGMENTS, :SEGMENTS]
+  within = (s <= n) & (s >= n // TRUNCATE * TRUNCATE)
+  assert not reach[~within].any()
+  assert (reach[within] > 1e-5).all()
