@@ -94,7 +94,7 @@ def test_a_text_is_read_alike_however_it_is_cut(name):
       cut.read(part)
     assert bits(cut) == bits(whole)
   seen = begun(name)
-  for part in np.split(TEXT, [20]):   # through a context, in mid-text
+  for part in np.split(TEXT, [20]):   # through contexts, in mid-text
     seen.read(part)
     other = new_reader(name)
     other.restore(seen.context())
@@ -152,6 +152,21 @@ def test_generation_goes_on_from_where_it_stood(name):
   again = begun(name)
   again.read(TEXT[:20])
   assert generated(again, 6, seed=1) != first
+
+
+def test_two_programs_serve_every_call():
+  """One for a chunk and one for a token, whatever is read and however it is drawn."""
+  model = toy_models.CountModel(259)
+  graphdef, params = nnx.split(model)
+  toy_models.TRACES.clear()
+  reader = reader_lib.Reader(graphdef, params, store.identify(model.config, params, 'bytes'),
+                             first_token=SEP, chunk=CHUNK)
+  reader.begin()
+  for sampling in (Sampling(top_k=3), Sampling(top_k=3)):
+    reader.read(TEXT)
+    reader.read(TEXT[:3])
+    list(reader.generate(max_new_tokens=5, sampling=sampling))
+  assert toy_models.TRACES == [(1, CHUNK), (1, 1)]
 
 
 def test_whoever_ceases_to_ask_has_a_state_after_what_was_handed_out():

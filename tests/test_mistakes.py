@@ -5,6 +5,7 @@ field, the value, what is allowed, and the nearest right name where there is one
 `main` in this process; a few start the real command.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from longctx import generate, main, train
+from longctx import chat, contexts, generate, main, train
 from longctx.errors import ConfigError
 from longctx.training import step, workdir
 
@@ -65,7 +66,7 @@ def programs(corpus):
     main.set_compilation_cache(f'{corpus}/programs')
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     compilation_cache.reset_cache()
-    for face in (main, generate):
+    for face in (main, generate, chat):
       patch.setattr(face, 'set_compilation_cache', lambda folder: None)
     yield
   for name, value in before.items():
@@ -487,6 +488,46 @@ GENERATE = [
 def test_a_mistake_of_generate(world, capfd, args, expected):
   fill = lambda lines: [line.format(**world) for line in lines]
   check_mistake(generate, fill(args), fill(expected), capfd)
+
+
+# --- longctx.chat and longctx.contexts, with a run's own checkpoint.
+
+CHAT = [
+    (['--workdir={tmp}/none'], ['--workdir={tmp}/none: no such folder']),
+    (['--workdir={trained}', '--context=a'], ['--store: missing; give a folder for contexts']),
+    (['--workdir={trained}', '--context=a', '--store={corpus}/a.txt'],
+     ['--store={corpus}/a.txt: is a file; give a folder']),
+    (['--workdir={began}', '--context=a', '--store={tmp}/s'],
+     ['--workdir={began}: no checkpoint there yet; train first']),
+    (['--workdir={trained}', '--context=a', '--store={tmp}/s', '--capacity=33'],
+     ['--capacity=33: must be at most model.max_length=32']),
+    (['--workdir={trained}', '--context=a', '--store={tmp}/s', '--budgt=1'],
+     ['--budgt: unknown flag (did you mean "budget"?)']),
+]
+
+
+@pytest.mark.parametrize('args, expected', CHAT, ids=[' '.join(a) for a, _ in CHAT])
+def test_a_mistake_of_chat(world, capfd, args, expected):
+  fill = lambda lines: [line.format(**world) for line in lines]
+  check_mistake(chat, fill(args), fill(expected), capfd)
+
+
+def test_a_conversation_that_grows_too_long_is_saved_and_looked_after(world, capfd, monkeypatch):
+  """33 tokens where there is room for 32: said in a line, and what was before it is there."""
+  fill = lambda *args: [arg.format(**world) for arg in args]
+  talk = fill('chat', '--workdir={trained}', '--context=a', '--store={tmp}/s', '--max_new_tokens=4')
+  for line, status in ((b'abc\n', 0), (b'x' * 40, 2)):
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(line)))
+    capfd.readouterr()
+    assert chat.main(talk) == status
+  said = [s for s in capfd.readouterr().err.splitlines() if s.startswith('longctx: ')]
+  assert len(said) == 1
+  assert 'this context has room for 32' in said[0]
+  assert contexts.main(fill('contexts', 'show', 'a', '--store={tmp}/s')) == 0
+  shown = capfd.readouterr().out
+  assert 'max_length = 32' in shown
+  assert 'capacity      32' in shown
+  check_mistake(contexts, fill('show', 'b', '--store={tmp}/s'), ["context 'b': there is none"], capfd)
 
 
 # --- A run that ends in the middle.

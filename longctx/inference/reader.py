@@ -63,6 +63,7 @@ class Reader:
                   banned=self.banned, capacity=self.capacity, chunk=self.chunk, layout=self.layout)
 
   def _run(self, sampling: s.Sampling = s.Sampling()) -> s.Programs:
+    """For reading the default does, so that no other setting compiles it again."""
     return s.programs(self.graphdef, sampling, self.first_token, tuple(self.banned), self.layout)
 
   def init_state(self, batch_size: int, capacity: int) -> Any:
@@ -148,10 +149,9 @@ class Reader:
     if not self.waiting:
       raise ValueError('nothing to carry on from: the last token was read already; read one more')
     self.check_room(1, 'generate')
-    run = self._run(sampling)
-    hidden_BD = s.read_tail(run, self.params, self.memory, self.chunk)
+    hidden_BD = s.read_tail(self._run(), self.params, self.memory, self.chunk)
     draw = int(np.random.SeedSequence([seed, self.tokens]).generate_state(1)[0] >> 1)
-    for token_B in s.decode(run, self.params, hidden_BD, self.memory,
+    for token_B in s.decode(self._run(sampling), self.params, hidden_BD, self.memory,
                             max_new_tokens=int(min(max_new_tokens, self.room)),
                             stop_token=self.first_token, seed=draw):
       self.tokens += 1
