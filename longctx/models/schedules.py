@@ -67,7 +67,7 @@ def parallel(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: 
 def _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key):
   B, S, C = tokens_BSC.shape
   rows = lambda x: x.reshape(B * S, *x.shape[2:])
-  cell = Cell(rows(valid_BSC), (number_B[:, None] + jnp.arange(S)).reshape(-1))
+  cell = Cell(rows(valid_BSC), (number_B[:, None] + jnp.arange(S)).reshape(-1), parts=S)
   x_RCD, cell = model.enter(rows(tokens_BSC), cell, (), key)
   after = []
   for i, (block, before) in enumerate(zip(model.blocks, memory.layers)):

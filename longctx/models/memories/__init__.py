@@ -2,6 +2,7 @@
 
 from longctx.models.memories.armt import ARMT
 from longctx.models.memories.base import Block
+from longctx.models.memories.compressive import Compressive
 from longctx.models.memories.infini import Infini
 from longctx.models.memories.memorizing import Memorizing
 from longctx.models.memories.rmt import RMT
@@ -12,4 +13,5 @@ MEMORIES: dict[str, type[Block]] = {
     'memorizing': Memorizing,
     'armt': ARMT,
     'rmt': RMT,
+    'compressive': Compressive,
 }

@@ -91,6 +91,7 @@ class Cell(NamedTuple):
 
   valid_BC: jax.Array    # bool: a token of the row (or of the memory's own) stands here
   number_B: jax.Array    # int32: segments of the document before this one
+  parts: int = 1         # cells side by side that a row was cut into
 
 
 class Cost(NamedTuple):
