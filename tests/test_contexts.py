@@ -281,6 +281,22 @@ def test_two_processes_at_once(tmp_path):
   assert not list(tmp_path.glob('.*.tmp'))
 
 
+@pytest.mark.parametrize('act', ['save', 'load', 'delete', 'rows'])
+def test_one_process_at_a_time_changes_a_store(act, tmp_path):
+  """Whoever comes while another is at it waits."""
+  s, done = new(tmp_path), threading.Event()
+  s.save('a', make(1))
+  acts = dict(save=lambda: s.save('b', make(2)), load=lambda: s.load('a'),
+              delete=lambda: s.delete('a'), rows=s.rows)
+  with files.hold(tmp_path / index.LOCK):
+    late = threading.Thread(target=lambda: (acts[act](), done.set()))
+    late.start()
+    assert not done.wait(0.1)
+    assert sorted(p.name for p in tmp_path.glob('*.lcm')) == ['a.lcm']
+  late.join(60)
+  assert done.is_set()
+
+
 def test_a_reader_beside_writers_always_meets_a_whole_context(tmp_path):
   s = new(tmp_path)
   s.save('a', make(0))
