@@ -23,6 +23,8 @@ FILES = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
 PARAMETERS = {
     'books': 2_485_248,
     'books:debug': 63_296,
+    'books_memory': 2_706_084,
+    'books_memory:debug': 67_876,
     'griffin': 2_530_176,
     'griffin:debug': 94_368,
     'lstm': 1_018_240,
