@@ -63,9 +63,17 @@ MODELS = {
                          memory_layers=(0,)),
     'armt': memory('armt', memory_tokens=3, memory_width=16, short_term=3),
     'rmt': memory('rmt', memory_tokens=2, short_term=3),
+    'titans mag': memory('titans', segment=6, memory_chunk=3, memory_rate=2, short_term=3),
+    'titans mac': memory('titans', segment=6, memory_chunk=3, memory_variant='mac', num_layers=1,
+                         num_heads=4, num_kv_heads=2),
+    'titans mal': memory('titans', segment=6, memory_chunk=3, memory_rate=4, memory_variant='mal',
+                         memory_depth=1, memory_tokens=2, short_term=7, num_layers=1),
+    'titans alone': memory('titans', segment=6, memory_chunk=2, memory_rate=4,
+                           memory_variant='memory', memory_depth=3, memory_width=5, num_layers=1),
+    'ttt': memory('ttt', segment=6, memory_chunk=3),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
-SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru')
+SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 

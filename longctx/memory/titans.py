@@ -109,11 +109,12 @@ def chunk(state: State, tokens: Tokens, max_norm: float = MAX_NORM) -> tuple[jax
   q, k, v, *gates, valid = tokens
   alpha, eta, theta = (jnp.where(valid, x, rest) for x, rest in zip(gates, (0.0, 1.0, 0.0)))
   inputs, d = gradients(state.weights, k, v, max_norm)
-  lasting, rolled = _between(eta), jnp.cumprod(eta, axis=-1)
-  # Nor does padding add the momentum to the weights once more.
-  kept = _between(1 - alpha) * valid[..., None, :]
+  factors = jnp.stack([1 - alpha, eta])
+  kept, lasting = between = _between(factors)
+  keep, rolled = between[..., 0] * factors[..., :1]   # from the chunk's start on
+  kept *= valid[..., None, :]   # nor does padding add the momentum to the weights once more
   coef = product('...tj,...ji->...ti', kept, lasting * theta[..., None, :])
-  keep, push = jnp.cumprod(1 - alpha, axis=-1), product('...tj,...j->...t', kept, rolled)
+  push = product('...tj,...j->...t', kept, rolled)
   last = lasting[..., -1, :] * theta
   h, weights, momenta = q, [], []
   for i, (W, S, a, x) in enumerate(zip(state.weights, state.momenta, inputs, d)):

@@ -154,17 +154,17 @@ class Config:
   def memory_cost(self) -> Cost:
     return MEMORIES[self.long_term].cost(self.settings())
 
-  def layer_matrices(self) -> int:
+  def layer_matrices(self, attends: bool = True) -> int:
     """Weights of a layer besides its memory that multiply every token."""
     w = self.widths()
-    return (2 * self.embed_dim * w['head_dim'] * (self.num_heads + w['num_kv_heads'])
+    return (attends * 2 * self.embed_dim * w['head_dim'] * (self.num_heads + w['num_kv_heads'])
             + {'swiglu': 3, 'gelu': 2, 'none': 0}[self.mlp] * self.embed_dim * w['mlp_dim'])
 
-  def layer_parameters(self) -> int:
+  def layer_parameters(self, attends: bool = True) -> int:
     """Of a layer besides its memory."""
     w, D = self.widths(), self.embed_dim
     relative = (2 + D) * self.num_heads * w['head_dim'] if self.position == 'relative' else 0
-    return (self.layer_matrices() + D * (1 if self.mlp == 'none' else 2)
+    return (self.layer_matrices(attends) + D * (1 if self.mlp == 'none' else 2)
             + (2 * w['head_dim'] if self.qk_norm else 0) + relative)
 
   def layer_facts(self, length: int) -> list[LayerFacts]:
@@ -175,15 +175,17 @@ class Config:
     # Of a segment's extra tokens too: they pass through every layer beside its own.
     more = 1 + (front + back) / segment
     keys = (segment + 1) / 2 + front + min(self.short_term, max(0, length - segment))
-    forward = more * (2 * self.layer_matrices() + 4 * self.num_heads * w['head_dim'] * keys)
+    forward = lambda attends: more * (2 * self.layer_matrices(attends)
+                                      + attends * 4 * self.num_heads * w['head_dim'] * keys)
     past = self.short_term * self.embed_dim + (1 if self.short_term else 0)
 
     def facts(kind: str, carried: int) -> LayerFacts:
       cost = NO_COST if kind == 'none' else own
       name = {'none': f'attention, {self.short_term} kept' if self.short_term else 'attention'}
       return LayerFacts(name.get(kind, kind), MEMORIES[kind].dependency,
-                        self.layer_parameters() + cost.parameters,
-                        forward + 2 * cost.matrices + cost.flops, past + cost.state + carried)
+                        self.layer_parameters(cost.attends) + cost.parameters,
+                        forward(cost.attends)
+                        + 2 * cost.matrices + cost.flops, past + cost.state + carried)
     # What memory tokens say in the last layer is kept for the first.
     return [facts(self.kind(i), 0 if i else front * self.embed_dim) for i in range(self.num_layers)]
 

@@ -6,6 +6,8 @@ from longctx.models.memories.compressive import Compressive
 from longctx.models.memories.infini import Infini
 from longctx.models.memories.memorizing import Memorizing
 from longctx.models.memories.rmt import RMT
+from longctx.models.memories.titans import Titans
+from longctx.models.memories.ttt import TTT
 
 MEMORIES: dict[str, type[Block]] = {
     'none': Block,
@@ -14,4 +16,6 @@ MEMORIES: dict[str, type[Block]] = {
     'armt': ARMT,
     'rmt': RMT,
     'compressive': Compressive,
+    'titans': Titans,
+    'ttt': TTT,
 }

@@ -101,6 +101,7 @@ class Cost(NamedTuple):
   matrices: int          # of them, those that multiply every token
   flops: float           # besides the matrices
   state: int             # numbers that a row remembers
+  attends: bool = True   # False: it stands in the place of attention
 
 
 class Past(NamedTuple):
@@ -147,12 +148,13 @@ class Block(nnx.Module):
 
   def __init__(self, settings: Settings, *, store: type | None = None, rngs: nnx.Rngs):
     s = self.settings = settings
+    attends = self.cost(s).attends
     self.front, self.back = self.extra_tokens(s)
     self.mixer_norm = RMSNorm(s.dim, s.norm_epsilon, rngs=rngs)
     self.mixer = Attention(
         dim=s.dim, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads, head_dim=s.head_dim,
         qk_norm=s.qk_norm, norm_epsilon=s.norm_epsilon, implementation=s.attention, std=s.std,
-        out_std=s.out_std, rngs=rngs)
+        out_std=s.out_std, rngs=rngs) if attends else None
     self.mlp_norm = None if s.mlp == 'none' else RMSNorm(s.dim, s.norm_epsilon, rngs=rngs)
     self.mlp = None if s.mlp == 'none' else MLP(s.dim, s.mlp_dim, s.mlp, s.std, s.out_std, rngs=rngs)
     self.relative = relative_bias(s, rngs) if s.position == 'relative' else None
@@ -234,7 +236,7 @@ class Block(nnx.Module):
   def attend(self, q_BCNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, past: Past | None,
              cell: Cell) -> jax.Array:
     """Attention of the segment over the past and itself, causal."""
-    s, mask = self.settings, attention_mask(past, cell)
+    s, mask = self.settings, self.mask(past, cell)
     if s.position == 'rope':
       # Positions are counted from the segment's first slot: only differences matter.
       C, S = q_BCNH.shape[1], k_BSKH.shape[1]
@@ -244,6 +246,10 @@ class Block(nnx.Module):
       return relative.attention(q_BCNH, k_BSKH, v_BSKH, mask, *self.relative())
     q, k, v = cut_heads(q_BCNH, k_BSKH, v_BSKH)
     return attention(q, k, v, mask, scale=s.head_dim ** -0.5, implementation=s.attention)
+
+  def mask(self, past: Past | None, cell: Cell) -> Intervals:
+    """Of the keys that `project` gives."""
+    return attention_mask(past, cell)
 
   def write(self, store: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, past: Past | None, cell: Cell
             ) -> Any:

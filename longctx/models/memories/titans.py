@@ -1,0 +1,245 @@
+"""Titans: a neural memory that learns while it reads, beside, before or behind attention.
+
+  memory   out = M(x)                                    the memory alone, no attention
+  mag      out = norm(Attn([P; x])) * sigmoid(norm(M(x)))                    the default
+  mal      x' = x + M(x);  out = M(x) + Attn([P; x'])
+  mac      h = M_before(q(x)) by weights that stand still; y = norm(Attn([P; h; x]))
+           out = y * sigmoid(norm(M(y)))                 the memory learns y
+
+M(u): q, k, v = silu(conv4(u W)), q and k of length 1, are learned and read token by token, a chunk's
+gradients at its start (longctx/memory/titans.py); alpha, eta and theta of each token and head are
+sigmoids of u. P are persistent tokens of the layer, always seen. In mac token i sees h_j for j <= i only:
+q(x_j) is of token j, and public code that shows all of h lets tokens read their future. The last three
+inputs of the convolution are part of the memory.
+
+memory_variant: '' is mag; memory_tokens: P (0: 4); memory_depth: matrices (0: 2); memory_width: between
+them (0: 4 a head's); memory_chunk: tokens (0: 64, or the segment if shorter);
+memory_rate: theta is at most rate / H (0: 1). What a document begins with is learned.
+Source: Behrouz et al. 2025, arXiv:2501.00663, sections 3 and 4. Where it gives no number: 4 persistent
+tokens, depth 2, width 4 and a rate over H as in the public code lucidrains/titans-pytorch.
+Differs: the memory does not read P (what it begins with is learned); heads; outputs of the memory are
+projected; the convolution stands before silu, as in Gated DeltaNet; alpha begins near 0.007 (a bias:
+without, half of a memory is gone a token later); the last matrix begins at 0: nothing learned, nothing said.
+Held by: tests/test_models.py, tests/test_titans.py.
+
+B batch  C slots of a cell  P persistent tokens  N heads  H head dim  D model  W taps  E channels
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longctx.attention import Intervals
+from longctx.errors import check, check_choice
+from longctx.memory import titans
+from longctx.models.layers import RMSNorm, constant, linear, normal, param
+from longctx.models.memories.base import Block, Cell, Cost, Memory, Past, Settings, attention_mask
+from longctx.models.mixers.qkv import unit
+
+VARIANTS = ('mag', 'mac', 'mal', 'memory')
+TAPS, TOKENS, DEPTH, WIDTH, CHUNK = 4, 4, 2, 4, 64
+FORGET = -5.0   # the bias of alpha's logit
+
+
+class State(NamedTuple):
+  """float32, batch first."""
+
+  memory: titans.State
+  tail: jax.Array      # [B, W - 1, 3, N, H]: what the convolution saw last
+  asked: jax.Array     # [B, W - 1, 1 or 0, N, H]: and that of the reads by weights that stand still (mac)
+
+
+def chunk_of(settings: Settings, most: int) -> int:
+  """Tokens of a chunk; a segment is cut into whole ones."""
+  chunk = settings.chunk or min(most, settings.segment)
+  check(settings.segment % chunk == 0, f'model.memory_chunk={chunk}: must divide model.segment='
+        f'{settings.segment}; the memory learns whole chunks of a segment')
+  return chunk
+
+
+def check_no_attention(settings: Settings, name: str) -> None:
+  """A memory in the place of attention has nothing that these would change."""
+  for field, value in (('short_term', settings.short_term), ('qk_norm', settings.qk_norm)):
+    check(not value, f'model.{field}={value}: is not read by {name}, which has no attention')
+  check(settings.position != 'relative', f"model.position='relative': is not read by {name}, which has "
+        "no attention; set 'rope' or 'none'")
+
+
+def convolve(x_BCE: jax.Array, tail_BWE: jax.Array, taps_WE: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(y_t = sum_j taps_j x_{t-j}, the last inputs after a whole segment); E may be several dims."""
+  C, W = x_BCE.shape[1], taps_WE.shape[0]
+  all_BSE = jnp.concatenate([tail_BWE.astype(x_BCE.dtype), x_BCE], axis=1)
+  taps = taps_WE.astype(x_BCE.dtype)
+  y_BCE = sum(taps[j] * all_BSE[:, W - 1 - j:W - 1 - j + C] for j in range(W))
+  return y_BCE, all_BSE[:, C:].astype(jnp.float32)
+
+
+class NeuralMemory(nnx.Module):
+  """said_BCD, state = memory(u_BCD, state, valid_BC)."""
+
+  def __init__(self, settings: Settings, *, reads_first: bool, rngs: nnx.Rngs):
+    s, self.reads_first = settings, reads_first
+    D, N, H = s.dim, s.num_heads, s.head_dim
+    self.heads, self.chunk, self.rate = (N, H), chunk_of(s, CHUNK), (s.rate or 1) / H
+    self.w_qkv = param(rngs, normal(s.std), (D, 3, N, H), ('embed', None, 'heads', None))
+    limit = TAPS ** -0.5   # torch's Conv1d
+    uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
+    self.taps = param(rngs, uniform, (TAPS, 3, N, H), (None, None, 'heads', None))
+    self.w_gates = param(rngs, normal(s.std), (D, 3, N), ('embed', None, 'heads'))
+    self.forget = param(rngs, constant(FORGET), (N,), ('heads',))
+    self.momentum = param(rngs, constant(0.0), (N,), ('heads',))
+    self.step = param(rngs, constant(0.0), (N,), ('heads',))
+    depth, width = sizes(s)
+    shapes = titans.shapes(H, width, depth)
+    self.start = nnx.List([
+        param(rngs, normal(p ** -0.5) if i < depth - 1 else constant(0.0), (N, p, f),
+              ('heads', None, None)) for i, (p, f) in enumerate(shapes)])
+    self.w_out = param(rngs, normal(s.out_std), (N, H, D), ('heads', None, 'embed'))
+
+  @staticmethod
+  def parameters(settings: Settings) -> int:
+    N, H = settings.num_heads, settings.head_dim
+    return NeuralMemory.matrices(settings) + N * (TAPS * 3 * H + 3) + N * weights(settings)
+
+  @staticmethod
+  def matrices(settings: Settings) -> int:
+    return settings.dim * settings.num_heads * (4 * settings.head_dim + 3)
+
+  def init_memory(self, batch_size: int) -> State:
+    rows = lambda x: jnp.broadcast_to(x, (batch_size, *x.shape))
+    start = tuple(rows(w.get_value()) for w in self.start)
+    tail = lambda count: jnp.zeros((batch_size, TAPS - 1, count, *self.heads), jnp.float32)
+    return State(titans.State(start, tuple(jnp.zeros_like(w) for w in start)), tail(3),
+                 tail(1 if self.reads_first else 0))
+
+  def __call__(self, u_BCD: jax.Array, state: State, valid_BC: jax.Array) -> tuple[jax.Array, State]:
+    (q, k, v), tail = self._project(u_BCD, state.tail, slice(0, 3))
+    gates = linear(u_BCD, self._flat(self.w_gates)).astype(jnp.float32)
+    bias = jnp.concatenate([x.get_value() for x in (self.forget, self.momentum, self.step)])
+    alpha, eta, theta = jnp.split(jax.nn.sigmoid(gates + bias), 3, axis=-1)
+    by_head = lambda x: jnp.moveaxis(x, 2, 1)
+    tokens = titans.Tokens(
+        unit(by_head(q)), unit(by_head(k)), by_head(v).astype(jnp.float32), by_head(alpha), by_head(eta),
+        self.rate * by_head(theta), jnp.broadcast_to(valid_BC[:, None], by_head(alpha).shape))
+    said_BNCH, memory = titans.segment(state.memory, tokens, self.chunk)
+    return self._merge(said_BNCH, u_BCD), state._replace(memory=memory, tail=tail)
+
+  def recall(self, u_BCD: jax.Array, state: State) -> tuple[jax.Array, State]:
+    """What the memory before the segment says to each of its tokens."""
+    (q,), asked = self._project(u_BCD, state.asked, slice(0, 1))
+    said_BNCH = titans.read(state.memory.weights, unit(jnp.moveaxis(q, 2, 1)))
+    return self._merge(said_BNCH, u_BCD), state._replace(asked=asked)
+
+  def _flat(self, w: nnx.Param) -> jax.Array:
+    return w.get_value().reshape(w.get_value().shape[0], -1)
+
+  def _project(self, u_BCD, tail, which: slice):
+    """([B, C, N, H] of each of q, k, v that is asked for, the tail after)."""
+    w = self.w_qkv.get_value()[:, which]
+    x = linear(u_BCD, w.reshape(w.shape[0], -1)).reshape(*u_BCD.shape[:2], *w.shape[1:])
+    y, tail = convolve(x, tail, self.taps.get_value()[:, which])
+    return jnp.moveaxis(jax.nn.silu(y), 2, 0), tail
+
+  def _merge(self, said_BNCH: jax.Array, like_BCD: jax.Array) -> jax.Array:
+    said = jnp.moveaxis(said_BNCH, 1, 2).reshape(*like_BCD.shape[:2], -1).astype(like_BCD.dtype)
+    return linear(said, self.w_out.get_value().reshape(-1, like_BCD.shape[-1]))
+
+
+def sizes(settings: Settings) -> tuple[int, int]:
+  """(depth, width)."""
+  return settings.depth or DEPTH, settings.width or WIDTH * settings.head_dim
+
+
+def weights(settings: Settings) -> int:
+  """Of a head's memory."""
+  depth, width = sizes(settings)
+  return sum(math.prod(shape) for shape in titans.shapes(settings.head_dim, width, depth))
+
+
+class Titans(Block):
+  dependency = 'P2'
+  reads = ('variant', 'tokens', 'width', 'depth', 'chunk', 'rate')
+  identity = False
+
+  @classmethod
+  def cost(cls, settings: Settings) -> Cost:
+    s = settings
+    check_choice('model.memory_variant', s.variant, ('', *VARIANTS))
+    chunk, (depth, width) = chunk_of(s, CHUNK), sizes(s)
+    check(depth > 1 or not s.width, f'model.memory_width={s.width}: is not read with '
+          'model.memory_depth=1, which has no hidden layer; leave it out')
+    attends = s.variant != 'memory'
+    if not attends:
+      check_no_attention(s, "model.memory_variant='memory'")
+      check(not s.tokens, f'model.memory_tokens={s.tokens}: is not read with '
+            "model.memory_variant='memory', which has no attention")
+    D, N, H, C = s.dim, s.num_heads, s.head_dim, s.segment
+    channels = N * H
+    flops = N * titans.flops(H, width, depth, chunk) + 2.0 * TAPS * 3 * channels
+    parameters, tails = NeuralMemory.parameters(s), 3
+    if attends:
+      P, keyed = s.tokens or TOKENS, 2 * D * H * (N + 2 * s.num_kv_heads)   # of a token among the keys
+      parameters += P * D + D * (1 if s.variant == 'mal' else 2)
+      flops += 4 * channels * P + keyed * P / C
+    if s.variant == 'mac':
+      tails = 4
+      flops += (4 * D + 2 * TAPS) * channels + 2 * N * weights(s) + keyed + 2 * channels * (C + 1)
+    return Cost(parameters=parameters, matrices=NeuralMemory.matrices(s), flops=flops,
+                state=2 * N * weights(s) + tails * (TAPS - 1) * channels, attends=attends)
+
+  def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+    super().__init__(settings, rngs=rngs)
+    s = settings
+    self.variant = s.variant or VARIANTS[0]
+    norm = lambda: RMSNorm(s.dim, s.norm_epsilon, rngs=rngs)
+    self.memory = NeuralMemory(s, reads_first=self.variant == 'mac', rngs=rngs)
+    self.memory_norm = norm() if self.variant == 'mal' else None
+    mixes = self.variant in ('mag', 'mac')
+    self.seen_norm, self.said_norm = (norm(), norm()) if mixes else (None, None)
+    self.persistent = (param(rngs, normal(s.std), (s.tokens or TOKENS, s.dim), (None, 'embed'))
+                       if self.mixer is not None else None)
+
+  def init_store(self, batch_size: int) -> State:
+    return self.memory.init_memory(batch_size)
+
+  def mix(self, x_BCD: jax.Array, memory: Memory, cell: Cell) -> tuple[jax.Array, Memory]:
+    (past, store), valid = memory, cell.valid_BC
+    if self.variant == 'memory':
+      said, store = self.memory(self.mixer_norm(x_BCD), store, valid)
+      return said, Memory(None, store)
+    if self.variant == 'mal':
+      said, store = self.memory(self.memory_norm(x_BCD), store, valid)
+      x_BCD += said
+      return said + self.look(x_BCD, past, cell), Memory(self.remember(x_BCD, past, cell), store)
+    if self.variant == 'mag':
+      seen = self.seen_norm(self.look(x_BCD, past, cell))
+      said, store = self.memory(self.mixer_norm(x_BCD), store, valid)
+    else:
+      heard, store = self.memory.recall(self.mixer_norm(x_BCD), store)
+      seen = self.seen_norm(self.look(x_BCD, past, cell, heard))
+      said, store = self.memory(seen, store, valid)
+    out = seen * jax.nn.sigmoid(self.said_norm(said))
+    return out, Memory(self.remember(x_BCD, past, cell), store)
+
+  def look(self, x_BCD: jax.Array, past: Past | None, cell: Cell, *heard_BCD: jax.Array) -> jax.Array:
+    """Attention over [P; heard; past; x]."""
+    B, C, _ = x_BCD.shape
+    own_BPD = jnp.broadcast_to(self.persistent.get_value().astype(x_BCD.dtype),
+                               (B, *self.persistent.get_value().shape))
+    old = () if past is None else (jax.lax.stop_gradient(past.hidden),)
+    q, k, v = self.mixer.heads(self.mixer_norm(
+        jnp.concatenate([own_BPD, *heard_BCD, *old, x_BCD], axis=1)))
+    return self.mixer.merged(self.attend(q[:, -C:], k, v, past, cell))
+
+  def mask(self, past: Past | None, cell: Cell) -> Intervals:
+    """Token i sees P, h_j of j <= i, the past and itself: h_j has the index of token j."""
+    P, own = self.persistent.get_value().shape[0], attention_mask(past, cell)
+    behind = lambda index: jnp.where(index >= 0, index + P, -1)
+    index_BC = behind(own.index_BT)
+    always_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (index_BC.shape[0], P))
+    heard = (index_BC,) if self.variant == 'mac' else ()
+    return Intervals(start_BT=own.start_BT, end_BT=index_BC + 1, index_BT=index_BC,
+                     key_index_BS=jnp.concatenate([always_BP, *heard, behind(own.keys_BS)], axis=1))
