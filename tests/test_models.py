@@ -59,6 +59,7 @@ MODELS = {
     'infini': memory('infini', num_heads=4, num_kv_heads=2),
     'two stores': memory('infini', short_term=7, memory_variant='linear', memory_layers=(1,)),
     'compressive': memory('compressive', segment=6, short_term=3, memory_size=4, position='relative'),
+    'block_recurrent': memory('block_recurrent', memory_tokens=3, num_heads=4, num_kv_heads=2),
     'memorizing': memory('memorizing', short_term=3, memory_size=9, memory_top=3, qk_norm=True,
                          memory_layers=(0,)),
     'armt': memory('armt', memory_tokens=3, memory_width=16, short_term=3),

@@ -13,8 +13,6 @@ B batch  T tokens, c of which make one of U  C queries  N query heads  K kv head
 import jax
 import jax.numpy as jnp
 
-from longctx.attention import Intervals, attention
-
 CONV, MEAN, MAX = 'conv', 'mean', 'max'
 
 
@@ -32,17 +30,6 @@ def compress(x_BTD: jax.Array, rate: int, kind: str, w_cDD: jax.Array | None = N
 def compressed(valid_BT: jax.Array, rate: int) -> jax.Array:
   """[B, T / rate] bool: which of them are made of tokens alone."""
   return valid_BT.reshape(len(valid_BT), -1, rate).all(-1)
-
-
-def attend(q_BCNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Array,
-           implementation: str) -> jax.Array:
-  """Attention of every query over all keys that are there; 0 where none is."""
-  shape = q_BCNH.shape[:2]
-  slots_S = jnp.arange(valid_BS.shape[1], dtype=jnp.int32)
-  mask = Intervals(start_BT=jnp.zeros(shape, jnp.int32),
-                   end_BT=jnp.full(shape, len(slots_S), jnp.int32),
-                   index_BT=jnp.zeros(shape, jnp.int32), key_index_BS=jnp.where(valid_BS, slots_S, -1))
-  return attention(q_BCNH, k_BSKH, v_BSKH, mask, implementation=implementation)
 
 
 def distance(a_BCNH: jax.Array, b_BCNH: jax.Array, counts_B: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from longctx.models.memories.armt import ARMT
 from longctx.models.memories.base import Block
+from longctx.models.memories.block_recurrent import BlockRecurrent
 from longctx.models.memories.compressive import Compressive
 from longctx.models.memories.infini import Infini
 from longctx.models.memories.memorizing import Memorizing
@@ -18,4 +19,5 @@ MEMORIES: dict[str, type[Block]] = {
     'compressive': Compressive,
     'titans': Titans,
     'ttt': TTT,
+    'block_recurrent': BlockRecurrent,
 }

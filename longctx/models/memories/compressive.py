@@ -31,6 +31,7 @@ from flax import nnx
 from longctx.errors import check, check_choice
 from longctx.memory import compressive
 from longctx.memory.compressive import CONV
+from longctx.memory.cross_attention import attend
 from longctx.models.layers import DTYPES, constant, normal, param
 from longctx.models.memories.auxiliary import add_loss
 from longctx.models.memories.base import Block, Cell, Cost, Memory, Past, Settings, there
@@ -130,7 +131,7 @@ class Compressive(Block):
     q_BCNH, _, _ = mixer.heads(norm(jax.lax.stop_gradient(x_BCD)))
     def said(hidden_BSD, valid_BS):
       _, k, v = mixer.heads(norm(hidden_BSD.astype(x_BCD.dtype)))
-      return compressive.attend(q_BCNH, k, v, valid_BS, self.settings.attention)
+      return attend(q_BCNH, k, v, valid_BS, self.settings.attention)
     return cell.parts * compressive.distance(said(old_BTD, valid_BT), said(new_BUD, valid_BU),
                                              cell.valid_BC.all(1))
 
