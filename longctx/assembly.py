@@ -137,6 +137,15 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
   check(micro % layout.size('batch') == 0,
         f'data.batch_size={p.data.batch_size} / run.accumulate={p.run.accumulate} = {micro} rows '
         f'a microbatch: must be a multiple of mesh.data={layout.size("batch")}')
+  segment = getattr(model, 'segment', 0)
+  if segment:
+    check(p.data.length % segment == 0, f'model.segment={segment}: must divide data.length='
+          f'{p.data.length}; a row is read in whole segments')
+    check(layout.order == 'contiguous' and not layout.lays_out(p.data.length),
+          f"mesh.order={layout.order!r} with data.length={p.data.length} over mesh.seq="
+          f"{layout.size('length')}: segments are read in their order; set mesh.order='contiguous' "
+          'and a data.length that mesh.seq divides')
+  _check_curriculum(p, segment)
   if layout.lays_out(p.data.length):
     recurrent = [m for m in getattr(model, 'layers', ()) if m != 'attention']
     check(layout.order == 'contiguous' or not recurrent,
@@ -160,12 +169,27 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
     sequence.check_heads(layout, model.num_heads // cuts, max(1, model.num_kv_heads // cuts))
 
 
+def _check_curriculum(p: Parts, segment: int) -> None:
+  stages = p.run.curriculum
+  if not stages:
+    return
+  check(bool(segment), f'run.curriculum={stages}: counts the segments of a row, and model.name='
+        f"{p.model.name!r} has none; set model.name='memory', or run.curriculum=()")
+  check(p.data.form == 'packed', f'run.curriculum={stages}: cuts rows into shorter ones, which '
+        "data.form='segments' carries on; set data.form='packed'")
+  whole = p.data.length // segment
+  for stage in stages:
+    check(stage >= 1 and whole % stage == 0, f'run.curriculum={stages}: each must divide the '
+          f'{whole} segments of a row (data.length={p.data.length} / model.segment={segment})')
+
+
 def _check_dependency(p: Parts, model: nnx.Module) -> None:
   """What a mesh cannot cut: models whose every step needs the one before, class P2."""
-  check(p.mesh.seq == 1 or getattr(model, 'dependency', 'P0') == 'P0',
+  dependency = getattr(model, 'dependency', 'P0')
+  check(p.mesh.seq == 1 or dependency in ('P0', 'P1'),
         f'mesh.seq={p.mesh.seq}: model.name={p.model.name!r} cannot be cut along the sequence, each '
-        'step needs the one before (dependency class P2); set mesh.seq=1 and give the devices to '
-        'mesh.data')
+        f'step needs the one before (dependency class {dependency}); set mesh.seq=1 and give the '
+        'devices to mesh.data')
 
 
 def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:

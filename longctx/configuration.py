@@ -33,6 +33,9 @@ class Run:
   keep_last: int = 2              # checkpoints kept beside the best one
   keep_best: bool = True          # by validation loss
   accumulate: int = 1             # microbatches a step
+  curriculum: tuple[int, ...] = ()   # segments of a row at first, a stage each; then all of them
+  curriculum_steps: int = 100     # of a stage
+  init_from: str = ''             # workdir of a run whose parameters of the same names are begun with
   max_bad_steps: int = 10         # steps in a row that are not finite; then the run stops
   profile_start: int = -1         # first step of a profiler window; -1: none
   profile_steps: int = 3
@@ -41,7 +44,7 @@ class Run:
 
   def __post_init__(self):
     for name in ('num_steps', 'log_every', 'checkpoint_every', 'keep_last', 'accumulate',
-                 'max_bad_steps', 'profile_steps'):
+                 'max_bad_steps', 'profile_steps', 'curriculum_steps'):
       check_range(f'run.{name}', getattr(self, name), 1)
     check_range('run.eval_every', self.eval_every, 0)
     check_range('run.profile_start', self.profile_start, -1, self.num_steps - 1)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from longctx import assembly
+from longctx import assembly, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
@@ -101,6 +101,11 @@ def jit_step(a: Assembly) -> Any:
                  compiler_options=mesh.compiler_options(a.layout))
 
 
+def shorter_rows(batch: stream.Batch, pieces: int) -> stream.Batch:
+  """The same tokens, each row cut into so many: [B, T] -> [B * pieces, T / pieces]."""
+  return {name: x.reshape(x.shape[0] * pieces, -1) for name, x in batch.items()}
+
+
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
@@ -137,7 +142,12 @@ class Trainer:
     """The newest readable checkpoint's state, or a fresh one."""
     restored = self.checkpoints.restore_newest(self.a.abstract)
     if restored is None:
-      return self.a.init()
+      state = self.a.init()
+      if not self.config.init_from:
+        return state
+      state, line = retrofit.begin_from(self.a, state, self.config.init_from)
+      self.say(line)
+      return state
     assembly.check_same_tokenizer(self.a.tokenizer, restored.meta)
     check(restored.step <= self.config.num_steps,
           f'run.num_steps={self.config.num_steps}: the workdir has already done '
@@ -187,21 +197,24 @@ class Trainer:
     c, found, waiting = self.config, None, None
     clock = Clock()
     profiling = stopped = False
+    programs: dict[int, Any] = {}   # the update, for rows cut into so many
     # While the step compiles.
     if done < c.num_steps:
       threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
     while done < c.num_steps and not (stopped := self.stopping(done)):
-      batch = self.a.layout.place(self.a.layout.lay_out(next(self.stream)),
-                                  self.a.parts.data.batch_size)
-      if self.first_step_seconds is None:
-        # Compiled apart, so that the first step's time is a step's; a second program is an error.
-        update = self.step.lower(state, batch).compile()
+      pieces = self.pieces(done)
+      batch = self.a.layout.place(self.a.layout.lay_out(shorter_rows(next(self.stream), pieces)),
+                                  self.a.parts.data.batch_size * pieces)
+      if pieces not in programs:
+        # Compiled apart, so that a step's time is a step's; another program is an error.
+        paused = time.perf_counter()
+        programs = {pieces: self.step.lower(state, batch).compile()}
         processes.barrier('compiled')
-        clock.start()
+        clock.skip(time.perf_counter() - paused) if self.first_step_seconds else clock.start()
       if done == c.profile_start:
         jax.profiler.start_trace(f'{self.folder}/profile')
         profiling = True
-      state, metrics = update(state, batch)
+      state, metrics = programs[pieces](state, batch)
       done += 1
       if profiling and done == c.profile_start + c.profile_steps:
         jax.block_until_ready(metrics)
@@ -237,6 +250,13 @@ class Trainer:
     return state, done, found if done == c.num_steps else None
 
   first_step_seconds: float | None = None
+
+  def pieces(self, done: int) -> int:
+    """Into how many rows each row of the batch is cut after `done` steps; see run.curriculum."""
+    stages, stage = self.config.curriculum, done // self.config.curriculum_steps
+    if stage >= len(stages):
+      return 1
+    return self.a.parts.data.length // (stages[stage] * self.a.model_config.segment)
 
   def stopping(self, done: int) -> bool:
     """Whether any process was asked to stop; all processes answer alike."""

@@ -76,6 +76,19 @@ def test_matrices_decay_and_norms_and_biases_do_not_though_they_are_stacked():
   assert {name for name, flag in flags.items() if flag} == DECAYING
 
 
+def test_gates_have_a_rate_of_their_own_and_never_decay():
+  tree = params()
+  ones = jax.tree.map(jnp.ones_like, tree)
+  steps = []
+  for rate in (1.0, 30.0):
+    tx = make_optimizer(Config(name='sgd', momentum=0.0, gate_rate=rate, clip_norm=0.0), 10, tree)
+    steps.append(tx.update(ones, tx.init(tree), tree)[0])
+  ratio = jax.tree.map(lambda a, b: b / a, *steps)
+  for path, x in nnx.to_flat_state(ratio):
+    np.testing.assert_allclose(x.get_value(), 30.0 if 'gate' in path else 1.0, rtol=1e-6)
+  np.testing.assert_allclose(steps[0]['layers']['gate'].get_value(), -1e-3, rtol=1e-6)   # no decay
+
+
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
 def test_under_a_zero_gradient_only_matrices_shrink_by_rate_times_decay(name):
   zeros = jax.tree.map(jnp.zeros_like, params())

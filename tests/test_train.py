@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from longctx import assembly, train
+from longctx import assembly, configuration, train
 from longctx.data import stream
 from longctx.errors import ConfigError
+from longctx.parallel import mesh
 from longctx.training import step as step_lib
 from longctx.training.checkpoint import Checkpoints
 from tests.compilation import quick_compilation  # noqa: F401
@@ -531,3 +532,42 @@ def test_everything_is_closed_however_it_ends(text, tmp_path, monkeypatch, at_ba
   assert signal.getsignal(signal.SIGTERM) == before
   from longctx.training import workdir
   workdir.lock(tmp_path).release()   # the workdir was let go
+
+
+def test_a_curriculum_cuts_the_first_rows_short_and_loses_no_token(text, tmp_path, monkeypatch):
+  """Stages of 1 and 2 segments, then whole rows of 4: the same tokens in more and shorter rows."""
+  config = make_config(text, data_length=32, data_batch_size=2)
+  memory = configuration.base('memory').model
+  memory.update(dict(num_layers=1, embed_dim=16, num_heads=2, segment=8, long_term='infini'))
+  config.model = memory
+  config.run.update(dict(num_steps=5, eval_every=0, checkpoint_every=3, log_every=1, curriculum=(1, 2),
+                         curriculum_steps=2))
+  seen, real = [], mesh.Layout.place
+  def place(self, rows, batch_size):
+    seen.append((batch_size, {name: x.copy() for name, x in rows.items()}))
+    return real(self, rows, batch_size)
+  monkeypatch.setattr(mesh.Layout, 'place', place)
+  assert train.run(config, str(tmp_path / 'w')) == 0
+  trained = seen[:5]
+  assert [batch['tokens'].shape for _, batch in trained] == [(8, 8), (8, 8), (4, 16), (4, 16), (2, 32)]
+  assert [size for size, _ in trained] == [8, 8, 4, 4, 2]
+  straight = stream.open_stream(assembly.assemble(config).parts.data, seed=config.seed)
+  for i, (_, batch) in enumerate(trained):
+    np.testing.assert_array_equal(batch['tokens'].ravel(), straight.batch(i)['tokens'].ravel())
+  straight.close()
+  assert all(math.isfinite(line['loss']) for line in lines(tmp_path / 'w') if 'loss' in line)
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(curriculum=(3,)), r'run.curriculum=\(3,\): each must divide the 4 segments of a row'),
+    (dict(), 'run.curriculum=.*counts the segments of a row, and model.name=.decoder. has none'),
+])
+def test_a_curriculum_that_cannot_be_is_refused(text, changes, message):
+  config = make_config(text, data_length=32)
+  config.run.curriculum = (1,)
+  if changes:
+    config.model = configuration.base('memory').model
+    config.model.update(dict(num_layers=1, embed_dim=16, num_heads=2, segment=8))
+    config.run.update(changes)
+  with pytest.raises(ConfigError, match=message):
+    assembly.assemble(config)

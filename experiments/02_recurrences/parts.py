@@ -1,5 +1,6 @@
 """The three parts of experiment 02: `runs` yields (key, work), `table` and `draw` show all lines."""
 
+import itertools
 import os
 import pathlib
 import resource
@@ -16,7 +17,7 @@ from training import Trained
 from longctx.assembly import make_model
 from longctx.data.tasks import TASKS
 
-ROWS, TEST_ROWS = 64, 256
+TEST_ROWS = 256
 LENGTHS = {   # trained at, tested at
     'mqar': (64, (64,)), 'selective_copy': (64, (64,)), 'parity': (40, (40, 256)),
     's3': (40, (40, 256)),
@@ -30,19 +31,17 @@ class Tasks:
   @staticmethod
   def runs(models, tier, args) -> Runs:
     names = tuple(filter(None, args.tasks.split(','))) or tier['tasks']
-    for task in names:
-      for model in models:
-        for rate in tier['rates']:
-          for seed in tier['seeds']:
-            key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=tier['steps'])
-            yield key, lambda key=key: Tasks.one(**key)
+    for seed, task, model, rate in itertools.product(tier['seeds'], names, models, tier['rates']):
+      key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=tier['steps'],
+                 rows=tier['rows'])
+      yield key, lambda key=key: Tasks.one(**key)
 
   @staticmethod
-  def one(task, model, learning_rate, seed, steps) -> dict:
+  def one(task, model, learning_rate, seed, steps, rows) -> dict:
     kind, (length, tests) = TASKS[task], LENGTHS[task]
     config = small_models.config(model, vocab_size=kind.vocab_size, dim=64, layers=2, mlp=False)
     rng = np.random.default_rng(seed)
-    batches = iter(lambda: kind.make(rng, ROWS, length), None)
+    batches = iter(lambda: kind.make(rng, rows, length), None)
     trained = Trained(config, batches, steps, learning_rate, seed)
     row = dict(parameters=config.num_parameters(), seconds=round(trained.seconds, 2),
                loss=trained.loss)

@@ -3,6 +3,7 @@
     python experiments/02_recurrences/run.py --part=tasks      # hours on 2 cores; carries on where it stopped
     python experiments/02_recurrences/run.py --part=text
     python experiments/02_recurrences/run.py --part=stream
+    python experiments/02_recurrences/run.py --tier=hour       # fewer models, rows and steps: about two hours of a core
     python experiments/02_recurrences/run.py --tier=smoke      # all three, tiny, a minute
 
 Each run is one line of results/<part>.jsonl; a run that is there is not done again. Then the tables of
@@ -21,10 +22,13 @@ import parts  # noqa: E402
 import small_models  # noqa: E402
 
 TIERS = {
-    'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,),
+    'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,), rows=64,
                   steps=2, text_steps=2, text_batches=1, stream=16 * 1024),
-    'cpu': dict(models=small_models.NAMES, tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2),
-                seeds=(0, 1), steps=600, text_steps=1500, text_batches=24, stream=1 << 20),
+    'hour': dict(models=small_models.NAMES, task_models=small_models.TELLING, tasks=tuple(parts.LENGTHS),
+                 rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1), rows=32, steps=400, text_steps=200,
+                 text_batches=12, stream=1 << 20),
+    'cpu': dict(models=small_models.NAMES, tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1),
+                rows=64, steps=600, text_steps=1500, text_batches=24, stream=1 << 20),
 }
 
 
@@ -39,8 +43,8 @@ def main() -> None:
   parser.add_argument('--out', default=os.path.join(HERE, 'results'))
   args = parser.parse_args()
   tier = TIERS[args.tier]
-  models = tuple(filter(None, args.models.split(','))) or tier['models']
-  unknown = set(models) - set(small_models.NAMES)
+  chosen = tuple(filter(None, args.models.split(',')))
+  unknown = set(chosen) - set(small_models.NAMES)
   if unknown:
     parser.error(f'--models: no {", ".join(sorted(unknown))}; there are '
                  f'{", ".join(small_models.NAMES)}')
@@ -48,6 +52,7 @@ def main() -> None:
   for name in [args.part] if args.part else parts.PARTS:
     path = os.path.join(args.out, f'{name}.jsonl')
     done = read(path)
+    models = chosen or (name == 'tasks' and tier.get('task_models')) or tier['models']
     for key, work in parts.PARTS[name].runs(models, tier, args):
       if any(all(row[k] == v for k, v in key.items()) for row in done):
         continue

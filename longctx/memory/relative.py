@@ -39,7 +39,7 @@ def shift(x_BNCS: jax.Array) -> jax.Array:
 def attention(q_BCNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
               u_NH: jax.Array, v_NH: jax.Array, w_DNH: jax.Array) -> jax.Array:
   """out_BCNH in q's type; `mask` must be causal: distances below 0 do not exist."""
-  B, C, N, H = q_BCNH.shape
+  N, H = q_BCNH.shape[2:]
   S, K = k_BSKH.shape[1:3]
   r_SNH = jnp.einsum('sd,dnh->snh', distances(S, w_DNH.shape[0]), w_DNH)
   heads = lambda x: jnp.repeat(x, N // K, axis=2).astype(jnp.float32)

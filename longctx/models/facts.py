@@ -5,7 +5,9 @@ from typing import NamedTuple
 # Dependency classes: what the runtime may do side by side.
 CLASSES = {
     'P0': 'token-parallel: the sequence may be cut over devices (mesh.seq)',
+    'P1': 'segments map the memory: all at once, and the sequence may be cut over devices (mesh.seq)',
     'P2': 'each step needs the one before: cut the batch (mesh.data), not the sequence',
+    'P3': 'the last layer feeds the first: cut the batch (mesh.data), not the sequence',
 }
 
 

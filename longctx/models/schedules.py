@@ -87,7 +87,7 @@ def _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key):
 def wavefront(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,
               memory: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
   """As `sequential`, for layers that are all alike."""
-  B, S, _ = tokens_BSC.shape
+  S = tokens_BSC.shape[1]
   L, truncate = model.config.num_layers, model.config.truncate
   stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
   graphdefs, params = zip(*(nnx.split(block) for block in model.blocks))

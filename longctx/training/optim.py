@@ -31,7 +31,8 @@ from longctx.errors import check, check_choice, check_range
 
 OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
 SCHEDULES = ('constant', 'cosine', 'linear', 'wsd', 'staircase')
-NO_DECAY = ('scale', 'bias')  # parameter names that never decay, whatever their rank
+GATE = 'gate'
+NO_DECAY = ('scale', 'bias', GATE)  # parameter names that never decay, whatever their rank
 MUON_RMS = 0.2  # rms of Muon's update: that of Adam's, so that one learning rate serves both
 
 
@@ -53,6 +54,7 @@ class Config:
   momentum: float = 0.95       # muon, sgd
   clip_norm: float = 1.0       # of all gradients together; 0 = off
   ema: float = 0.0             # decay of the averaged parameters; 0 = none are kept
+  gate_rate: float = 1.0       # times the rate, for parameters named `gate` (of memories)
 
   def __post_init__(self):
     check_choice('optimizer.name', self.name, OPTIMIZERS)
@@ -70,6 +72,8 @@ class Config:
     for field in ('beta1', 'beta2', 'momentum', 'ema'):
       value = getattr(self, field)
       check(0 <= value < 1, f'optimizer.{field}={value}: must be at least 0 and below 1')
+    check(0 < self.gate_rate < math.inf,
+          f'optimizer.gate_rate={self.gate_rate}: must be above 0 and finite')
     check(0 < self.epsilon < math.inf, f'optimizer.epsilon={self.epsilon}: must be above 0')
 
 
@@ -112,7 +116,20 @@ def make_optimizer(config: Config, num_steps: int, params: Any) -> optax.Gradien
   parts.append(direction)
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, map_params(decays, params)))
+  if config.gate_rate != 1:
+    parts.append(_gates_faster(config.gate_rate, params))
   return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(config, num_steps)))
+
+
+def _gates_faster(factor, params):
+  """Gates that let a memory in are few numbers, and far from where they should be when one is added
+  to a trained model: with a rate of their own, 30 times the others', it is used at all (2512.23862).
+  """
+  rates = map_params(lambda path, _: factor if path_name(path).split('/')[-1] == GATE else 1.0, params)
+  def update(updates, params):
+    del params
+    return jax.tree.map(lambda x, rate: x * rate, updates, rates)
+  return optax.stateless(update)
 
 
 def _adam(config):

@@ -30,7 +30,9 @@ NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'evaluation', 'data.form', 'da
 FIXED = ('seed', 'data.form', 'data.length', 'data.batch_size', 'data.long_documents',
          'optimizer.name', 'model.name', 'model.vocab_size', 'model.num_layers', 'model.embed_dim',
          'model.num_heads', 'model.num_kv_heads', 'model.head_dim', 'model.mlp', 'model.mlp_dim',
-         'model.hidden_dim', 'model.position', 'model.qk_norm', 'model.tied', 'model.layer_loop')
+         'model.hidden_dim', 'model.position', 'model.qk_norm', 'model.tied', 'model.layer_loop',
+         'model.segment', 'model.short_term', 'model.long_term', 'model.memory_layers',
+         'model.memory_tokens', 'model.memory_size', 'model.memory_width', 'model.memory_depth')
 
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
