@@ -64,6 +64,8 @@ MODELS = {
                          memory_layers=(0,)),
     'armt': memory('armt', memory_tokens=3, memory_width=16, short_term=3),
     'rmt': memory('rmt', memory_tokens=2, short_term=3),
+    'memory caching': memory('memory_caching', memory_size=3, memory_top=2),
+    'cached linear': memory('memory_caching', memory_size=2, memory_variant='linear_residual', num_layers=1),
     'titans mag': memory('titans', segment=6, memory_chunk=3, memory_rate=2, short_term=3),
     'titans mac': memory('titans', segment=6, memory_chunk=3, memory_variant='mac', num_layers=1,
                          num_heads=4, num_kv_heads=2),
@@ -74,7 +76,8 @@ MODELS = {
     'ttt': memory('ttt', segment=6, memory_chunk=3),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
-SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone')
+SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone',
+        'cached linear')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
@@ -230,7 +233,8 @@ def test_bfloat16_is_near_and_recurrent_state_stays_float32(name):
   layers = state.memory.layers if isinstance(state, segments.State) else state.layers
   summed = jax.tree.map(lambda x: None if isinstance(x, kept_exactly) else x, layers,
                         is_leaf=lambda x: isinstance(x, kept_exactly))
-  assert {x.dtype for x in jax.tree.leaves(summed)} <= {jnp.dtype('float32')}
+  assert {x.dtype for x in jax.tree.leaves(summed) if jnp.issubdtype(x.dtype, jnp.floating)} <= {
+      jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize('name', NAMES)

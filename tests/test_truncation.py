@@ -23,6 +23,7 @@ MODELS = {
     'infini': memory('infini'),
     'armt': memory('armt', memory_tokens=2, memory_width=8),
     'rmt': memory('rmt', memory_tokens=2),
+    'memory_caching': memory('memory_caching', memory_size=3),
 }
 ORDERS = {'P0': ('sequential', 'parallel'), 'P1': ('sequential', 'parallel'),
           'P2': ('sequential', 'wavefront'), 'P3': ('sequential',)}

@@ -6,6 +6,7 @@ from longctx.models.memories.block_recurrent import BlockRecurrent
 from longctx.models.memories.compressive import Compressive
 from longctx.models.memories.infini import Infini
 from longctx.models.memories.memorizing import Memorizing
+from longctx.models.memories.memory_caching import MemoryCaching
 from longctx.models.memories.rmt import RMT
 from longctx.models.memories.titans import Titans
 from longctx.models.memories.ttt import TTT
@@ -16,6 +17,7 @@ MEMORIES: dict[str, type[Block]] = {
     'memorizing': Memorizing,
     'armt': ARMT,
     'rmt': RMT,
+    'memory_caching': MemoryCaching,
     'compressive': Compressive,
     'titans': Titans,
     'ttt': TTT,

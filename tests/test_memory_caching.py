@@ -1,0 +1,189 @@
+"""Memory Caching: the layer against loops and their finite differences, its cache, what it comes down to."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.models.memories.base import Cell, Settings
+from longctx.models.memories.memory_caching import MemoryCaching
+from longctx.models.memory_config import Config
+from tests import oracles
+from tests.kernel_laws import wave
+
+B, R, C, D, N, H, SLOTS = 2, 4, 3, 8, 2, 4, 2
+VARIANTS = {'delta': {}, 'selective': dict(top=1), 'linear': dict(variant='linear'),
+            'residual': dict(variant='delta_residual'), 'sum': dict(variant='linear_residual', size=R)}
+VALID = jnp.ones((B, C), bool)
+
+
+@functools.cache
+def block(name):
+  settings = Settings(**dict(dim=D, num_heads=N, num_kv_heads=N, head_dim=H, segment=C, mlp='none',
+                             std=0.6, out_std=0.6, size=SLOTS) | VARIANTS[name])
+  return MemoryCaching(settings, rngs=nnx.Rngs(1))
+
+
+@functools.cache
+def inputs():
+  return np.random.default_rng(0).normal(size=(B, R, C, D))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graphdef, params, x_BRCD):
+  """(what the layer adds, segment by segment [B, R, C, D]; the memory after)."""
+  layer = nnx.merge(graphdef, params)
+  def one(memory, x_BCD):
+    y_BCD, memory = layer.mix(x_BCD, memory, Cell(VALID, jnp.zeros(B, jnp.int32)))
+    return memory, y_BCD
+  memory, y = jax.lax.scan(one, layer.init_memory(B), jnp.moveaxis(x_BRCD, 1, 0))
+  return jnp.moveaxis(y, 0, 1), memory
+
+
+def loops(p, x_RCD, slots, top, gated):
+  """One row in float64; cached memories are mixed before they are read, as in the paper's soup."""
+  silu = lambda z: z / (1 + np.exp(-z))
+  unit = lambda z: z / np.sqrt((z * z).sum(-1, keepdims=True) + 1e-6)
+  cache, out = [], []
+  for x_CD in x_RCD:
+    x = oracles.rms_norm(x_CD, p['mixer_norm'], 1e-6)
+    qkv = silu(np.einsum('cd,dinh->cinh', x, p['w_qkv']))
+    q, k, v = unit(qkv[:, 0]) * H ** -0.5, unit(qkv[:, 1]), qkv[:, 2]
+    S = np.zeros((N, H, H))
+    for t in range(C):
+      for n in range(N):
+        wrong, beta = v[t, n], 1.0
+        if 'w_beta' in p:
+          wrong, beta = v[t, n] - k[t, n] @ S[n], 1 / (1 + np.exp(-x[t] @ p['w_beta'][:, n]))
+        S[n] = S[n] + beta * np.outer(k[t, n], wrong)
+      seen, mean = cache[-slots:], x[:t + 1].mean(0)
+      weights = np.ones(len(seen) + 1)
+      if gated:
+        u = x[t] @ p['w_u']
+        scores = np.array([u @ m for _, m in seen] + [u @ mean])
+        chosen = sorted(range(len(seen)), key=lambda i: -scores[i])[:top or slots] + [len(seen)]
+        weights = np.zeros(len(seen) + 1)
+        weights[chosen] = np.exp(scores[chosen] - scores[chosen].max())
+        weights /= weights.sum()
+      soup = sum(w * M for w, M in zip(weights, [M for M, _ in seen] + [S]))
+      y = np.array([oracles.rms_norm(q[t, n] @ soup[n], p['out_norm'], 1e-6) for n in range(N)])
+      out.append(np.einsum('nh,nhd->d', y, p['w_out']))
+    cache.append((S, mean))
+  return np.array(out).reshape(x_RCD.shape), cache[-slots:]
+
+
+def numbers(layer):
+  p = dict(w_qkv=layer.w_qkv, w_out=layer.w_out, mixer_norm=layer.mixer_norm.scale,
+           out_norm=layer.out_norm.scale)
+  p |= {name: getattr(layer, name) for name in ('w_beta', 'w_u') if getattr(layer, name) is not None}
+  return {name: np.asarray(value[...], np.float64) for name, value in p.items()}
+
+
+def by_loops(layer, p, x):
+  s = layer.settings
+  return [loops(p, row, s.size, s.top, layer.w_u is not None) for row in x]
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_equals_loops(name):
+  layer = block(name)
+  y, memory = run(*nnx.split(layer), jnp.asarray(inputs(), jnp.float32))
+  for b, (expected, cache) in enumerate(by_loops(layer, numbers(layer), inputs())):
+    np.testing.assert_allclose(y[b], expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(memory.store.S[b], [S for S, _ in cache], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(memory.store.mean[b], [mean for _, mean in cache], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['delta', 'selective'])
+def test_gradients_are_those_of_finite_differences(name):
+  layer = block(name)
+  graphdef, params = nnx.split(layer)
+  weigh = np.asarray(wave(inputs()), np.float64)
+  loss = lambda params, x: (run(graphdef, params, x)[0] * weigh.astype(np.float32)).sum()
+  dparams, dx = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, jnp.asarray(inputs(), jnp.float32))
+  grads = numbers(nnx.merge(graphdef, dparams)) | {'x': dx}
+  at, draw, step = numbers(layer) | {'x': inputs()}, np.random.default_rng(2), 1e-5
+  for field, grad in grads.items():
+    along = draw.normal(size=grad.shape)
+    def theirs(sign, field=field, along=along):
+      p = at | {field: at[field] + sign * step * along}
+      return sum((y * w).sum() for (y, _), w in zip(by_loops(layer, p, p['x']), weigh))
+    np.testing.assert_allclose((grad * along).sum(), (theirs(1) - theirs(-1)) / (2 * step), rtol=3e-3,
+                               atol=3e-3, err_msg=field)
+
+
+def test_a_residual_of_linear_memories_is_one_memory():
+  """Each from 0 and none dropped, they add up to linear attention over the whole document."""
+  layer = block('sum')
+  x = np.asarray(inputs(), np.float32)
+  y, _ = run(*nnx.split(layer), x)
+  q, k, v = (np.asarray(a, np.float64).reshape(B, R * C, N, H) for a in _heads(layer, x))
+  for b in range(B):
+    out = np.stack([oracles.decayed_sum(q[b, :, n], k[b, :, n], v[b, :, n], np.zeros(R * C), np.zeros((H, H)),
+                                        np.zeros(R * C, bool), np.ones(R * C, bool))[0] for n in range(N)], 1)
+    out = oracles.rms_norm(out, 1.0, 1e-6)
+    expected = np.einsum('tnh,nhd->td', out, numbers(layer)['w_out'])
+    np.testing.assert_allclose(y[b].reshape(R * C, D), expected, atol=1e-4, rtol=1e-4)
+
+
+def _heads(layer, x):
+  p = numbers(layer)
+  qkv = np.einsum('brcd,dinh->ibrcnh', oracles.rms_norm(x, p['mixer_norm'], 1e-6), p['w_qkv'])
+  qkv = qkv / (1 + np.exp(-qkv))
+  unit = lambda z: z / np.sqrt((z * z).sum(-1, keepdims=True) + 1e-6)
+  return unit(qkv[0]) * H ** -0.5, unit(qkv[1]), qkv[2]
+
+
+def test_the_caches_before_all_segments_are_those_of_one_after_the_other():
+  """From a cache that is partly filled; the segments' memories are made side by side."""
+  layer, x = block('delta'), jnp.asarray(inputs(), jnp.float32)
+  graphdef, params = nnx.split(layer)
+  _, memory = run(graphdef, params, x[:, :1])
+  every = jnp.ones((B, R - 1, C), bool)
+  befores, after = jax.jit(lambda params, x, memory: nnx.merge(graphdef, params).before(x, memory, every))(
+      params, x[:, 1:], memory)
+  for r in range(R - 1):
+    expected = run(graphdef, params, x[:, :r + 1])[1].store
+    for a, b in zip(jax.tree.leaves(befores.store), jax.tree.leaves(expected)):
+      np.testing.assert_allclose(a[:, r], b, atol=1e-6)
+  for a, b in zip(jax.tree.leaves(after.store), jax.tree.leaves(run(graphdef, params, x)[1].store)):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_corners_are_finite():
+  """Tokens of zeros, padding alone, gates far past saturation: values and gradients."""
+  graphdef, params = nnx.split(block('selective'))
+  def loss(params, x, scale):
+    layer = nnx.merge(graphdef, params)
+    layer.w_u[...] = layer.w_u[...] * scale
+    def one(memory, inputs):
+      y, memory = layer.mix(inputs[0], memory, Cell(inputs[1], jnp.zeros(B, jnp.int32)))
+      return memory, y
+    valid = jnp.stack([VALID, VALID, ~VALID, VALID])
+    memory, y = jax.lax.scan(one, layer.init_memory(B), (jnp.moveaxis(x, 1, 0), valid))
+    return (y * wave(y)).sum(), memory
+  grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+  for x, scale in ((np.zeros((B, R, C, D), np.float32), 1.0), (np.float32(inputs()), 1e4)):
+    for leaf in jax.tree.leaves(grad(params, x, scale)):
+      assert np.isfinite(leaf).all()
+
+
+def test_its_state_is_as_counted():
+  config = Config(long_term='memory_caching', vocab_size=13, num_layers=2, embed_dim=8, num_heads=2)
+  state = config.layer_facts(256)[0].state
+  assert state == 32 * (2 * 4 * 4 + 8) + 1
+  assert state == sum(x.size for x in jax.tree.leaves(MemoryCaching(config.settings(), rngs=nnx.Rngs(0))
+                                                      .init_memory(1)))
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(memory_variant='soup'), 'delta_residual'), (dict(short_term=4), 'no attention'),
+    (dict(memory_top=33), 'at most model.memory_size=32'),
+    (dict(memory_top=2, memory_variant='linear_residual'), "set 'linear'")])
+def test_what_cannot_be_is_refused(settings, says):
+  with pytest.raises(ConfigError, match=says):
+    Config(long_term='memory_caching', **settings)
