@@ -32,7 +32,7 @@ CONFIGS = {
     'lstm': recurrent.Config(vocab_size=VOCAB, num_layers=1, embed_dim=8, hidden_dim=8, init_std=0.5),
     'windowed': small(window=(5,), dtype='bfloat16'),
     'full': small(num_layers=1),
-    'gated_delta': small(layers=('gated_delta',)),
+    'gated_delta': small(num_layers=1, layers=('gated_delta',)),
 }
 TOYS = {'count': toy_models.CountModel, 'tail': toy_models.TailModel}
 NAMES = [*CONFIGS, *TOYS]
@@ -100,7 +100,8 @@ def refused(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize('key', [None, KEY], ids=['plain', 'encrypted'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name == 'full' else name for name in NAMES])
 def test_restored_is_uninterrupted_bit_for_bit(name, key, tmp_path):
   """One row of two, saved and loaded, reads on as if nothing had happened; the rows differ."""
   path = tmp_path / 'a.lcm'
@@ -427,7 +428,7 @@ def test_in_one_layer_merged_is_one_text_after_the_other():
 def test_what_does_not_add_is_refused():
   for name, said in [('lstm', 'is no sum over what was read'), ('count', 'is no sum over'),
                      ('gated_delta', 'model.layers has gated_delta, whose memory is no plain sum'),
-                     ('full', 'model.layers has attention, whose memory')]:
+                     ('windowed', 'model.layers has attention, whose memory')]:
     model = made(name)[0]
     assert said in refused(store.merge, context_of(name), context_of(name, row=0),
                            getattr(model, 'merge_states', None), model.init_state)

@@ -52,11 +52,10 @@ def encode(context: Context) -> bytes:
             'config_sha256': h.identity.config_hash, 'parameters': h.identity.parameters,
             'tokenizer': h.identity.tokenizer, 'capacity': h.capacity, 'tokens': h.tokens,
             'tail': list(h.tail), 'dtype': h.dtype, 'created': h.created}
-  data = bytearray(save(context.arrays, {'longctx': json.dumps(header, separators=(',', ':'))}))
+  data = save(context.arrays, {'longctx': json.dumps(header, separators=(',', ':'))})
   if data[8:START] != MARK:
-    raise ValueError(f'safetensors wrote a header that begins {bytes(data[8:START])!r}')
-  data[START:START + DIGITS] = _checksum(data)
-  return bytes(data)
+    raise ValueError(f'safetensors wrote a header that begins {data[8:START]!r}')
+  return b''.join([data[:START], _checksum(data), memoryview(data)[START + DIGITS:]])
 
 
 def _checksum(data: bytes) -> bytes:
