@@ -1,6 +1,7 @@
 """A folder of contexts: names, budget, pins, two processes at once; and the command that looks after it."""
 
 import os
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longctx import contexts, files, store
-from longctx.command_line import parse_bytes
+from longctx import chat, contexts, files, store
+from longctx.command_line import parse_bytes, parse_flags
 from longctx.errors import ConfigError
 from longctx.store import index, seal
 from tests.programs import save_contexts
@@ -452,3 +453,17 @@ def test_what_a_context_holds_is_not_in_the_index_of_an_encrypted_one(tmp_path):
   raw = (tmp_path / index.NAME).read_bytes()
   assert IDENTITY.hash.encode() not in raw
   assert np.array_equal(s.load('a').arrays['x'], make(987654).arrays['x'])
+
+
+def test_the_readmes_commands_are_ones():
+  lines = (ROOT / 'README.md').read_text().splitlines()
+  words = [shlex.split(line.partition('| ')[2] or line) for line in lines
+           if line.startswith('    ') and ('longctx.contexts' in line or 'longctx.chat' in line)]
+  assert len(words) >= 6
+  for python, dash_m, module, *args in words:
+    assert (python, dash_m) == ('python', '-m')
+    if module == 'longctx.contexts':
+      contexts.parse(['contexts', *args])
+    else:
+      assert module == 'longctx.chat'
+      parse_flags(chat.define_flags(), ['chat', *args])
