@@ -105,10 +105,14 @@ class Chat:
         '/help': (self.help, ''), '/quit': (self.quit, ''), '/abandon': (self.abandon, '')}
     self.ended = False
 
-  def open(self) -> None:
-    """Carries on the context, if it is there."""
+  def open(self, capacity: int = 0) -> None:
+    """Carries on the context, if it is there; `capacity` is what was asked for, 0: nothing."""
     if self.name in self.store:
-      self.reader.restore(self.store.load(self.name, self.reader.identity), f'context {self.name!r}')
+      context = self.store.load(self.name, self.reader.identity)
+      room = context.header.capacity
+      check(capacity in (0, room), f'--capacity={capacity}: context {self.name!r} has room for {room} '
+            f'tokens, which cannot be changed; leave it out, or begin another context')
+      self.reader.restore(context, f'context {self.name!r}')
       self.saved = self.store.row(self.name).bytes
       self.say(f'{self.name}: {self.reader.tokens:,} tokens remembered')
     else:
@@ -357,7 +361,7 @@ def run(f: flags.FlagValues) -> int:
         banned=range(tokenizer.vocab_size, config.vocab_size))   # no text stands for these
     chat = Chat(reader, store, f.context, tokenizer, settings, max_new_tokens=f.max_new_tokens,
                 seed=f.seed, interrupts=interrupts, terminal=generate.Terminal(echo=True))
-    chat.open()
+    chat.open(f.capacity)
     interrupts.work()
     try:
       return converse(chat)

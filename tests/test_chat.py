@@ -206,6 +206,7 @@ def test_room_for_so_many_tokens_and_no_more():
   assert all(np.isfinite(x).all() for x in reader.context().arrays.values())
   assert '--capacity=97: must be at most model.max_length=96' in refused(begun, 'full', capacity=97)
   assert begun('lstm').room == float('inf')
+  assert '--capacity=9: does nothing with this model' in refused(begun, 'lstm', capacity=9)
 
 
 def test_a_memory_larger_than_the_device_is_refused_before_it_is_made(monkeypatch):
@@ -525,7 +526,9 @@ def test_a_growing_state_has_room_for_so_many_and_says_so(talk, tmp_path, loader
   assert not (tmp_path / 'store' / 'alice.lcm').exists()
   _, _, told = talk('x' * 30, flags=['--capacity=40'])
   assert 'alice: full, it has room for 40 tokens' in told
-  status, _, told = talk('more')
+  assert "--capacity=50: context 'alice' has room for 40 tokens, which cannot be changed" in talk(
+      'more', flags=['--capacity=50'])[2]
+  status, _, told = talk('more', flags=['--capacity=40'])
   assert status == 2
   assert 'the line and one token: 6 tokens more than the 40 so far' in told
 

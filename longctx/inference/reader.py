@@ -51,6 +51,8 @@ class Reader:
     most = getattr(config, 'max_length', 0)
     check(not capacity or not most or capacity <= most, f'--capacity={capacity}: must be at most '
           f'model.max_length={most}, the longest context that the model is made for')
+    check(not capacity or self.is_bound, f'--capacity={capacity}: does nothing with this model, whose '
+          'memory does not grow with the text; leave it out')
     self.capacity = (capacity or most) if self.is_bound else 0
     check(self.capacity > 0 or not self.is_bound, '--capacity=0: the state of this model grows, and '
           'its max_length is 0; say for how many tokens there must be room, such as --capacity=4096')
