@@ -84,6 +84,42 @@ def test_reads_and_writes_are_those_of_a_list_of_the_last_tokens():
     np.testing.assert_allclose(read(state, q, scale), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize('parts', [(5, 8), (1, 12)])
+def test_windows_of_one_array_are_the_memories_before_each_segment(parts):
+  """Some segments one by one, then the others at once: values, gradients, the memory after."""
+  read, write = compiled()
+  with jax.enable_x64(True):
+    first, count = parts
+    scale, (q, k, v, valid) = jnp.asarray([1.0, 3.0, -2.0, 10.0]), document(first + count)
+    valid[1, 1] = True   # what is invalid comes before all else
+    state = empty()
+    for s in range(first):
+      state = write(state, k[s], v[s], valid[s])
+    start, later = state, [jnp.asarray(x[first:]) for x in (q, k, v, valid)]
+    seen = np.random.default_rng(5).normal(size=later[0].shape)
+
+    def one_by_one(q, scale):
+      out, state = [], start
+      for s in range(count):
+        out.append(read(state, q[s], scale))
+        state = write(state, *(x[s] for x in later[1:]))
+      return (jnp.stack(out) * seen).sum(), (jnp.stack(out), state)
+
+    @jax.jit
+    def at_once(q, scale):
+      by_row = lambda x: jnp.moveaxis(x, 0, 1)
+      windows, after = memorizing.before(start, *map(by_row, later[1:]))
+      rows = lambda x: x.reshape(-1, *x.shape[2:])
+      out = memorizing.read(jax.tree.map(rows, windows), rows(by_row(q)), scale, TOP,
+                            approximate=False, block=BLOCK)
+      out = jnp.moveaxis(out.reshape(B, count, C, N, H), 1, 0)
+      return (out * seen).sum(), (out, after)
+
+    run = lambda f: jax.value_and_grad(f, (0, 1), has_aux=True)(later[0], scale)
+    for a, b in zip(jax.tree.leaves(run(one_by_one)), jax.tree.leaves(run(at_once))):
+      np.testing.assert_allclose(a, b, atol=1e-12)
+
+
 def test_gradients_are_those_of_queries_and_scale_alone():
   read, write = compiled()
   with jax.enable_x64(True):

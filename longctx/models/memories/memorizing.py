@@ -7,9 +7,9 @@
 
 The paper has one such layer, at three quarters of the depth: model.memory_layers=(8,) of 12. Keys have
 no position, and no gradient enters what is kept, nor goes to it from later segments. A segment looks up
-before it is written, so no token finds itself. What a layer keeps depends on its own input alone (P0 in
-principle), but handing each of S segments its M tokens would copy them S times: its class is P2, and
-training keeps a copy of the memory for each segment of a call.
+before it is written, so no token finds itself.
+What a layer keeps depends on its own input alone: class P0, all segments of a row look up at once in one
+array of M + T tokens. Read one by one, training keeps a copy of the memory for each segment of a call.
 Source: arXiv:2203.08913; google-research/meliad; the mathematics: longctx/memory/memorizing.py.
 Differs: the scale and the length 1 are of the memory's queries and keys alone (the local ones have
 model.qk_norm); with kv heads shared by groups of query heads, a group shares a memory; with
@@ -46,19 +46,25 @@ class MemorizingStore(Store):
   def init_memory(self, batch_size: int) -> memorizing.State:
     return memorizing.empty(batch_size, *self.shape)
 
-  def read(self, q_BCNH: jax.Array, memory: memorizing.State) -> jax.Array:
+  def read(self, q_BCNH: jax.Array, memory: memorizing.State | memorizing.Windows) -> jax.Array:
     return memorizing.read(memory, q_BCNH, self.scale.get_value(), self.top,
                            approximate=self.approximate)
 
   def write(self, memory: memorizing.State, k_BSKH: jax.Array, v_BSKH: jax.Array,
             valid_BS: jax.Array) -> memorizing.State:
+    if isinstance(memory, memorizing.Windows):
+      return memory   # what comes after each is known: it is the next window
     return memorizing.write(memory, k_BSKH, v_BSKH, valid_BS)
+
+  def before(self, memory: memorizing.State, k_BSCKH: jax.Array, v_BSCKH: jax.Array,
+             valid_BSC: jax.Array) -> tuple[memorizing.Windows, memorizing.State]:
+    return memorizing.before(memory, k_BSCKH, v_BSCKH, valid_BSC)
 
 
 class Memorizing(Block):
   """Can begin as the plain layer: model.gate='tanh' is closed at first."""
 
-  dependency = 'P2'
+  dependency = 'P0'
   reads = ('variant', 'size', 'top', 'gate')
 
   @classmethod
