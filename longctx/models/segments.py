@@ -209,23 +209,29 @@ def _islands(visit, memory, cells, p, key, sizes) -> jax.Array:
   B, T, size, dim, dtype = sizes
   rows_B1, slot_C = jnp.arange(B)[:, None], jnp.arange(size)
 
+  # Made again for the backward pass together with what decides: of a branch that is kept, each turn of
+  # a scan would keep its own copy of all that the branch reads, parameters and memory.
   @jax.checkpoint
   def read(cells, i):
     part = None if key is None else jax.random.fold_in(key, T + i)
-    return visit(memory, cells, part)[0]
+    return jax.lax.cond((cells.length > 0).any(), lambda: visit(memory, cells, part)[0],
+                        lambda: jnp.zeros((B, size, dim), dtype))
 
   def one(hidden_BTD, inputs):
     cells, i = inputs
-    def add(hidden_BTD):
-      place_BC = cells.first[:, None] + slot_C - cells.old[:, None]
-      mine_BC = (slot_C >= cells.old[:, None]) & (slot_C < cells.length[:, None])
-      return hidden_BTD.at[rows_B1, jnp.where(mine_BC, place_BC, T)].add(read(cells, i), mode='drop')
-    return jax.lax.cond((cells.length > 0).any(), add, lambda x: x, hidden_BTD), None
+    place_BC = cells.first[:, None] + slot_C - cells.old[:, None]
+    mine_BC = (slot_C >= cells.old[:, None]) & (slot_C < cells.length[:, None])
+    place_BC = jnp.where(mine_BC, place_BC, T)
+    return hidden_BTD.at[rows_B1, place_BC].add(read(cells, i), mode='drop'), None
+
+  @jax.checkpoint
+  def read_bunch(cells, i):
+    none_BTD = jnp.zeros((B, T, dim), dtype)
+    return jax.lax.cond((cells.length > 0).any(),
+                        lambda: jax.lax.scan(one, none_BTD, (cells, i))[0], lambda: none_BTD)
 
   def bunch(hidden_BTD, inputs):
-    cells, i = inputs
-    walk_them = lambda x: jax.lax.scan(one, x, (cells, i))[0]
-    return jax.lax.cond((cells.length > 0).any(), walk_them, lambda x: x, hidden_BTD), None
+    return hidden_BTD + read_bunch(*inputs), None
 
   count = -(-T // BUNCH)
   def in_bunches(x):
