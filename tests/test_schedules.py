@@ -1,0 +1,121 @@
+"""Every order in which segments may be read gives what one after the other gives; on a mesh as well."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import ConfigError
+from longctx.models import memory_config
+from longctx.models.memories import MEMORIES
+from longctx.parallel import mesh
+from tests.test_models import MODELS, VOCAB, built
+
+B, S = 2, 4
+MEMORY = {name: config for name, config in MODELS.items() if config.name == 'memory'}
+SIDE_BY_SIDE = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency in ('P0', 'P1')]
+DIAGONAL = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency == 'P2'
+            and not c.memory_layers and c.num_layers > 1]
+# Of one mechanism one variant, and of the rest those whose maps or FIFOs are their own.
+SLOW = ('relative', 'two stores', 'memory caching', 'cached linear', 'titans mag', 'block_recurrent',
+        'ttt')
+marked = lambda names: [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
+
+
+@functools.cache
+def sizes(name):
+  return jax.random.randint(jax.random.key(2), (B, S, MEMORY[name].segment), 0, VOCAB)
+
+
+def read(name, schedule, truncate=0, layout=None):
+  """(a sum over hidden states, hidden states, memory after), and the gradient of the sum."""
+  model = built(dataclasses.replace(MEMORY[name], truncate=truncate))
+  graphdef, params = nnx.split(model)
+  tokens = sizes(name)
+
+  def run(params, tokens):
+    model = nnx.merge(graphdef, params)
+    hidden, memory = model.read_segments(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(B, jnp.int32),
+                                         model.fresh(B), schedule=schedule)
+    return (hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))).sum(), (hidden, memory)
+
+  run = jax.value_and_grad(run, has_aux=True)
+  run = jax.jit(mesh.under(layout, run) if layout else run)
+  return run(params, tokens)
+
+
+def close(a, b, tolerance=3e-5):
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    scale = max(1.0, float(np.abs(y).max()))
+    np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=tolerance,
+                               err_msg=jax.tree_util.keystr(path))
+
+
+one_by_one = functools.cache(lambda name, truncate=0: read(name, 'sequential', truncate))
+
+
+@pytest.mark.parametrize('name', marked(SIDE_BY_SIDE))
+def test_all_segments_at_once(name):
+  close(read(name, 'parallel'), one_by_one(name))
+
+
+@pytest.mark.parametrize('name', marked(DIAGONAL))
+def test_a_wavefront_over_layers_and_segments(name):
+  close(read(name, 'wavefront'), one_by_one(name))
+
+
+@pytest.mark.parametrize('name,schedule', [
+    ('infini', 'parallel'), pytest.param('memory caching', 'parallel', marks=pytest.mark.slow),
+    pytest.param('armt', 'wavefront', marks=pytest.mark.slow)])
+def test_truncated_gradients_are_those_of_the_sequence(name, schedule):
+  whole = one_by_one(name)
+  close(read(name, schedule, truncate=2), one_by_one(name, truncate=2))
+  difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole[1], one_by_one(name, truncate=2)[1])
+  assert max(jax.tree.leaves(difference)) > 1e-3   # there was something to cut off
+
+
+def test_the_memory_matters():
+  """Another first segment changes what is said in the last: the schedules are not equal for nothing."""
+  for name in ('transformer_xl', 'infini', 'armt', 'rmt'):
+    model = built(MEMORY[name])
+    state = one_by_one(name)[0][1][0]
+    other = sizes(name).at[:, S - 2].add(1) % VOCAB
+    hidden, _ = jax.jit(lambda tokens, model=model: model.read_segments(
+        tokens, jnp.ones(tokens.shape, bool), jnp.zeros(B, jnp.int32), model.fresh(B),
+        schedule='sequential'))(other)
+    assert np.abs(np.asarray(hidden[:, -1]) - np.asarray(state[:, -1])).max() > 1e-3, name
+
+
+@pytest.mark.parametrize('name,sizes_of_mesh', [
+    ('transformer_xl', dict(data=2, seq=4, layout='sequence')),
+    ('infini', dict(data=1, seq=4, model=2, layout='sequence')),
+    ('armt', dict(data=2, model=2, layout='tensor')),
+    pytest.param('infini', dict(data=2, seq=2, model=2, layout='sequence'), marks=pytest.mark.slow),
+    pytest.param('memory caching', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
+    pytest.param('compressive', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
+    *(pytest.param(name, dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)
+      for name in ('rmt', 'memorizing', 'block_recurrent', 'titans mag', 'titans mac', 'ttt'))])
+def test_a_mesh_changes_nothing(name, sizes_of_mesh):
+  devices = jax.devices()[:int(np.prod([n for n in sizes_of_mesh.values() if isinstance(n, int)]))]
+  layout = mesh.make_layout(mesh.Config(**sizes_of_mesh), devices)
+  schedule = 'parallel' if name in SIDE_BY_SIDE else 'sequential'
+  close(read(name, schedule, layout=layout), one_by_one(name))
+
+
+@pytest.mark.parametrize('settings,message', [
+    (dict(long_term='rmt', schedule='parallel'), "'parallel': rmt needs each segment before the next"),
+    (dict(long_term='infini', schedule='wavefront'), 'serves memories of dependency class P2'),
+    (dict(long_term='armt', memory_layers=(0,), schedule='wavefront'), 'that all layers have'),
+    (dict(long_term='infini', memory_top=3), "model.memory_top=3: is not read with model.long_term="),
+    (dict(long_term='none', memory_layers=(1,)), "is not read with model.long_term='none'"),
+    (dict(long_term='none', gate='tanh'), "model.gate='tanh': is not read with"),
+    (dict(long_term='infinite'), 'did you mean "infini"'),
+    (dict(long_term='infini', memory_layers=(2,)), 'must be layers from 0 to 1'),
+])
+def test_what_cannot_be_is_refused(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    memory_config.Config(**(dict(vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=2) | settings))
