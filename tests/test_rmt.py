@@ -88,6 +88,18 @@ def test_the_first_memory_is_drawn_as_the_embeddings():
   np.testing.assert_allclose(jnp.std(m.tokens[...]), jnp.std(m.embedding.table[...]), rtol=0.05)
 
 
+def test_an_empty_state_holds_no_parameter():
+  """A state made before the first memory was learned on begins a document with what is learned by then;
+  a model of shapes alone has a state too."""
+  m = model(num_layers=1, mlp='none', remat='none')
+  state = m.init_state(2)
+  for i in range(2):
+    m.tokens[...] = m.tokens[...] + i
+    np.testing.assert_allclose(read(m, TOKENS, state)[0], read(m, TOKENS)[0], atol=1e-5)
+  abstract = nnx.eval_shape(lambda: MemoryDecoder(m.config, rngs=nnx.Rngs(0)))
+  assert jax.eval_shape(lambda: abstract.init_state(2)).memory.tokens.shape == (2, M, D)
+
+
 def test_its_state_is_as_counted_and_its_tokens_as_published():
   m = model(short_term=2)
   counted = sum(x.size for x in jax.tree.leaves(m.init_state(1).memory))

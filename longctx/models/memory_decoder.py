@@ -66,9 +66,15 @@ class MemoryDecoder(nnx.Module):
     return Memory(tokens, tuple(block.init_memory(batch_size) for block in self.blocks))
 
   def init_state(self, batch_size: int, capacity: int = 0) -> segments.State:
-    """An empty state; `capacity` means nothing to a state that does not grow."""
+    """An empty state; `capacity` means nothing to a state that does not grow.
+
+    It holds no parameter: the walk gives what a document begins with, as it is learned by then.
+    """
     del capacity
-    return segments.new_state(batch_size, self.config.segment, self.fresh(batch_size))
+    graphdef, params = nnx.split(self)
+    memory = jax.eval_shape(lambda params: nnx.merge(graphdef, params).fresh(batch_size), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
+    return segments.new_state(batch_size, self.config.segment, zeros)
 
   def __call__(self, tokens_BT: jax.Array, state: segments.State | None = None, *,
                positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None,
