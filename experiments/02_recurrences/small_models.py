@@ -11,8 +11,8 @@ ATTENTION = 'attention'
 NEGATIVE = {'delta_net (0,2)': 'delta_net', 'gated_delta (0,2)': 'gated_delta', 'kda (0,2)': 'kda'}
 GRIFFIN = 'griffin'   # two recurrent layers, then local attention
 # One of each kind: exact memory, cells, numbers, sums, the delta rules, with and without states to track.
-TELLING = (ATTENTION, 'lstm', 'slstm', 'min_gru', 'rglru', 'linear_attention', 'gla', 'mamba2', 'mlstm',
-           'delta_net', 'gated_delta', 'gated_delta (0,2)', 'rwkv7')
+TELLING = (ATTENTION, 'lstm', 'slstm', 'rglru', 'linear_attention', 'mamba2', 'gated_delta',
+           'gated_delta (0,2)', 'rwkv7')
 NAMES = (ATTENTION, *CELLS, *MIXERS, *NEGATIVE, GRIFFIN)
 
 
