@@ -34,7 +34,7 @@ def recurrent_layers(*layers, **settings):
 
 def memory(long_term, **settings):
   return memory_config.Config(**dict(
-      vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=2, segment=5, init_std=0.3,
+      vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, segment=5, init_std=0.3,
       long_term=long_term) | settings)
 
 
@@ -56,28 +56,30 @@ MODELS = {
     'slstm': cell(name='slstm', num_layers=1, cell_heads=4),
     'transformer_xl': memory('none', short_term=7),
     'relative': memory('none', short_term=3, position='relative', num_heads=4, num_kv_heads=2),
-    'infini': memory('infini', num_heads=4, num_kv_heads=2),
-    'two stores': memory('infini', short_term=7, memory_variant='linear', memory_layers=(1,)),
+    'infini': memory('infini', num_layers=2, num_heads=4, num_kv_heads=2),
+    'two stores': memory('infini', num_layers=2, short_term=7, memory_variant='linear',
+                         memory_layers=(1,)),
     'compressive': memory('compressive', segment=6, short_term=3, memory_size=4, position='relative'),
-    'block_recurrent': memory('block_recurrent', memory_tokens=3, num_heads=4, num_kv_heads=2),
+    'block_recurrent': memory('block_recurrent', num_layers=2, memory_tokens=3, num_heads=4,
+                              num_kv_heads=2),
     'memorizing': memory('memorizing', short_term=3, memory_size=9, memory_top=3, qk_norm=True,
                          memory_layers=(0,)),
-    'armt': memory('armt', memory_tokens=3, memory_width=16, short_term=3),
+    'armt': memory('armt', num_layers=2, memory_tokens=3, memory_width=16, short_term=3),
     'rmt': memory('rmt', memory_tokens=2, short_term=3),
     'memory caching': memory('memory_caching', memory_size=3, memory_top=2),
-    'cached linear': memory('memory_caching', memory_size=2, memory_variant='linear_residual', num_layers=1),
-    'titans mag': memory('titans', segment=6, memory_chunk=3, memory_rate=2, short_term=3),
-    'titans mac': memory('titans', segment=6, memory_chunk=3, memory_variant='mac', num_layers=1,
-                         num_heads=4, num_kv_heads=2),
+    'cached linear': memory('memory_caching', memory_size=2, memory_variant='linear_residual'),
+    'titans mag': memory('titans', num_layers=2, segment=6, memory_chunk=3, memory_rate=2, short_term=3),
+    'titans mac': memory('titans', segment=6, memory_chunk=3, memory_variant='mac', num_heads=4,
+                         num_kv_heads=2),
     'titans mal': memory('titans', segment=6, memory_chunk=3, memory_rate=4, memory_variant='mal',
-                         memory_depth=1, memory_tokens=2, short_term=7, num_layers=1),
+                         memory_depth=1, memory_tokens=2, short_term=7),
     'titans alone': memory('titans', segment=6, memory_chunk=2, memory_rate=4,
-                           memory_variant='memory', memory_depth=3, memory_width=5, num_layers=1),
-    'ttt': memory('ttt', segment=6, memory_chunk=3),
+                           memory_variant='memory', memory_depth=3, memory_width=5),
+    'ttt': memory('ttt', num_layers=2, segment=6, memory_chunk=3),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
 SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone',
-        'cached linear')
+        'cached linear', 'relative', 'titans mac')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
