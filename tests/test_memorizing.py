@@ -192,7 +192,7 @@ def test_the_approximate_search_asks_for_an_approximate_maximum():
   read = functools.partial(memorizing.read, top=TOP, block=BLOCK)
   call = lambda approximate: jax.make_jaxpr(functools.partial(read, approximate=approximate))(
       empty(jnp.float32), jnp.ones((B, C, N, H)), jnp.ones(N))
-  assert 'approx_top_k' in str(call(True)) and 'approx_top_k' not in str(call(False))
+  assert f'reduction_input_size_override={M}' in str(call(True)) and 'approx' not in str(call(False))
   q, k, v, valid = (jnp.asarray(x[2]) for x in document(3))
   state = memorizing.write(empty(jnp.float32), k, v, valid)
   # On a CPU the approximation is exact.

@@ -25,7 +25,7 @@ TIERS = {
     'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,), rows=64,
                   steps=2, text_steps=2, text_batches=1, stream=16 * 1024),
     'hour': dict(models=small_models.NAMES, task_models=small_models.TELLING, tasks=tuple(parts.LENGTHS),
-                 rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1), rows=64, steps=1000, text_steps=200,
+                 rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1), rows=64, steps=1000, text_steps=150,
                  text_batches=12, stream=1 << 20),
     'cpu': dict(models=small_models.NAMES, tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1),
                 rows=64, steps=600, text_steps=1500, text_batches=24, stream=1 << 20),

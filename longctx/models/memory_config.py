@@ -103,7 +103,7 @@ class Config:
     check(schedule != 'parallel' or kind.dependency in ('P0', 'P1'), f'model.schedule={schedule!r}: '
           f'{self.long_term} needs each segment before the next (dependency class {kind.dependency}); '
           f"set model.schedule='auto'")
-    check(schedule != 'wavefront' or kind.dependency == 'P2' and len(self.kinds()) == 1,
+    check(schedule != 'wavefront' or (kind.dependency == 'P2' and len(self.kinds()) == 1),
           f'model.schedule={schedule!r}: serves memories of dependency class P2 that all layers have, '
           f"not {self.long_term} ({kind.dependency}); set model.schedule='auto'")
     self.memory_cost()   # refuses sizes that a memory cannot have

@@ -14,12 +14,12 @@ from longctx.models.memories.ttt import TTT
 MEMORIES: dict[str, type[Block]] = {
     'none': Block,
     'infini': Infini,
+    'compressive': Compressive,
     'memorizing': Memorizing,
+    'block_recurrent': BlockRecurrent,
     'armt': ARMT,
     'rmt': RMT,
     'memory_caching': MemoryCaching,
-    'compressive': Compressive,
     'titans': Titans,
     'ttt': TTT,
-    'block_recurrent': BlockRecurrent,
 }

@@ -3,7 +3,8 @@
   out = g V_m + (1 - g) V_c      V_c: attention over the segment, V_m: over the `memory_top` keys found
                                  g: a number a head; queries and keys of length 1, times a learned scale
   memory_size   M, tokens kept (8192); memory_top: keys found (32)
-  variant       '' or 'exact'; 'approximate': jax.lax.approx_max_k in each block of keys, which TPUs do fast
+  variant       '' or 'exact'; 'approximate': finds each of them with probability 0.95 (a TPU needs no sort
+                of each block of keys then; exact elsewhere)
 
 The paper has one such layer, at three quarters of the depth: model.memory_layers=(8,) of 12. Keys have
 no position, and no gradient enters what is kept, nor goes to it from later segments. A segment looks up
