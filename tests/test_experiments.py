@@ -56,3 +56,19 @@ def test_recurrences(tmp_path):
   assert again.returncode == 0, again.stderr
   assert (tmp_path / 'tasks.jsonl').read_text().splitlines() == lines
   assert '"task"' not in again.stdout   # nothing was done twice
+
+
+def test_memories(tmp_path):
+  run = [sys.executable, ROOT / 'experiments' / '03_memories' / 'run.py', '--tier=smoke',
+         f'--out={tmp_path}']
+  done = subprocess.run(run, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  parts = ('recall', 'passkey', 'forms', 'inner_rate')
+  rows = {part: [json.loads(line) for line in (tmp_path / f'{part}.jsonl').read_text().splitlines()]
+          for part in parts}
+  assert rows['recall'][0]['state_floats'] == 2 * 2 * 32 * 33   # layers, heads, M and z
+  assert 0 <= rows['recall'][0]['accuracy_8'] <= 1
+  for part in ('recall', 'passkey'):
+    assert (tmp_path / f'{part}.png').stat().st_size > 10_000
+  again = subprocess.run([*run, '--part=recall'], capture_output=True, text=True, timeout=900)
+  assert again.returncode == 0 and '"task"' not in again.stdout   # nothing was done twice

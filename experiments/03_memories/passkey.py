@@ -1,0 +1,180 @@
+"""A passkey in 1,048,576 tokens of noise, after training on at most 16 segments of 64.
+
+The mark and five digits stand in one of a document's first 16 segments; then noise; after 16, 64, ...
+16,384 segments the mark is shown again and the digits are asked for, from the state as it is. The reading
+process (reading.py) looks at its resident memory after each call. Then one row of such a document in two
+more processes: one reads half, saves the context and reads on; the other reads on from the file. Their
+logits must agree in every bit.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import figures
+import jax
+import models
+import numpy as np
+import training
+from flax import nnx
+
+from longctx.data import tasks
+
+SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 16
+CURRICULUM = (1, 2, 4, 8, 16)   # segments; one more length each fifth of the steps
+CALL = 16                       # segments a call of the stream
+TASK = tasks.TASKS['passkey']
+CHANCE = 1 / 10                 # of the first digit
+
+
+def lengths(most: int) -> list[int]:
+  """Segments behind which the digits are asked for: 16, 64, 256, ..."""
+  return [n for n in (CALL * 4 ** i for i in range(12)) if n <= most]
+
+
+def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+  for seed in tier['seeds']:
+    for rate in tier['passkey_rates']:
+      for model in args.models or tier['passkey']:
+        if model in models.PASSKEY:
+          key = dict(model=model, learning_rate=rate, seed=seed, steps=tier['passkey_steps'],
+                     segments=tier['passkey_segments'])
+          yield key, lambda key=key: one(curriculum=tier['passkey_curriculum'], **key)
+
+
+def config_of(model: str) -> Any:
+  return models.small(models.PASSKEY[model], TASK.vocab_size, SEGMENT)
+
+
+def one(model: str, learning_rate: float, seed: int, steps: int, segments: int,
+        curriculum: tuple[int, ...]) -> dict:
+  config = config_of(model)
+  programs = training.programs(config, SEGMENT, steps)
+  rng = np.random.default_rng(seed)
+
+  def batches():
+    for step in range(steps):
+      stage = step * len(curriculum) // steps + 1
+      yield TASK.make(rng, TRAIN_ROWS, SEGMENT * int(rng.choice(curriculum[:stage])))
+
+  trained = training.train(programs, batches(), steps, learning_rate, seed)
+  row = dict(parameters=figures.count(trained.params), loss=trained.loss,
+             train_seconds=round(trained.seconds, 1),
+             state_floats=models.state_floats(config, 1))
+  held_out = np.random.default_rng(10_000)
+  for count in curriculum:
+    row[f'whole_{count}'] = training.accuracy(
+        programs, trained.params, *TASK.make(held_out, 64, SEGMENT * count))
+  return row | read_apart(trained.params, model, segments)
+
+
+def read_apart(params: Any, model: str, segments: int) -> dict:
+  """What other processes found, reading with these parameters."""
+  program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'reading.py')
+  with tempfile.TemporaryDirectory() as folder:
+    at = lambda name: os.path.join(folder, name)
+    np.savez(at('parameters.npz'), *jax.tree.leaves(params))
+    for what in ('all', 'first', 'second'):
+      subprocess.run([sys.executable, program, folder, model, str(segments), what], check=True)
+    with open(at('all.json'), encoding='utf-8') as file:
+      found = json.load(file)
+    same = np.load(at('first.npy')).tobytes() == np.load(at('second.npy')).tobytes()
+    return found | dict(same_bits=same, context_bytes=os.path.getsize(at('half.lcm')))
+
+
+class Reader:
+  """A model as two jitted calls: read a piece of a document, and answer without keeping the question."""
+
+  def __init__(self, graphdef: nnx.GraphDef, params: Any):
+    model = lambda params: nnx.merge(graphdef, params)
+
+    def ask(params, state, question):
+      hidden, _ = model(params)(question, state)
+      return model(params).logits(hidden[:, -DIGITS:])
+
+    self.params = params
+    self.fresh = jax.jit(lambda params, rows: model(params).init_state(rows), static_argnums=1)
+    self._read = jax.jit(lambda params, state, tokens: model(params)(tokens, state)[1],
+                         donate_argnums=1)
+    self._ask = jax.jit(ask)
+
+  def read(self, state: Any, tokens: np.ndarray) -> Any:
+    return self._read(self.params, state, tokens)
+
+  def ask(self, state: Any, question: np.ndarray) -> np.ndarray:
+    return np.asarray(self._ask(self.params, state, question))
+
+
+class Document:
+  """Rows of a passkey and noise without an end: pieces of CALL segments, the question, the answer."""
+
+  def __init__(self, rows: int):
+    tokens, targets = TASK.make(np.random.default_rng(20_000), rows, SEGMENT * (CALL + 1))
+    self.first, self.question = tokens[:, :-SEGMENT], tokens[:, -SEGMENT:]
+    self.answer = targets[:, -DIGITS:]
+
+  def piece(self, i: int) -> np.ndarray:
+    if i == 0:
+      return self.first
+    noise = np.random.default_rng((30_000, i)).integers(10, TASK.vocab_size - 1, self.first.shape)
+    return noise.astype(np.int32)
+
+
+def stream(reader: Reader, segments: int) -> dict:
+  """Accuracy of the digits after so many segments, and resident memory on the way."""
+  document, found, sizes = Document(ROWS), {}, []
+  state, begin = reader.fresh(reader.params, ROWS), time.perf_counter()
+  for i in range(segments // CALL):
+    state = jax.block_until_ready(reader.read(state, document.piece(i)))
+    if (i + 1) * CALL in lengths(segments):
+      logits = reader.ask(state, document.question)
+      if not np.isfinite(logits).all():
+        raise FloatingPointError(f'logits after {i + 1} calls are not finite')
+      right = logits.argmax(-1) == document.answer
+      found[f'accuracy_{(i + 1) * CALL}'] = float(right.mean())
+      found[f'keys_{(i + 1) * CALL}'] = float(right.all(1).mean())
+    sizes.append(figures.resident())
+  seconds = time.perf_counter() - begin
+  early = sizes[len(sizes) // 10]
+  return found | dict(
+      tokens=segments * SEGMENT, tokens_per_second=round(ROWS * segments * SEGMENT / seconds),
+      resident_at_tenth=early, growth=round(max(sizes[len(sizes) // 10:]) / early - 1, 4),
+      curve=sizes[::max(1, len(sizes) // 64)])
+
+
+def table(rows: list[dict]) -> str:
+  most = max((r['segments'] for r in rows), default=0)
+  counts = lengths(most)
+  lines = ['digits right after so many segments of 64 (trained on 1 to 16)', '',
+           '| model | rate, seed | state, floats | ' + ' | '.join(f'{n:,}' for n in counts)
+           + ' | memory grows by | saved, answered elsewhere | tokens/s |',
+           '|---' * (len(counts) + 6) + '|']
+  for r in sorted(rows, key=lambda r: r['model']):
+    cells = ' | '.join(f'{r[f"accuracy_{n}"]:.2f}' if f'accuracy_{n}' in r else '-' for n in counts)
+    same = 'the same bits' if r['same_bits'] else '**other bits**'
+    lines.append(f'| {r["model"]} | {r["learning_rate"]:g}, {r["seed"]} | {r["state_floats"]:,} | '
+                 f'{cells} | {100 * r["growth"]:.1f} % | {same} | {r["tokens_per_second"]:,} |')
+  return '\n'.join(lines)
+
+
+def draw(rows: list[dict], path: str) -> None:
+  def panels(figure):
+    left, right = figure.subplots(1, 2)
+    for model in dict.fromkeys(r['model'] for r in rows):
+      r = max((r for r in rows if r['model'] == model), key=lambda r: r[f'accuracy_{lengths(r["segments"])[0]}'])
+      counts = lengths(r['segments'])
+      left.plot(counts, [r[f'accuracy_{n}'] for n in counts], '.-', linewidth=1, label=model)
+      right.plot(np.linspace(0, r['tokens'], len(r['curve'])), np.array(r['curve']) / 2 ** 20,
+                 linewidth=1, label=model)
+    left.axhline(CHANCE, color='0.5', linestyle=':')
+    left.axvline(CURRICULUM[-1], color='0.5', linestyle='--', linewidth=0.8)
+    left.set(xscale='log', xlabel='segments of 64 tokens (trained up to the dashed line)',
+             ylabel='digits right', ylim=(0, 1.03))
+    right.set(xlabel='tokens read', ylabel='resident memory, MiB', ylim=(0, None))
+    left.legend(fontsize=6)
+  figures.save(panels, path, width=11, height=4)

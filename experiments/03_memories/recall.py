@@ -1,0 +1,117 @@
+"""Recall a pair a segment: how many facts does each memory keep, and does it replace what is rewritten?
+
+A segment is a key and its value, or a key and ASK (longctx/data/tasks.py: segment_recall, and
+segment_rewrite, where each key is written twice and the last value counts). Trained at 2, then at 2, 4 or
+8 pairs, drawn anew at each step: memories that meet one number of segments alone forget shorter documents.
+"""
+
+from collections.abc import Callable, Iterator
+
+import figures
+import models
+import numpy as np
+import training
+
+from longctx.data.tasks import TASKS
+
+TIMES = {'segment_recall': 1, 'segment_rewrite': 2}   # that each key is written
+SEGMENT, ROWS, TEST_ROWS = 2, 64, 512
+TRAINED, TESTED = (2, 4, 8), (2, 4, 8, 16, 32)
+
+
+def length(task: str, pairs: int) -> int:
+  """Tokens of a row that writes `pairs` pairs and asks for each of its keys."""
+  return 2 * (pairs + pairs // TIMES[task])
+
+
+def guess(pairs: int) -> float:
+  """Accuracy of saying one of the values that were written."""
+  return 1 / pairs + (1 - 1 / pairs) * TASKS['segment_recall'].chance
+
+
+def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+  """All models at one rate and seed first, then the rest of the grid."""
+  for seed in tier['seeds']:
+    for rate in tier['rates']:
+      for task in tier['recall_tasks']:
+        for model in args.models or tier['recall']:
+          if model in models.RECALL:
+            key = dict(task=task, model=model, learning_rate=rate, seed=seed,
+                       steps=tier['recall_steps'])
+            yield key, lambda key=key: one(tested=tier['recall_pairs'], **key)
+
+
+def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
+        tested: tuple[int, ...]) -> dict:
+  kind = TASKS[task]
+  config = models.small(models.RECALL[model], kind.vocab_size, SEGMENT)
+  programs = training.programs(config, SEGMENT, steps)
+  rng = np.random.default_rng(seed)
+
+  def batches():
+    for step in range(steps):
+      pairs = TRAINED[0] if step < steps // 5 else int(rng.choice(TRAINED))
+      yield kind.make(rng, ROWS, length(task, pairs))
+
+  trained = training.train(programs, batches(), steps, learning_rate, seed)
+  held_out = np.random.default_rng(10_000)   # the same for all
+  found = {f'accuracy_{pairs}': training.accuracy(
+      programs, trained.params, *kind.make(held_out, TEST_ROWS, length(task, pairs)))
+           for pairs in tested}
+  most = length(task, tested[-1])
+  return dict(parameters=figures.count(trained.params), loss=trained.loss,
+              seconds=round(trained.seconds, 1), state_floats=models.state_floats(config, most),
+              flops_per_token=config.flops_per_token(length(task, TRAINED[-1])), **found)
+
+
+def best(rows: list[dict], task: str) -> dict[str, list[dict]]:
+  """model -> its rows, a seed each, at the learning rate that did best where it was trained."""
+  found = {}
+  for model in dict.fromkeys(r['model'] for r in rows if r['task'] == task):
+    mine = [r for r in rows if (r['task'], r['model']) == (task, model)]
+    score = lambda rate, mine=mine: np.mean([r[f'accuracy_{TRAINED[-1]}'] for r in mine
+                                             if r['learning_rate'] == rate])
+    rate = max({r['learning_rate'] for r in mine}, key=score)
+    found[model] = [r for r in mine if r['learning_rate'] == rate]
+  return found
+
+
+def table(rows: list[dict]) -> str:
+  lines = []
+  for task in TIMES:
+    found = best(rows, task)
+    lines += [f'{task}: accuracy at pairs written, a seed beside the other (runs made)', '',
+              '| model | state, floats | rate | ' + ' | '.join(map(str, TESTED)) + ' |',
+              '|---' * (len(TESTED) + 3) + '|',
+              '| one of the values | | | ' + ' | '.join(f'{guess(p):.2f}' for p in TESTED) + ' |']
+    for model, mine in found.items():
+      cells = [' / '.join(f'{r.get(f"accuracy_{p}", np.nan):.3f}' for r in mine) for p in TESTED]
+      made = sum((r['task'], r['model']) == (task, model) for r in rows)
+      state = 'grows' if model == models.FULL else f'{mine[0]["state_floats"]:,}'
+      lines.append(f'| {model} | {state} | {mine[0]["learning_rate"]:g} ({made}) | '
+                   + ' | '.join(cells) + ' |')
+    lines.append('')
+  return '\n'.join(lines)
+
+
+def draw(rows: list[dict], path: str) -> None:
+  """Accuracy against pairs, and at 16 pairs against the size of the state."""
+  def panels(figure):
+    axes = figure.subplots(2, 2, width_ratios=(3, 2))
+    for (left, right), task in zip(axes, TIMES):
+      found = best(rows, task)
+      for model, mine in found.items():
+        y = np.array([[r.get(f'accuracy_{p}', np.nan) for p in TESTED] for r in mine])
+        line, = left.plot(TESTED, y.mean(0), '.-', linewidth=1, label=model)
+        left.fill_between(TESTED, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+        right.plot(mine[0]['state_floats'], y.mean(0)[TESTED.index(16)], 'o', markersize=4,
+                   color=line.get_color())
+      left.plot(TESTED, [guess(p) for p in TESTED], ':', color='0.5', label='one of the values')
+      left.axvline(TRAINED[-1], color='0.5', linestyle='--', linewidth=0.8)
+      left.set(title=task, xlabel='pairs written (trained up to the dashed line)',
+               ylabel='accuracy', ylim=(0, 1.03), xscale='log')
+      left.set_xticks(TESTED, map(str, TESTED))
+      right.set(xlabel='state, floats a row', ylabel='accuracy at 16 pairs', xscale='log',
+                ylim=(0, 1.03))
+      left.legend(fontsize=6, loc='lower left')
+  figures.save(panels, path, width=11, height=8)

@@ -1,0 +1,98 @@
+"""Which memory recalls, for how long, at what size of state, and what is it worth on books?
+
+    python experiments/03_memories/run.py --part=recall     # hours on 2 cores; carries on where it stopped
+    python experiments/03_memories/run.py --part=passkey
+    python experiments/03_memories/run.py --part=books --books='../shared/data/books/*.txt'
+    python experiments/03_memories/run.py --part=forms      # orders of reading against each other
+    python experiments/03_memories/run.py --part=inner_rate # Titans' step, with and without its clip
+    python experiments/03_memories/run.py --tier=smoke      # all but books, tiny, minutes
+
+Each run is one line of results/<part>.jsonl; a run that is there is not done again. Then the tables of
+README.md are printed and the figures drawn from all lines.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+
+import books  # noqa: E402
+import forms  # noqa: E402
+import inner_rate  # noqa: E402
+import models  # noqa: E402
+import passkey  # noqa: E402
+import recall  # noqa: E402
+
+from longctx.parallel import host_memory  # noqa: E402
+
+PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
+         'inner_rate': inner_rate}
+NAMES = tuple(dict.fromkeys((*models.RECALL, *models.PASSKEY, *models.BOOKS)))
+
+# The first rate and seed come first, of all models.
+TIERS = {
+    'smoke': dict(
+        seeds=(0,), rates=(3e-3,), recall=('infini',), recall_tasks=('segment_rewrite',),
+        recall_steps=2, recall_pairs=(8,), passkey=('transformer_xl',), passkey_rates=(3e-3,),
+        passkey_steps=2, passkey_curriculum=(1,), passkey_segments=64, books_debug=True,
+        books_steps=2, forms=((4, 16, 32, 2),), inner_chunks=50),
+    'cpu': dict(
+        seeds=(0, 1), rates=(3e-3, 1e-3, 1e-2), recall=models.RECALL, recall_tasks=recall.TIMES,
+        recall_steps=600, recall_pairs=recall.TESTED, passkey=models.PASSKEY,
+        passkey_rates=(3e-3, 1e-3), passkey_steps=1000, passkey_curriculum=passkey.CURRICULUM,
+        passkey_segments=16_384, books_debug=False, books_steps=600, forms=forms.SHAPES,
+        inner_chunks=1000),
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--tier', choices=TIERS, default='cpu')
+  parser.add_argument('--part', choices=tuple(PARTS), default='', help='one part; else all')
+  parser.add_argument('--models', default='', help='names with commas between; else all')
+  parser.add_argument('--books', default='', help='text files for --part=books, a glob')
+  parser.add_argument('--out', default=os.path.join(HERE, 'results'))
+  args = parser.parse_args()
+  args.models = tuple(filter(None, args.models.split(',')))
+  unknown = set(args.models) - set(NAMES)
+  if unknown:
+    parser.error(f'--models: no {", ".join(sorted(unknown))}; there are {", ".join(NAMES)}')
+  if args.part == 'books' and not args.books:
+    parser.error("--books: missing; --part=books reads text files, such as --books='books/*.txt'")
+  host_memory.keep_freed_memory()
+  os.makedirs(args.out, exist_ok=True)
+  for name, part in PARTS.items():
+    if name != args.part and (args.part or (name == 'books' and not args.books)):
+      continue
+    path = os.path.join(args.out, f'{name}.jsonl')
+    done = read(path)
+    for key, work in part.runs(args, TIERS[args.tier]):
+      if any(all(row[k] == v for k, v in key.items()) for row in done):
+        continue
+      row = key | work()
+      done.append(row)
+      with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(row) + '\n')
+      print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+    print(part.table(done), flush=True)
+    part.draw(done, os.path.join(args.out, f'{name}.png'))
+
+
+def read(path: str) -> list[dict]:
+  """The lines of a file; a last one that was cut short is dropped from the file too."""
+  if not os.path.exists(path):
+    return []
+  with open(path, encoding='utf-8') as file:
+    lines = file.read().split('\n')
+  if lines[-1]:   # the process was killed while it wrote
+    with open(path, 'w', encoding='utf-8') as file:
+      file.writelines(line + '\n' for line in lines[:-1])
+  return [json.loads(line) for line in lines[:-1]]
+
+
+if __name__ == '__main__':
+  main()
