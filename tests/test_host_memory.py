@@ -31,3 +31,33 @@ def test_large_blocks_are_kept():
                                     text=True, check=True).stdout) for how in ('keep', 'as it is')}
   assert faults['keep'] < 100
   assert faults['keep'] < faults['as it is']
+
+
+HOLES = '''
+import ctypes
+from longctx.parallel import host_memory
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+c.free.argtypes, c.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def resident():
+  with open('/proc/self/statm') as file:
+    return int(file.read().split()[1]) * 4096
+import sys
+assert getattr(host_memory, sys.argv[1])()
+before = resident()
+blocks = [c.malloc(1 << 18) for _ in range(400)]
+for block in blocks:
+  c.memset(block, 1, 1 << 18)
+for block in blocks[:-1]:   # the last stands behind the hole that the others leave
+  c.free(block)
+print(resident() - before)
+'''
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='mallopt is of glibc')
+def test_freed_blocks_go_back_though_one_behind_them_stays():
+  held = {how: int(subprocess.run([sys.executable, '-c', HOLES, how], capture_output=True, text=True,
+                                  check=True).stdout)
+          for how in ('keep_freed_memory', 'return_freed_memory')}
+  assert held['keep_freed_memory'] > 90 << 20
+  assert held['return_freed_memory'] < 10 << 20

@@ -33,9 +33,10 @@ from flax import nnx  # noqa: E402
 
 from configs import ring_32k  # noqa: E402
 from longctx import assembly, train  # noqa: E402
-from longctx.parallel import mesh  # noqa: E402
+from longctx.parallel import host_memory, mesh  # noqa: E402
 from longctx.training.loss import cross_entropy  # noqa: E402
 
+host_memory.return_freed_memory()
 config = ring_32k.get_config()
 config.data.length = config.model.max_length = args.length
 config.model.embed_dim = 256

@@ -10,7 +10,7 @@ import ctypes
 import sys
 
 # Names and numbers of <malloc.h>.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 
 
 def keep_freed_memory() -> bool:
@@ -18,10 +18,22 @@ def keep_freed_memory() -> bool:
 
   The process then keeps its peak of memory until it ends.
   """
+  return _set((M_MMAP_MAX, 0), (M_ARENA_MAX, 1), (M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> bool:
+  """The other way: what is freed goes back at once, for a step that only just fits.
+
+  Else a long step's blocks, of many sizes and threads, leave holes that no other block fits into: 13 GiB
+  held for 5 GiB in use (experiments/01_cost_of_attention/long_step.py).
+  """
+  return _set((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**16), (M_TRIM_THRESHOLD, 2**16))
+
+
+def _set(*settings: tuple[int, int]) -> bool:
   if not sys.platform.startswith('linux'):
     return False
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is None:   # musl
     return False
-  settings = ((M_MMAP_MAX, 0), (M_ARENA_MAX, 1), (M_TRIM_THRESHOLD, 2**31 - 1))
   return all(mallopt(name, value) == 1 for name, value in settings)
