@@ -19,6 +19,9 @@ The clip: over all matrices together a token's gradient has norm at most MAX_NOR
 one start do not see each other: C of them with one key are one step C times as long, and past
 theta = 1 / C a memory without a clip is thrown further at each chunk, to infinity. With it a chunk moves the
 memory by a bounded length whatever theta is. The norm costs no tensor: |g|^2 = sum_i |a_{i-1}|^2 |d_i|^2.
+It bounds the memory and not what goes back through it: where steps overshoot, the true gradient still
+grows from chunk to chunk (16 tokens of 4 keys, theta 0.3: past float32 within 100 chunks), so a large rate
+wants smaller chunks or model.truncate.
 Published code clips by a shifted tanh that lifts a gradient of norm 0 to 1/2 and divides by 0; here a
 gradient below the bound is left as it is.
 
