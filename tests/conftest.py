@@ -4,6 +4,8 @@ Compilation dominates the suite, and tiny programs gain nothing from the costly 
 but in tests that assert what a compiled program needs (the fixture `optimized`).
 """
 
+import gc
+
 import jax
 import pytest
 
@@ -18,3 +20,20 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
+
+
+MAPPINGS = 30_000   # of the 65,530 that Linux lets a process have: each compiled program takes some
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """Forgets compiled programs before a worker has too many: the compiler then crashes."""
+  yield
+  try:
+    with open('/proc/self/maps', 'rb') as file:
+      mappings = sum(1 for _ in file)
+  except OSError:   # not Linux
+    return
+  if mappings > MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
