@@ -9,8 +9,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 QUICK = {'jax_disable_most_optimizations': True, 'jax_persistent_cache_min_compile_time_secs': 0.0}
-DEFAULTS = {'jax_disable_most_optimizations': False, 'jax_compilation_cache_dir': None,
-            'jax_persistent_cache_min_compile_time_secs': 1.0}
 
 
 def _set(settings):
@@ -22,6 +20,8 @@ def _set(settings):
 @pytest.fixture(scope='module')
 def quick_compilation(tmp_path_factory):
   """Programs compiled in a third of the time, and each one once a module."""
-  _set(QUICK | {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla'))})
+  quick = QUICK | {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla'))}
+  before = {name: getattr(jax.config, name) for name in quick}
+  _set(quick)
   yield
-  _set(DEFAULTS)
+  _set(before)   # what tests/conftest.py chose: other numbers, and other times, come of others

@@ -563,7 +563,7 @@ def test_a_curriculum_cuts_the_first_rows_short_and_loses_no_token(text, tmp_pat
     (dict(), 'run.curriculum=.*counts the segments of a row, and model.name=.decoder. has none'),
 ])
 def test_a_curriculum_that_cannot_be_is_refused(text, changes, message):
-  config = make_config(text, data_length=32)
+  config = make_config(text, data_length=32, model_max_length=32)
   config.run.curriculum = (1,)
   if changes:
     config.model = configuration.base('memory').model
