@@ -59,16 +59,24 @@ def test_recurrences(tmp_path):
 
 
 def test_memories(tmp_path):
+  for i in range(12):
+    (tmp_path / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog\n' * 60)
   run = [sys.executable, ROOT / 'experiments' / '03_memories' / 'run.py', '--tier=smoke',
-         f'--out={tmp_path}']
+         f'--out={tmp_path}', f'--books={tmp_path}/*.txt']
   done = subprocess.run(run, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr
-  parts = ('recall', 'passkey', 'forms', 'inner_rate')
+  parts = ('recall', 'passkey', 'books', 'forms', 'inner_rate')
   rows = {part: [json.loads(line) for line in (tmp_path / f'{part}.jsonl').read_text().splitlines()]
           for part in parts}
   assert rows['recall'][0]['state_floats'] == 2 * 2 * 32 * 33   # layers, heads, M and z
   assert 0 <= rows['recall'][0]['accuracy_8'] <= 1
-  for part in ('recall', 'passkey'):
+  assert rows['passkey'][0]['same_bits']   # of a context that one process saved and another answered from
+  assert all(row['difference_forward'] < 1e-5 for row in rows['forms'])
+  clipped, naive = ([r for r in rows['inner_rate'] if (r['clip'] == 'inf') == is_naive]
+                    for is_naive in (False, True))
+  assert all(r['lost_after'] is None for r in clipped) and any(r['lost_after'] for r in naive)
+  assert 4 < rows['books'][0]['bits_per_byte'] < 8 and rows['books'][0]['state_floats'] == 16 * 48
+  for part in parts:
     assert (tmp_path / f'{part}.png').stat().st_size > 10_000
   again = subprocess.run([*run, '--part=recall'], capture_output=True, text=True, timeout=900)
   assert again.returncode == 0 and '"task"' not in again.stdout   # nothing was done twice

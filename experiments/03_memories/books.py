@@ -20,13 +20,14 @@ import numpy as np
 
 from configs import books_memory
 from longctx import configuration
+from longctx.training import workdir
 
 PARAMETERS, VOCAB = 3_000_000, 257
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
-  for model in args.models or models.BOOKS:
+  for model in args.models or tier['books']:
     if model in models.BOOKS:
       key = dict(model=model, steps=tier['books_steps'], debug=tier['books_debug'])
       yield key, lambda key=key: one(args.books, args.out, **key)
@@ -41,8 +42,7 @@ def at_budget(fields: dict[str, Any], parameters: int) -> Any:
 
 def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
   fields = models.BOOKS[model]
-  config = at_budget(fields, PARAMETERS)
-  given = fields if debug else fields | dict(mlp_dim=config.mlp_dim)
+  given = fields if debug else fields | dict(mlp_dim=at_budget(fields, PARAMETERS).mlp_dim)
   folder = os.path.join(out, 'books', f'{model}_{steps}')
   command = [sys.executable, '-m', 'longctx.main',
              f'--config={ROOT}/configs/books_memory.py' + ':debug' * debug, f'--workdir={folder}',
@@ -55,6 +55,7 @@ def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
   with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
     lines = [json.loads(line) for line in file]
   rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
+  config = configuration.parts(workdir.load_config(folder)).model.resolved(VOCAB)
   positions = found['modes']['full']['positions']
   return dict(parameters=config.num_parameters(), state_floats=models.state_floats(config, 0),
               bits_per_byte=found['bits_per_byte'], tokens_per_second=round(statistics.median(rates)),

@@ -5,7 +5,7 @@
     python experiments/03_memories/run.py --part=books --books='../shared/data/books/*.txt'
     python experiments/03_memories/run.py --part=forms      # orders of reading against each other
     python experiments/03_memories/run.py --part=inner_rate # Titans' step, with and without its clip
-    python experiments/03_memories/run.py --tier=smoke      # all but books, tiny, minutes
+    python experiments/03_memories/run.py --tier=smoke      # all (books with --books), tiny, minutes
 
 Each run is one line of results/<part>.jsonl; a run that is there is not done again. Then the tables of
 README.md are printed and the figures drawn from all lines.
@@ -37,14 +37,14 @@ TIERS = {
     'smoke': dict(
         seeds=(0,), rates=(3e-3,), recall=('infini',), recall_tasks=('segment_rewrite',),
         recall_steps=2, recall_pairs=(8,), passkey=('transformer_xl',), passkey_rates=(3e-3,),
-        passkey_steps=2, passkey_curriculum=(1,), passkey_segments=64, books_debug=True,
-        books_steps=2, forms=((4, 16, 32, 2),), inner_chunks=50),
+        passkey_steps=2, passkey_curriculum=(1,), passkey_segments=64, books=('rmt',),
+        books_debug=True, books_steps=6, forms=((4, 16, 32, 2),), inner_chunks=50),
     'cpu': dict(
         seeds=(0, 1), rates=(3e-3, 1e-3, 1e-2), recall=models.RECALL, recall_tasks=recall.TIMES,
         recall_steps=600, recall_pairs=recall.TESTED, passkey=models.PASSKEY,
         passkey_rates=(3e-3, 1e-3), passkey_steps=1000, passkey_curriculum=passkey.CURRICULUM,
-        passkey_segments=16_384, books_debug=False, books_steps=600, forms=forms.SHAPES,
-        inner_chunks=1000),
+        passkey_segments=16_384, books=models.BOOKS, books_debug=False, books_steps=400,
+        forms=forms.SHAPES, inner_chunks=1000),
 }
 
 
