@@ -32,8 +32,8 @@ class Tasks:
   def runs(models, tier, args) -> Runs:
     names = tuple(filter(None, args.tasks.split(','))) or tier['tasks']
     for seed, task, model, rate in itertools.product(tier['seeds'], names, models, tier['rates']):
-      key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=tier['steps'],
-                 rows=tier['rows'])
+      steps, rows = tier['learned'][task]
+      key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=steps, rows=rows)
       yield key, lambda key=key: Tasks.one(**key)
 
   @staticmethod
