@@ -21,7 +21,7 @@ from longctx.models import memory_config
 
 ORDERS = {'infini': 'parallel', 'armt': 'wavefront'}   # against 'sequential'
 # Segments, tokens of one, width, layers.
-SHAPES = ((64, 128, 64, 4), (64, 128, 128, 4), (64, 128, 256, 4), (64, 32, 128, 8))
+SHAPES = ((64, 8, 64, 2), (64, 128, 32, 2), (64, 128, 64, 4), (64, 128, 128, 4), (64, 32, 128, 8))
 ROUNDS = 7
 
 
