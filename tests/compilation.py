@@ -21,7 +21,7 @@ def _set(settings):
 def quick_compilation(tmp_path_factory):
   """Programs compiled in a third of the time, and each one once a module."""
   quick = QUICK | {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla'))}
-  before = {name: getattr(jax.config, name) for name in quick}
+  before = {name: jax.config.values[name] for name in quick}
   _set(quick)
   yield
   _set(before)   # what tests/conftest.py chose: other numbers, and other times, come of others
