@@ -75,7 +75,6 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   model = nnx.eval_shape(lambda: new_model(jax.random.key(0)))
   graphdef, abstract_params = nnx.split(model, nnx.Param)
   _check_shapes(p, model_config, model.state_grows, layout)
-  _check_dependency(p, model)
   _check_evaluation(p, model, layout)
   layout.params_sharding(abstract_params)   # refuses a mesh that does not divide a parameter
 
@@ -181,15 +180,6 @@ def _check_curriculum(p: Parts, segment: int) -> None:
   for stage in stages:
     check(stage >= 1 and whole % stage == 0, f'run.curriculum={stages}: each must divide the '
           f'{whole} segments of a row (data.length={p.data.length} / model.segment={segment})')
-
-
-def _check_dependency(p: Parts, model: nnx.Module) -> None:
-  """What a mesh cannot cut: models whose every step needs the one before, class P2."""
-  dependency = getattr(model, 'dependency', 'P0')
-  check(p.mesh.seq == 1 or dependency in ('P0', 'P1'),
-        f'mesh.seq={p.mesh.seq}: model.name={p.model.name!r} cannot be cut along the sequence, each '
-        f'step needs the one before (dependency class {dependency}); set mesh.seq=1 and give the '
-        'devices to mesh.data')
 
 
 def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:

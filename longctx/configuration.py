@@ -118,9 +118,21 @@ def parts(config: ml_collections.ConfigDict) -> Parts:
   name = model.get('name', 'decoder')
   check(name in MODELS, f'model.name={name!r}: must be one of {", ".join(MODELS)}'
         f'{nearest(name, MODELS)}')
+  model = build('model', MODELS[name][0], model)
+  # Before the mesh is asked whether its layout fits such a cut.
+  _check_dependency(model, config.get('mesh', {}).get('seq', 1))
   built = {section: build(section, part, dict(config.get(section, {})))
            for section, part in SECTIONS.items()}
-  return Parts(seed=seed, model=build('model', MODELS[name][0], model), **built)
+  return Parts(seed=seed, model=model, **built)
+
+
+def _check_dependency(model: Any, cuts: Any) -> None:
+  """What a mesh cannot cut: models whose every step needs the one before, class P2 or P3."""
+  dependency = max(layer.dependency for layer in model.layer_facts(1))
+  check(cuts == 1 or dependency in ('P0', 'P1'),
+        f'mesh.seq={cuts}: model.name={model.name!r} cannot be cut along the sequence, each step needs '
+        f'the one before (dependency class {dependency}); set mesh.seq=1 and give the devices to '
+        'mesh.data')
 
 
 def build(section: str, part: type, values: dict[str, Any]) -> Any:

@@ -56,6 +56,23 @@ def test_linear_takes_any_dims_in_front(shape):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize('function, plain', [(layers.scaled, np.multiply), (layers.shifted, np.add)])
+@pytest.mark.parametrize('shape, dims', [((7,), 1), ((2, 5, 3), 1), ((2, 5, 3, 4), 2)])
+def test_scaled_and_shifted_are_their_definition_and_so_are_their_gradients(
+    shape, dims, function, plain, dtype, tolerance):
+  x, g, w = draw(*shape, dtype=dtype), draw(*shape, seed=1, dtype=dtype), draw(*shape[-dims:], seed=2)
+  y, (dx, dw) = gradients(function, x, w, cotangent=g)
+  assert (y.dtype, dx.dtype, dw.dtype, dw.shape) == (dtype, dtype, jnp.float32, w.shape)
+  by_factor = (lambda a: a * numbers(w), lambda a: a * numbers(x))
+  to_x, to_w = by_factor if plain is np.multiply else (lambda a: a,) * 2
+  at = dict(rtol=tolerance, atol=4 * tolerance)
+  np.testing.assert_allclose(numbers(y), plain(numbers(x), numbers(w)), **at)
+  np.testing.assert_allclose(numbers(dx), to_x(numbers(g)), **at)
+  rows = tuple(range(len(shape) - dims))
+  np.testing.assert_allclose(dw, to_w(numbers(g)).sum(rows), **at)
+
+
 def test_gated_is_silu_times_x_and_so_is_its_gradient():
   gate, x, g = 3 * draw(4, 50), draw(4, 50, seed=1), draw(4, 50, seed=2)
   y, (dgate, dx) = gradients(layers.gated, gate, x, cotangent=g)

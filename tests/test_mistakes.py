@@ -344,10 +344,14 @@ def test_a_mistake_in_a_field(tmp_path, capfd, overrides, expected):
   assert not (tmp_path / 'w').exists()   # a mistake leaves no folder behind
 
 
-def test_a_sequence_cut_of_an_lstm(tmp_path, capfd):
-  check_mistake(main, [LSTM, '--config.mesh.seq=2', '--config.mesh.layout=sequence',
+@pytest.mark.parametrize('layout', [[], ['--config.mesh.layout=sequence']])
+@pytest.mark.parametrize('config, name', [
+    (LSTM, 'lstm'), (LSTM, 'elman'), (LSTM, 'gru'), (LSTM, 'slstm'),
+    (LSTM.replace('lstm.py', 'lstm_ptb_medium.py'), 'lstm')])
+def test_a_sequence_cut_of_a_cell(tmp_path, capfd, config, name, layout):
+  check_mistake(main, [config, f'--config.model.name={name}', '--config.mesh.seq=2', *layout,
                        f'--workdir={tmp_path}/w'],
-                ["mesh.seq=2: model.name='lstm' cannot be cut along the sequence",
+                [f'mesh.seq=2: model.name={name!r} cannot be cut along the sequence',
                  'set mesh.seq=1 and give the devices to mesh.data'], capfd)
 
 

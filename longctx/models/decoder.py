@@ -116,11 +116,6 @@ class Decoder(nnx.Module):
     """Whether the state needs room for every token: some layer sees the whole document."""
     return 0 in self.config.windows
 
-  @property
-  def dependency(self) -> str:
-    """Of the layers, the class that may do the least side by side; see models/mixers/base.py."""
-    return max((MIXERS[m].dependency for m in self.config.layers if m != 'attention'), default='P0')
-
   def init_state(self, batch_size: int, capacity: int = 0) -> State:
     """An empty state. `capacity` in tokens: how long the document may get (0: max_length).
 

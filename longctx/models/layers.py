@@ -66,6 +66,51 @@ def _linear_backward(residuals, grad):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def _sum_rows(x: jax.Array, dims: int) -> jax.Array:
+  """Sum over all but the last `dims` dims, float32, as a product with ones.
+
+  The sum that XLA:CPU fuses with its factors walks down the columns and takes ten times as long; where
+  such a product would be slow, compilers make a sum of it.
+  """
+  rows = tuple(range(x.ndim - dims))
+  return jax.lax.dot_general(jnp.ones([x.shape[i] for i in rows], x.dtype), x, ((rows, rows), ((), ())),
+                             precision=jax.lax.Precision.HIGHEST,
+                             preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def scaled(x: jax.Array, w: jax.Array) -> jax.Array:
+  """x [..., C] * w [C] in x's type; w may have more of x's last dims. Its gradient is a `_sum_rows`."""
+  return x * w.astype(x.dtype)
+
+
+def _scaled_forward(x, w):
+  return scaled(x, w), (x, w)
+
+
+def _scaled_backward(residuals, grad):
+  x, w = residuals
+  return grad * w.astype(grad.dtype), _sum_rows(grad * x, w.ndim).astype(w.dtype)
+
+
+@jax.custom_vjp
+def shifted(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x [..., C] + bias [C], as `scaled`."""
+  return x + bias.astype(x.dtype)
+
+
+def _shifted_forward(x, bias):
+  return shifted(x, bias), bias
+
+
+def _shifted_backward(bias, grad):
+  return grad, _sum_rows(grad, bias.ndim).astype(bias.dtype)
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
 class Embedding(nnx.Module):
   """A table [V, D]: tokens to vectors, and, where tied, vectors to logits."""
 
@@ -86,7 +131,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-    return (y * self.scale.get_value()).astype(x.dtype)
+    return scaled(y, self.scale.get_value()).astype(x.dtype)
 
 
 def rotary_angles(position_BT: jax.Array, head_dim: int, base: float

@@ -280,7 +280,6 @@ class Recurrent(nnx.Module):
   """The language model: hidden, state = model(tokens, state, ...); logits = model.logits(hidden)."""
 
   state_grows = False
-  dependency = 'P2'   # each step needs the one before: the sequence cannot be cut over devices
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     check(not config.bidirectional, 'model.bidirectional=True: a language model must not see the '

@@ -35,8 +35,8 @@ from longctx.recurrence.documents import (
 )
 from longctx.recurrence.triangular import decayed_pairs, inverse, sums_around
 
-CHUNKS = {'cpu': 64, '': 64}
-CHANNEL_CHUNKS = {'cpu': 16, '': 64}   # where decays have channels
+CHUNKS = {'cpu': 32, '': 64}
+CHANNEL_CHUNKS = {'cpu': 32, '': 64}   # where decays have channels
 FLOOR = -88.0   # exp of it is below the smallest normal float32
 
 

@@ -28,7 +28,7 @@ from longctx.recurrence.delta import FLOOR
 from longctx.recurrence.documents import chunk_size, documents, from_chunks, to_chunks
 from longctx.recurrence.triangular import decayed_pairs, inverse, sums_around
 
-CHUNKS = {'cpu': 16, '': 64}
+CHUNKS = {'cpu': 32, '': 64}
 
 
 class Inputs(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.models.context import Context
-from longctx.models.layers import RMSNorm, constant, linear, normal, param
+from longctx.models.layers import RMSNorm, constant, linear, normal, param, shifted
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.gated_delta import State, rate_init, step_init
 from longctx.models.mixers.qkv import QKV, check_chunk, head_dims, merge, project
@@ -70,12 +70,12 @@ class KDA(nnx.Module):
     q, k, v, tail = self.qkv(x_BTD, state.conv, context)
     beta = self.most * jax.nn.sigmoid(linear(x_BTD, self.w_beta.get_value()).astype(jnp.float32))
     low_rank = lambda first, second: project(linear(x_BTD, first.get_value()), second.get_value())
-    step = jax.nn.softplus(low_rank(self.w_decay_in, self.w_decay_out).astype(jnp.float32)
-                           + self.dt_bias.get_value().reshape(H, K))
+    step = jax.nn.softplus(shifted(low_rank(self.w_decay_in, self.w_decay_out).astype(jnp.float32),
+                                   self.dt_bias.get_value().reshape(H, K)))
     log_decay = -jnp.exp(self.a_log.get_value())[:, None] * step
     out_BTHV, memory = over_sequence(
         self.kernel, Inputs(q, k, v, beta, log_decay, context.reset_BT, context.valid_BT),
         state.memory)
-    bias = self.bias_gate.get_value().reshape(H, V).astype(x_BTD.dtype)
-    gate_BTHV = jax.nn.sigmoid(low_rank(self.w_gate_in, self.w_gate_out) + bias)
+    gate_BTHV = jax.nn.sigmoid(shifted(low_rank(self.w_gate_in, self.w_gate_out),
+                                       self.bias_gate.get_value().reshape(H, V)))
     return merge(self.norm(out_BTHV) * gate_BTHV, self.w_out.get_value()), State(memory, tail)

@@ -27,7 +27,7 @@ from flax import nnx
 
 from longctx.errors import check
 from longctx.models.context import Context
-from longctx.models.layers import constant, linear, normal, param
+from longctx.models.layers import constant, linear, normal, param, scaled, shifted
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk, merge, project
 from longctx.parallel.mesh import constrain
@@ -163,8 +163,8 @@ class GLA(Decayed):
     H, K, _ = self.dims
     low_BTR = linear(x_BTD, self.w_gate_in.get_value())
     logits = project(low_BTR, self.w_gate_out.get_value()).astype(jnp.float32)
-    logits += self.gate_bias.get_value().reshape(H, K)
+    logits = shifted(logits, self.gate_bias.get_value().reshape(H, K))
     return run(q * K ** -0.5, k, v, jax.nn.log_sigmoid(logits) / GATE_ROOT)
 
   def norm(self, out_BTHV):
-    return super().norm(out_BTHV) * self.norm_scale.get_value()
+    return scaled(super().norm(out_BTHV), self.norm_scale.get_value())

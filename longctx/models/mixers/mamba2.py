@@ -22,7 +22,7 @@ from flax import nnx
 
 from longctx.errors import check
 from longctx.models.context import Context
-from longctx.models.layers import constant, linear, normal, param
+from longctx.models.layers import constant, linear, normal, param, scaled
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
@@ -130,7 +130,8 @@ class Mamba2(nnx.Module):
     y_BTHP, S = over_sequence(self.kernel, decay.Inputs(
         q_BTGN, k_BTGN, (dt_BTH[..., None] * x_BTHP).astype(dtype),
         -jnp.exp(self.A_log.get_value()) * dt_BTH, context.reset_BT, context.valid_BT), state.S)
-    y_BTHP += self.D.get_value().astype(dtype)[:, None] * x_BTHP
+    D_HP = jnp.broadcast_to(self.D.get_value()[:, None], x_BTHP.shape[2:])
+    y_BTHP += scaled(x_BTHP, D_HP)
     w_out = self.w_out.get_value()
     out_BTD = linear(self.norm(y_BTHP.reshape(B, T, -1), z), w_out.reshape(-1, D))
     return mesh.constrain(out_BTD, 'batch', 'length', None), State(S, *tails)
@@ -140,4 +141,4 @@ class Mamba2(nnx.Module):
     gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
     grouped = gated.reshape(*y.shape[:2], self.groups, -1)
     grouped *= jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + self.epsilon)
-    return (grouped.reshape(y.shape) * self.norm_scale.get_value()).astype(y.dtype)
+    return scaled(grouped.reshape(y.shape), self.norm_scale.get_value()).astype(y.dtype)

@@ -22,7 +22,7 @@ from flax import nnx
 
 from longctx.errors import check
 from longctx.models.context import Context
-from longctx.models.layers import constant, linear, normal, param
+from longctx.models.layers import constant, linear, normal, param, scaled
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
@@ -94,7 +94,6 @@ class MLSTMBlock(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, state: State, context: Context
                ) -> tuple[jax.Array, State]:
-    value = lambda p: p.get_value().astype(x_BTD.dtype)
     u_BTE, z_BTE = (constrain(linear(x_BTD, self.w_up.get_value()[:, i]), 'batch', 'length', 'heads')
                     for i in range(2))
     c_BTE, tail = u_BTE, state.conv
@@ -111,7 +110,7 @@ class MLSTMBlock(nnx.Module):
         self.kernel, mlstm.Inputs(heads(q), heads(k) * K ** -0.5, heads(v), log_input,
                                   jax.nn.log_sigmoid(forget), context.reset_BT, context.valid_BT),
         state.memory)
-    y_BTE = (self._norm(h_BTHK) + value(self.skip) * c_BTE) * jax.nn.silu(z_BTE)
+    y_BTE = (self._norm(h_BTHK) + scaled(c_BTE, self.skip.get_value())) * jax.nn.silu(z_BTE)
     y_BTD = linear(y_BTE, self.w_down.get_value())
     return constrain(y_BTD, 'batch', 'length', None), State(memory, tail)
 
@@ -132,4 +131,4 @@ class MLSTMBlock(nnx.Module):
     h = h_BTHK.astype(jnp.float32)
     h -= h.mean(-1, keepdims=True)
     h *= jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.epsilon)
-    return (h.reshape(*h.shape[:2], -1) * self.scale.get_value()).astype(h_BTHK.dtype)
+    return scaled(h.reshape(*h.shape[:2], -1), self.scale.get_value()).astype(h_BTHK.dtype)

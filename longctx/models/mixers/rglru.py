@@ -22,7 +22,7 @@ from flax import nnx
 
 from longctx.errors import check
 from longctx.models.context import Context
-from longctx.models.layers import constant, linear, normal, param
+from longctx.models.layers import constant, linear, normal, param, scaled, shifted
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel.mesh import constrain
@@ -112,10 +112,10 @@ class RGLRU(nnx.Module):
   def __call__(self, x_BTD: jax.Array, state: State, context: Context
                ) -> tuple[jax.Array, State]:
     dtype = x_BTD.dtype
-    value = lambda p: p.get_value().astype(dtype)
     w_in = self.w_in.get_value()
-    u_BTE = constrain(linear(x_BTD, w_in[:, 0]) + value(self.bias_x), 'batch', 'length', 'recurrent')
-    y_BTE = jax.nn.gelu(linear(x_BTD, w_in[:, 1]) + value(self.bias_y))
+    u_BTE = constrain(shifted(linear(x_BTD, w_in[:, 0]), self.bias_x.get_value()), 'batch', 'length',
+                      'recurrent')
+    y_BTE = jax.nn.gelu(shifted(linear(x_BTD, w_in[:, 1]), self.bias_y.get_value()))
     tail = state.conv
     if self.conv is not None:
       u_BTE, tail = self.conv(u_BTE, tail, context)
@@ -123,7 +123,8 @@ class RGLRU(nnx.Module):
     a_BTE, b_BTE = self.coefficients(u_BTE, first_BT1)
     h_BTE, h_BE = over_sequence(
         self.kernel, Inputs(a_BTE, b_BTE, context.reset_BT, context.valid_BT), state.h)
-    out_BTD = linear(h_BTE.astype(dtype) * y_BTE, self.w_out.get_value()) + value(self.bias_out)
+    out_BTD = shifted(linear(h_BTE.astype(dtype) * y_BTE, self.w_out.get_value()),
+                      self.bias_out.get_value())
     return constrain(out_BTD, 'batch', 'length', None), State(h_BE, tail)
 
   def coefficients(self, u_BTE: jax.Array, first_BT1: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -133,8 +134,8 @@ class RGLRU(nnx.Module):
     u_BTHI = u_BTE.reshape(*u_BTE.shape[:2], H, -1)
     gates = jnp.einsum('BTHI,IGHJ->GBTHJ', u_BTHI, w_IGHJ.astype(u_BTE.dtype),
                        preferred_element_type=jnp.float32).reshape(2, *u_BTE.shape[:2], E)
-    r_BTE = jax.nn.sigmoid(gates[0] + self.bias_r.get_value())
-    i_BTE = jax.nn.sigmoid(gates[1] + self.bias_i.get_value())
-    log_a_BTE = -SCALE * r_BTE * jax.nn.softplus(self.decay.get_value())
+    r_BTE = jax.nn.sigmoid(shifted(gates[0], self.bias_r.get_value()))
+    i_BTE = jax.nn.sigmoid(shifted(gates[1], self.bias_i.get_value()))
+    log_a_BTE = scaled(r_BTE, -SCALE * jax.nn.softplus(self.decay.get_value()))
     factor = jnp.where(first_BT1, 1.0, bounded_sqrt(-jnp.expm1(2 * log_a_BTE)))
     return jnp.exp(log_a_BTE), factor * i_BTE * u_BTE.astype(jnp.float32)

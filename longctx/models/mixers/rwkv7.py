@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.models.context import Context
-from longctx.models.layers import constant, linear, normal, param
+from longctx.models.layers import constant, linear, normal, param, scaled, shifted
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk, head_dims, merge, project, unit
 from longctx.models.mixers.short_conv import empty_tail, previous
@@ -116,24 +116,25 @@ class RWKV7(nnx.Module):
     wide = lambda x: x.astype(jnp.float32)
     by_head = lambda p, size: p.get_value().reshape(H, size)
     (before_BTD,), tail = previous(x_BTD, state.previous, context)
-    mixed = lambda name: x_BTD + self.mix[name].get_value().astype(dtype) * (before_BTD - x_BTD)
+    mixed = lambda name: x_BTD + scaled(before_BTD - x_BTD, self.mix[name].get_value())
     low_rank = lambda x, first, second, between=lambda z: z: project(
         between(linear(x, first.get_value())), second.get_value())
     r = wide(project(mixed('r'), self.w_r.get_value()))
     k = wide(project(mixed('k'), self.w_k.get_value()))
     v = project(mixed('v'), self.w_v.get_value())
-    log_decay = -SCALE * jax.nn.sigmoid(by_head(self.bias_decay, K) + wide(
-        low_rank(mixed('w'), self.w_decay_in, self.w_decay_out, jnp.tanh)))
-    rate = jax.nn.sigmoid(by_head(self.bias_rate, K) + wide(
-        low_rank(mixed('a'), self.w_rate_in, self.w_rate_out)))
+    log_decay = -SCALE * jax.nn.sigmoid(shifted(wide(
+        low_rank(mixed('w'), self.w_decay_in, self.w_decay_out, jnp.tanh)), by_head(self.bias_decay, K)))
+    rate = jax.nn.sigmoid(shifted(wide(
+        low_rank(mixed('a'), self.w_rate_in, self.w_rate_out)), by_head(self.bias_rate, K)))
     gate = low_rank(mixed('g'), self.w_gate_in, self.w_gate_out, jax.nn.sigmoid)
-    erase = unit(k * by_head(self.k_k, K))
-    k = k * (1 + (rate - 1) * by_head(self.k_a, K))
+    erase = unit(scaled(k, by_head(self.k_k, K)))
+    k = k * (1 + scaled(rate - 1, by_head(self.k_a, K)))
     out_BTHV, memory = over_sequence(
         self.kernel, Inputs(r.astype(dtype), k.astype(dtype), v, erase.astype(dtype), rate,
                             log_decay, context.reset_BT, context.valid_BT), state.memory)
-    bonus = jnp.sum(r * k * by_head(self.r_k, K), axis=-1, keepdims=True) * wide(v)
-    out = self._norm(wide(out_BTHV)) * by_head(self.scale, V) + by_head(self.bias, V) + bonus
+    bonus = jnp.sum(scaled(r * k, by_head(self.r_k, K)), axis=-1, keepdims=True) * wide(v)
+    out = scaled(self._norm(wide(out_BTHV)), by_head(self.scale, V))
+    out = shifted(out, by_head(self.bias, V)) + bonus
     return merge(out.astype(dtype) * gate, self.w_out.get_value()), State(memory, tail)
 
   def _norm(self, out_BTHV: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.models.context import Context
-from longctx.models.layers import param
+from longctx.models.layers import param, scaled, shifted
 from longctx.parallel.state_scan import earlier
 
 
@@ -61,9 +61,8 @@ class ShortConv(nnx.Module):
 
   def __call__(self, x_BTC: jax.Array, tail_BWC: jax.Array, context: Context
                ) -> tuple[jax.Array, jax.Array]:
-    taps = self.taps.get_value().astype(x_BTC.dtype)
     before, tail_BWC = previous(x_BTC, tail_BWC, context, self.dims)
-    y_BTC = sum(x * tap for x, tap in zip((x_BTC, *before), taps))
+    y_BTC = sum(scaled(x, tap) for x, tap in zip((x_BTC, *before), self.taps.get_value()))
     if self.bias is not None:
-      y_BTC += self.bias.get_value().astype(x_BTC.dtype)
+      y_BTC = shifted(y_BTC, self.bias.get_value())
     return y_BTC, tail_BWC
