@@ -29,10 +29,14 @@ class Tasks:
   """Recall and state tracking: two layers of width 64, no MLP, a grid of learning rates, two seeds."""
 
   @staticmethod
-  def runs(models, tier, args) -> Runs:
+  def runs(models, tier, args, done) -> Runs:
+    """With tier['only_best'], seeds after the first only at the rate that was best with it."""
     names = tuple(filter(None, args.tasks.split(','))) or tier['tasks']
     for seed, task, model, rate in itertools.product(tier['seeds'], names, models, tier['rates']):
       steps, rows = tier['learned'][task]
+      first = [r for r in done if (r['task'], r['model'], r['seed']) == (task, model, tier['seeds'][0])]
+      if seed != tier['seeds'][0] and tier.get('only_best') and Tasks.best_rate(first) != rate:
+        continue
       key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=steps, rows=rows)
       yield key, lambda key=key: Tasks.one(**key)
 
@@ -59,12 +63,16 @@ class Tasks:
     found = {}
     for task, model in dict.fromkeys((r['task'], r['model']) for r in rows):
       mine = [r for r in rows if (r['task'], r['model']) == (task, model)]
-      name = f'accuracy_{LENGTHS[task][0]}'
-      mean = lambda rate, mine=mine, name=name: np.mean(
-          [r[name] for r in mine if r['learning_rate'] == rate])
-      rate = max({r['learning_rate'] for r in mine}, key=mean)
+      rate = Tasks.best_rate(mine)
       found[task, model] = [r for r in mine if r['learning_rate'] == rate]
     return found
+
+  @staticmethod
+  def best_rate(rows: list[dict]) -> float:
+    """Of one task and model: the rate of the best mean accuracy where it was trained."""
+    name = f'accuracy_{LENGTHS[rows[0]["task"]][0]}'
+    mean = lambda rate: np.mean([r[name] for r in rows if r['learning_rate'] == rate])
+    return max({r['learning_rate'] for r in rows}, key=mean)
 
   @staticmethod
   def table(rows: list[dict]) -> str:
@@ -107,10 +115,11 @@ class Tasks:
 class Text:
   """Characters of one text at equal parameters and tokens: bits per byte, and what it cost."""
 
-  PARAMETERS, LENGTH, ROWS = 800_000, 256, 16
+  PARAMETERS, LENGTH, ROWS = 800_000, 256, 8
 
   @staticmethod
-  def runs(models, tier, args) -> Runs:
+  def runs(models, tier, args, done) -> Runs:
+    del done
     text = read_text(args.text)
     for model in models:
       key = dict(model=model, steps=tier['text_steps'], learning_rate=3e-3, seed=0)
@@ -144,7 +153,7 @@ class Text:
 
   @staticmethod
   def table(rows: list[dict]) -> str:
-    lines = ['| model | parameters | bits per byte, held out | tokens/s |', '|---|---|---|---|']
+    lines = ['| model | parameters | bits per byte, held out | tokens/s of CPU |', '|---|---|---|---|']
     return '\n'.join(lines + [
         f'| {r["model"]} | {r["parameters"]:,} | {r["bits_per_byte"]:.3f} | '
         f'{r["tokens_per_second"]:,} |' for r in sorted(rows, key=lambda r: r['bits_per_byte'])])
@@ -153,7 +162,7 @@ class Text:
   def draw(rows: list[dict], path: str) -> None:
     def panels(figure):
       axes = figure.subplots(1, 2)
-      for axis, column, label in zip(axes, (0, 2), ('tokens', 'seconds')):
+      for axis, column, label in zip(axes, (0, 2), ('tokens', 'CPU seconds')):
         for r in rows:
           axis.plot([c[column] for c in r['curve']], [c[1] for c in r['curve']], linewidth=1,
                     label=r['model'])
@@ -168,8 +177,8 @@ class Stream:
   CHUNK = 1024
 
   @staticmethod
-  def runs(models, tier, args) -> Runs:
-    del args
+  def runs(models, tier, args, done) -> Runs:
+    del args, done
     for model in models:
       if model not in (small_models.ATTENTION, small_models.GRIFFIN):
         key = dict(model=model, tokens=tier['stream'])

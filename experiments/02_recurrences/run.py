@@ -22,15 +22,15 @@ import parts  # noqa: E402
 import small_models  # noqa: E402
 
 # Of the tasks: (batches, rows of one). States are tracked sooner than pairs are recalled, or not at all.
-LEARNED = {'mqar': (1000, 64), 'selective_copy': (1000, 64), 'parity': (400, 32), 's3': (400, 32)}
+LEARNED = {'mqar': (1000, 64), 'selective_copy': (1000, 32), 'parity': (400, 32), 's3': (400, 32)}
 TIERS = {
     'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,),
                   learned={'mqar': (2, 64)}, text_steps=2, text_batches=1, stream=16 * 1024),
     'hour': dict(models=small_models.NAMES, task_models=small_models.TELLING,
                  tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2), seeds=(0, 1), learned=LEARNED,
-                 text_steps=150, text_batches=12, stream=1 << 20),
+                 only_best=True, text_steps=600, text_batches=24, stream=1 << 20),
     'cpu': dict(models=small_models.NAMES, tasks=tuple(parts.LENGTHS), rates=(1e-3, 3e-3, 1e-2),
-                seeds=(0, 1), learned=LEARNED, text_steps=1500, text_batches=24, stream=1 << 20),
+                seeds=(0, 1), learned=LEARNED, text_steps=3000, text_batches=48, stream=1 << 20),
 }
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     path = os.path.join(args.out, f'{name}.jsonl')
     done = read(path)
     models = chosen or (name == 'tasks' and tier.get('task_models')) or tier['models']
-    for key, work in parts.PARTS[name].runs(models, tier, args):
+    for key, work in parts.PARTS[name].runs(models, tier, args, done):
       if any(all(row[k] == v for k, v in key.items()) for row in done):
         continue
       row = key | work()
