@@ -22,6 +22,7 @@ from longctx.models import (
   segments,
 )
 from longctx.models.memories import base as memories
+from longctx.models.mixers import MIXERS
 
 VOCAB, BATCH, LENGTH = 29, 2, 24
 
@@ -124,6 +125,12 @@ def run_split(call, state, edges, **arrays):
 
 # Pieces of 8 and of 1 token only: each length compiles once a model.
 SPLITS = {'uneven': (0, 8, 9, 10, 18, 19, 20, 21, 22, 23, 24), 'one by one': tuple(range(25))}
+
+
+def test_every_mixer_and_cell_is_held_to_these_laws():
+  layers = {layer for config in MODELS.values() for layer in getattr(config, 'layers', ())}
+  assert set(MIXERS) <= layers
+  assert set(recurrent.CELLS) <= {config.name for config in MODELS.values()}
 
 
 @pytest.mark.parametrize('split', SPLITS)
