@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx.recurrence import chunks
 from longctx.recurrence.elementwise import CHUNKS, Elementwise, Inputs
 from tests import kernel_laws, oracles
 
@@ -66,8 +67,10 @@ def test_state_and_output_are_float32_whatever_the_inputs():
   np.testing.assert_array_equal(out, kernel_laws.compiled(FORMS['chunked'])(exact, state)[0])
 
 
-def test_chunks_by_platform():
+def test_chunks_and_form_by_platform(monkeypatch):
   long = Inputs(jnp.ones((1, 600, 1)), jnp.ones((1, 600, 1)), None, None)
   loop = lambda kernel: str(jax.make_jaxpr(kernel.finish)(kernel.prepare(long), jnp.zeros((1, 1))))
   assert loop(Elementwise()) == loop(Elementwise('chunked', CHUNKS['cpu']))
   assert loop(Elementwise()) != loop(Elementwise('chunked', CHUNKS['cpu'] // 2))
+  monkeypatch.setattr(chunks, 'platform', lambda: 'gpu')
+  assert loop(Elementwise()) == loop(Elementwise('scan')) != loop(Elementwise('chunked'))

@@ -206,6 +206,10 @@ def test_a_leaf_without_a_type_cannot_be_overridden(tmp_path, capfd):
 # --- Overrides of fields: what can be known from the config alone.
 
 FIELDS = [
+    ('model.mixer_negative=True', "model.mixer_negative=True: is read by delta_net, gated_delta, kda "
+     'only', 'set model.mixer_negative=False'),
+    ('model.layers=("rglru",) model.mixer_key_dim=8', 'model.mixer_key_dim=8: is read by',
+     "model.layers=('rglru',)"),
     # Names.
     ('modle.num_layers=3', 'modle.num_layers: no such field (did you mean "model.num_layers"?); a '
      'config has data, evaluation, loss'),

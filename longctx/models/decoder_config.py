@@ -102,6 +102,12 @@ class Config:
       check(self.num_layers % len(pattern) == 0,
             f'model.{name}={pattern}: its length must divide model.num_layers='
             f'{self.num_layers}; the pattern repeats over the layers')
+    for name in ('key_dim', 'value_dim', 'width', 'conv', 'negative'):
+      field, readers = f'mixer_{name}', [m for m in MIXERS if name in MIXERS[m].reads]
+      default = type(self).__dataclass_fields__[field].default
+      check(getattr(self, field) == default or set(readers) & set(self.layers),
+            f'model.{field}={getattr(self, field)}: is read by {", ".join(readers)} only, none of which '
+            f'is in model.layers={self.layers}; set model.{field}={default}')
     self.mixer_costs()   # refuses sizes that a mixer cannot have
 
   def widths(self) -> dict[str, int]:

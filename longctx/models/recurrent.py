@@ -105,8 +105,9 @@ class Config:
     costs, n = self.layer_costs(), self.directions
     sums = [costs[i:i + n] for i in range(0, len(costs), n)]
     total = lambda layer, name: sum(getattr(c, name) for c in layer)
-    return [LayerFacts(self.name, 'P2', total(layer, 'parameters'), 2.0 * total(layer, 'matrices'),
-                       total(layer, 'state')) for layer in sums]
+    return [LayerFacts(self.name, 'P2', total(layer, 'parameters'),
+                       2.0 * total(layer, 'matrices') + total(layer, 'flops'), total(layer, 'state'))
+            for layer in sums]
 
   windows = ()   # no layer of it attends
 

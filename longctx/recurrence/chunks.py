@@ -3,9 +3,13 @@
 Held by: tests/test_elementwise.py, tests/test_decay.py.
 """
 
+from typing import TypeVar
+
 import jax
 
 from longctx.parallel import mesh
+
+Choice = TypeVar('Choice', int, str)
 
 
 def platform() -> str:
@@ -14,6 +18,6 @@ def platform() -> str:
   return layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
 
 
-def choose(chunk: int, by_platform: dict[str, int]) -> int:
-  """`chunk`, or where it is 0 the platform's; the table's entry '' is for platforms not named."""
-  return chunk or by_platform.get(platform(), by_platform[''])
+def choose(given: Choice, by_platform: dict[str, Choice]) -> Choice:
+  """`given`, or where it is 0 or '' the platform's; the table's entry '' is for platforms not named."""
+  return given or by_platform.get(platform(), by_platform[''])

@@ -27,6 +27,8 @@ from longctx.recurrence import chunks
 # CPU: measured at T 4096, E 512 (experiments/02_recurrences). Else the fewest dependent steps for
 # some thousand tokens, T/C + 2C.
 CHUNKS = {'cpu': 256, '': 64}
+# A GPU pays for every step of a loop over a chunk with a launch; log2(T) rounds are fewer. Not timed.
+FORMS = {'gpu': 'scan', '': 'chunked'}
 
 
 class Inputs(NamedTuple):
@@ -42,7 +44,7 @@ class Inputs(NamedTuple):
 class Elementwise:
   """The kernel that `state_scan.over_sequence` runs; its state is h_BE, float32."""
 
-  form: str = 'chunked'          # sequential | chunked | scan
+  form: str = 'auto'             # auto: by platform | sequential | chunked | scan
   chunk: int = 0                 # 0: by platform
 
   cut = 'recurrent'
@@ -75,9 +77,10 @@ class Elementwise:
 
   def run(self, a_BTE: jax.Array, b_BTE: jax.Array, h_BE: jax.Array) -> jax.Array:
     chunk = chunks.choose(self.chunk, CHUNKS)
-    if self.form == 'scan':
+    form = chunks.choose('' if self.form == 'auto' else self.form, FORMS)
+    if form == 'scan':
       return scan(a_BTE, b_BTE, h_BE)
-    if self.form == 'sequential' or a_BTE.shape[1] <= chunk:
+    if form == 'sequential' or a_BTE.shape[1] <= chunk:
       return sequential(a_BTE, b_BTE, h_BE)
     return chunked(chunk, a_BTE, b_BTE, h_BE)
 

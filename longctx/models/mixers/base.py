@@ -5,7 +5,8 @@
     y_BTD, state = mixer(x_BTD, state, context)     any T; context: models/context.py
 
 Class attributes: `dependency` (P0: its tokens are computed side by side, so the sequence may be cut
-over devices; P2: one after the other). Static method `cost(settings)`: parameters, arithmetic and
+over devices; P2: one after the other), `reads` (the settings of its sizes and of its rule that it
+looks at). Static method `cost(settings)`: parameters, arithmetic and
 state in closed form. The table is MIXERS in longctx/models/mixers/__init__.py.
 Held by: tests/test_models.py (every law), tests/test_mixers.py (published layers).
 """

@@ -27,6 +27,7 @@ class DeltaNet(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = QKV.reads
 
   @staticmethod
   def cost(settings: Settings) -> Cost:

@@ -52,6 +52,7 @@ class GatedDelta(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = QKV.reads
 
   @staticmethod
   def cost(settings: Settings) -> Cost:

@@ -32,6 +32,7 @@ class KDA(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = QKV.reads
 
   @staticmethod
   def cost(settings: Settings) -> Cost:

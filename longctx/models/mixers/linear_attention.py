@@ -62,6 +62,7 @@ class Decayed(nnx.Module):
   """What the three share: projections to heads and back, and the sum itself."""
 
   dependency = 'P0'
+  reads = ('key_dim', 'value_dim')
   name: str
   key_factor, value_factor = 1.0, 1
   gated = True         # whether silu(x W_g) multiplies the normed output

@@ -70,6 +70,7 @@ class Mamba2(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = ('key_dim', 'value_dim', 'conv')
 
   @staticmethod
   def cost(settings: Settings, groups: int = 1) -> Cost:

@@ -49,6 +49,7 @@ class Minimal(nnx.Module):
   """What both cells share; `gates` logits stand before the candidate's."""
 
   dependency = 'P0'
+  reads = ('width', 'conv')
   gates: int
 
   @classmethod
@@ -62,8 +63,7 @@ class Minimal(nnx.Module):
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, E = settings.dim, settings.width or 2 * settings.dim
-    self.kernel = Elementwise('chunked' if settings.form == 'auto' else settings.form,
-                              settings.chunk)
+    self.kernel = Elementwise(settings.form, settings.chunk)
     self.dim, self.width, self.taps = D, E, settings.conv
     self.conv = ShortConv(D, settings.conv, rngs=rngs) if settings.conv > 1 else None
     self.w_in = param(rngs, normal(settings.std), (D, self.gates + 1, E),

@@ -55,6 +55,7 @@ class MLSTMBlock(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = ('width', 'conv')
 
   @staticmethod
   def cost(settings: Settings) -> Cost:

@@ -60,6 +60,8 @@ def merge(y_BTHV: jax.Array, w_HVD: jax.Array) -> jax.Array:
 class QKV(nnx.Module):
   """q, k, v, tail = qkv(x, tail, context); q of length K^-1/2, k of length 1."""
 
+  reads = ('key_dim', 'value_dim', 'conv', 'negative')   # of the layers around it
+
   @staticmethod
   def cost(settings: Settings, dims: tuple[int, int, int]) -> tuple[int, int, int]:
     """(matrices, parameters of the convolution, floats of its state)."""

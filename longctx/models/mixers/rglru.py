@@ -73,6 +73,7 @@ class RGLRU(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = ('width', 'conv')
 
   @staticmethod
   def cost(settings: Settings) -> Cost:
@@ -86,8 +87,7 @@ class RGLRU(nnx.Module):
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, E, H = settings.dim, width(settings), settings.num_heads
     zeros = lambda size, dims: param(rngs, constant(0.0), (size,), (dims,))
-    self.kernel = Elementwise('chunked' if settings.form == 'auto' else settings.form,
-                              settings.chunk)
+    self.kernel = Elementwise(settings.form, settings.chunk)
     self.width, self.taps = E, settings.conv
     self.w_in = param(rngs, normal(settings.std), (D, 2, E), ('embed', None, 'recurrent'))
     self.bias_x, self.bias_y = zeros(E, 'recurrent'), zeros(E, 'recurrent')

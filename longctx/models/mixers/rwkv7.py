@@ -65,6 +65,7 @@ class RWKV7(nnx.Module):
   """y, state = mixer(x, state, context)."""
 
   dependency = 'P0'
+  reads = ('key_dim', 'value_dim')
 
   @staticmethod
   def cost(settings: Settings) -> Cost:
