@@ -19,10 +19,11 @@ model goes on from. The context is saved at /save and at the end (end of input, 
 import contextlib
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import flags
 
@@ -171,41 +172,45 @@ class Chat:
 
   def read(self, path: str) -> None:
     reader, start = self.reader, time.monotonic()
-    path = os.path.expanduser(path)
-    try:
-      total = os.stat(path).st_size
-      check(not os.path.isdir(path), f'/read {path}: is a folder; give a file')
-      blocks = blocks_of(path)
-    except OSError as e:
-      raise ConfigError(f'/read {path}: cannot be read: {e.strerror}') from e
     before = reader.tokens
-    parts = self._tokens_of(path, blocks)
-    if reader.is_bound:   # all of it, or nothing
-      parts = self._if_all_fit(path, parts)
-    from tqdm import tqdm
-    with tqdm(total=total, unit='B', unit_scale=True, desc=os.path.basename(path), disable=None,
-              leave=False, dynamic_ncols=True) as bar:
-      try:
-        for ids, size in parts:
-          self.changed = True
-          share = size * reader.chunk / max(len(ids), 1)
-          took = reader.read(ids, stop=lambda: self.interrupts.requested,
-                             after_chunk=lambda share=share: bar.update(share))
-          if took < len(ids) or self.interrupts.requested:
-            break
-      except OSError as e:
-        raise ConfigError(f'/read {path}: cannot be read: {e.strerror}; {reader.tokens - before:,} '
-                          'tokens were') from e
+    with opened(path) as (file, size):
+      parts = self._tokens_of(path, blocks_of(file), before)
+      from tqdm import tqdm
+      with tqdm(total=size, unit='B', unit_scale=True, desc=os.path.basename(path), disable=None,
+                leave=False, dynamic_ncols=True) as bar:
+        try:
+          if reader.is_bound:   # all of it, or nothing
+            parts = self._if_all_fit(path, parts)
+          for ids, size in parts:
+            self.changed = True
+            share = size * reader.chunk / max(len(ids), 1)
+            took = reader.read(ids, stop=lambda: self.interrupts.requested,
+                               after_chunk=lambda share=share: bar.update(share))
+            if took < len(ids) or self.interrupts.requested:
+              break
+        except OSError as e:
+          raise ConfigError(f'/read {path}: cannot be read: {e.strerror or e}; '
+                            f'{self._kept(before)}') from e
     took, seconds = reader.tokens - before, time.monotonic() - start
     how = 'stopped after' if self.interrupts.requested else 'read'
     self.say(f'{how} {took:,} tokens of {path} in {seconds:.1f} s ({took / seconds:,.0f} tokens/s)')
 
-  def _tokens_of(self, path: str, blocks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
-    """(tokens, bytes of the file) of each block."""
+  def _kept(self, before: int) -> str:
+    """What stays of a file that ends in a mistake."""
+    count = self.reader.tokens - before
+    return f'{count:,} tokens before that were read, and stay' if count else 'nothing of it was read'
+
+  def _tokens_of(self, path: str, blocks: Iterable[bytes], before: int
+                 ) -> Iterator[tuple[Any, int]]:
+    """(tokens, bytes of the file) of each block; `before`: tokens of the context until then."""
     place = 0
     for block in blocks:
       text = block if place else self._begin_line(block)
-      yield self.tokenizer.encode(text, f'/read {path}, from byte {place}'), len(block)
+      try:
+        ids = self.tokenizer.encode(text, f'/read {path}, from byte {place}')
+      except ConfigError as e:
+        raise ConfigError(f'{e}; {self._kept(before)}') from e
+      yield ids, len(block)
       place += len(block)
 
   def _if_all_fit(self, path: str, parts: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
@@ -263,17 +268,36 @@ class Chat:
       self.save()
 
 
-def blocks_of(path: str) -> Iterator[bytes]:
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple[BinaryIO, int]]:
+  """A regular file and its bytes; of anything else an open or a read may wait for ever."""
+  try:
+    where = os.path.expanduser(path)
+    found = os.stat(where)
+    check(not stat.S_ISDIR(found.st_mode), f'/read {path}: is a folder; give a file')
+    check(stat.S_ISREG(found.st_mode), f'/read {path}: is a pipe, a socket or a device, which may '
+          f'never end; only a regular file is read: save it first, such as by cat {path} > FILE')
+    file = open(where, 'rb')  # noqa: SIM115  (closed below)
+  except OSError as e:
+    raise ConfigError(f'/read {path}: cannot be read: {e.strerror or e}') from e
+  except ValueError as e:   # a path that no file can have, such as one with a NUL
+    if isinstance(e, ConfigError):
+      raise
+    raise ConfigError(f'/read {path!r}: is no path ({e}); give the path of a file') from e
+  with file:
+    yield file, found.st_size
+
+
+def blocks_of(file: BinaryIO) -> Iterator[bytes]:
   """A file in blocks of about BLOCK bytes that end after a line, or at least between characters."""
-  with open(path, 'rb') as file:
-    rest = b''
-    while block := file.read(BLOCK):
-      rest += block
-      cut = rest.rfind(b'\n') + 1 or _between_characters(rest)
-      yield rest[:cut]
-      rest = rest[cut:]
-    if rest:
-      yield rest
+  rest = b''
+  while block := file.read(BLOCK):
+    rest += block
+    cut = rest.rfind(b'\n') + 1 or _between_characters(rest)
+    yield rest[:cut]
+    rest = rest[cut:]
+  if rest:
+    yield rest
 
 
 def _between_characters(text: bytes) -> int:
@@ -303,17 +327,34 @@ def converse(chat: Chat) -> int:
   """Line by line until the end, then the save; the exit status."""
   at_terminal = sys.stdin.isatty()
   while True:
-    status = _take_lines(chat, at_terminal)
+    try:
+      status = _take_lines(chat, at_terminal)
+    except FloatingPointError:
+      raise   # what is remembered is not finite: what was saved before is worth more
+    except BaseException:
+      _rescue(chat)
+      raise
     chat.interrupts.work()
     try:
       if not chat.ended:
         chat.finish()
       return status
-    except ConfigError as e:   # the memory is still here, and only here
+    except (ConfigError, OSError, MemoryError) as e:   # the memory is still here, and only here
       complain(e)
       if not at_terminal or chat.interrupts.leaving:
         return 2
       chat.say('not saved: mend that and end again, /fork it under another name, or /abandon it')
+
+
+def _rescue(chat: Chat) -> None:
+  """Saves the context where a fault of ours ends the conversation; the fault is told after it."""
+  chat.interrupts.work()
+  try:
+    if not chat.ended:
+      chat.finish()
+  except Exception as e:   # such as a state that was given to a program that failed
+    complain(e)
+    chat.say('not saved: what was saved before is as it was')
 
 
 def _take_lines(chat: Chat, at_terminal: bool) -> int:

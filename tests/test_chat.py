@@ -38,12 +38,13 @@ CONFIGS = {
     'full': small(),
     'adds': small(layers=('linear_attention',)),
 }
+COUNTS = {'count': 257, 'counts pieces': 400}   # symbols of a toy model
 
 
 @functools.cache
 def made(name):
-  if name == 'count':
-    model = toy_models.CountModel(257)
+  if name in COUNTS:
+    model = toy_models.CountModel(COUNTS[name])
   else:
     kind = recurrent.Recurrent if name == 'lstm' else decoder.Decoder
     model = kind(CONFIGS[name], rngs=nnx.Rngs(1))
@@ -127,6 +128,26 @@ def test_a_read_that_is_stopped_stands_at_a_chunk(after):
     assert reader.waiting == 0
   reader.read(TEXT[3 + took:])   # and goes on
   assert reader.tokens == 46
+
+
+def test_a_fault_in_mid_read_leaves_a_text_that_is_carried_on(monkeypatch):
+  """What was not read waits in the tail: nothing is lost, and nothing is read twice."""
+  reader, read_chunk, chunks = begun(), reader_lib.s.read_chunk, []
+  def broken(*args):
+    chunks.append(1)
+    if len(chunks) == 3:
+      raise RuntimeError('out of memory')
+    return read_chunk(*args)
+  with monkeypatch.context() as patch:
+    patch.setattr(reader_lib.s, 'read_chunk', broken)
+    with pytest.raises(RuntimeError):
+      reader.read(TEXT)
+  assert (reader.tokens, reader.waiting) == (46, 46 - 2 * CHUNK)
+  other, whole = new_reader(), begun()
+  other.restore(reader.context())
+  other.read(TEXT[:3])
+  whole.read(np.concatenate([TEXT, TEXT[:3]]))
+  assert bits(other) == bits(whole)
 
 
 def generated(reader, count, **settings):
@@ -331,12 +352,106 @@ def test_files_are_read_in_blocks_that_end_between_characters(tmp_path, monkeypa
     monkeypatch.setattr(chat, 'BLOCK', size)
     for data in (text, b'\x80' * 50, b'', os.urandom(300)):
       path.write_bytes(data)
-      blocks = list(chat.blocks_of(str(path)))
+      with chat.opened(str(path)) as (file, length):
+        blocks = list(chat.blocks_of(file))
+      assert length == len(data)
       assert b''.join(blocks) == data
       assert all(blocks)
       if data == text and size >= 4:
         for block in blocks:
           block.decode()
+
+
+def test_an_empty_file_is_read(talk, tmp_path):
+  (tmp_path / 'empty').touch()
+  status, _, told = talk(f'/read {tmp_path}/empty', '/info')
+  assert (status, f'read 0 tokens of {tmp_path}/empty' in told) == (0, True)
+  assert 'alice: 1 tokens seen' in told
+  assert not (tmp_path / 'store' / 'alice.lcm').exists()
+
+
+def test_a_file_that_ends_in_what_is_no_text_says_what_stays_of_it(talk, tmp_path, loader, monkeypatch):
+  from longctx.data import tokenizer
+  (tmp_path / 'model').write_bytes(tokenizer.train_sentencepiece([b'the cat sat. ' * 200 + bytes(
+      range(32, 127))], 400))
+  loader.name, loader.tokenizer = 'counts pieces', tokenizer.SentencePiece(tmp_path / 'model')
+  monkeypatch.setattr(chat, 'BLOCK', 64)
+  path = tmp_path / 'book'
+  path.write_bytes(b'the cat sat.\n' * 10 + b'\xff\n')
+  status, _, told = talk(f'/read {path}')
+  assert status == 2
+  line = next(line for line in told.splitlines() if line.startswith('longctx: '))
+  count = int(line.partition("data.tokenizer='bytes'; ")[2].split()[0])
+  assert f'/read {path}, from byte ' in line
+  assert line.endswith(f'; {count} tokens before that were read, and stay')
+  tokens, tail, _ = saved(tmp_path)
+  assert tokens + len(tail) == 1 + count > 20
+  path.write_bytes(b'\xff\n')
+  assert "data.tokenizer='bytes'; nothing of it was read" in talk(f'/read {path}', context='bob')[2]
+
+
+@pytest.mark.parametrize('name', ['lstm', 'full'])   # read as it comes, and only if it all fits
+def test_a_file_that_cannot_be_read_is_told_and_nothing_is_lost(talk, tmp_path, loader, monkeypatch, name):
+  loader.name = name
+  path = tmp_path / 'book'
+  path.write_bytes(b'x' * 30)
+  def denied(*args):
+    raise PermissionError(13, 'Permission denied')
+  class Broken(io.BytesIO):
+    def read(self, size):
+      if self.tell():
+        raise OSError(5, 'Input/output error')
+      return super().read(size)
+  monkeypatch.setattr(chat, 'BLOCK', 16)
+  stays = {'lstm': '17 tokens before that were read, and stay', 'full': 'nothing of it was read'}[name]
+  for i, (opens, message) in enumerate((
+      (denied, 'cannot be read: Permission denied'),
+      (lambda *args: Broken(b'x' * 30), f'cannot be read: Input/output error; {stays}'))):
+    with monkeypatch.context() as patch:
+      patch.setattr(chat, 'open', opens, raising=False)
+      status, _, told = talk('a', f'/read {path}', context=f'c{i}')
+    assert (status, f'/read {path}: {message}' in told) == (2, True)
+    assert saved(tmp_path, f'c{i}')[0] > 2
+  status, _, told = talk('a', b'/read a\0b\n')
+  assert (status, "/read 'a\\x00b': is no path" in told) == (2, True)
+  assert saved(tmp_path)[0] > 2
+
+
+def test_only_a_regular_file_is_read(talk, tmp_path, monkeypatch):
+  """Nobody could interrupt a wait for a pipe's other end."""
+  os.mkfifo(tmp_path / 'pipe')
+  monkeypatch.setattr(chat, 'open', lambda *args: pytest.fail('was opened'), raising=False)
+  for path in (tmp_path / 'pipe', '/dev/null'):
+    status, _, told = talk(f'/read {path}')
+    assert status == 2
+    assert f'/read {path}: is a pipe, a socket or a device' in told
+    assert 'only a regular file is read: save it first' in told
+
+
+def test_a_fault_of_ours_saves_the_conversation_before_it_is_told(talk, tmp_path, loader, monkeypatch):
+  talk('one', context='bob')
+  def broken(data, name):
+    if b'two' in data:
+      raise RuntimeError('a fault')
+    return Bytes().encode(data)
+  monkeypatch.setattr(loader.tokenizer, 'encode', broken)
+  with pytest.raises(RuntimeError, match='a fault'):
+    talk('one', 'two', 'three')
+  assert saved(tmp_path) == saved(tmp_path, 'bob')
+
+
+def test_a_fault_that_takes_the_state_leaves_the_saved_one(talk, tmp_path, monkeypatch, capsys):
+  talk('one')
+  before = saved(tmp_path)
+  def broken(run, params, memory, chunk):
+    for x in jax.tree.leaves(memory.state):
+      x.delete()
+    raise RuntimeError('a fault')
+  monkeypatch.setattr(reader_lib.s, 'read_chunk', broken)
+  with pytest.raises(RuntimeError, match='a fault'):
+    talk('two')
+  assert 'not saved: what was saved before is as it was' in capsys.readouterr().err
+  assert saved(tmp_path) == before
 
 
 def test_a_line_may_begin_with_a_slash(talk, loader):

@@ -126,16 +126,18 @@ class Reader:
     self.check_room(len(tokens), 'read')
     before = self.waiting
     self.memory.tail = [np.concatenate([self.memory.tail[0], tokens])]
+    self.tokens += len(tokens)   # now: whatever ends this call, state and tail are the text
     given, run = before + len(tokens), self._run()
     while self.waiting > self.chunk and not stop():
       s.read_chunk(run, self.params, self.memory, self.chunk)
       after_chunk()
+    back = 0
     if self.waiting > self.chunk:   # stopped: what waits of these tokens is given back
       kept = max(0, before - (given - self.waiting))
-      tokens = tokens[:len(tokens) - (self.waiting - kept)]
+      back = self.waiting - kept
       self.memory.tail = [self.memory.tail[0][:kept]]
-    self.tokens += len(tokens)
-    return len(tokens)
+      self.tokens -= back
+    return len(tokens) - back
 
   def read_tail(self) -> None:
     """Reads what waits, so that the state alone has seen the whole text."""
