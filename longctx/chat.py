@@ -222,13 +222,15 @@ class Chat:
     return kept
 
   def save(self) -> None:
-    self.saved = self.store.save(self.name, self.reader.context())
+    self.saved, dropped = self.store.save(self.name, self.reader.context())
     self.changed = False
-    self.say(f'{self.name}: saved, {self.saved:,} bytes')
+    self.say('\n'.join([f'{self.name}: saved, {self.saved:,} bytes', *contexts.told(dropped)]))
 
   def fork(self, name: str) -> None:
-    size = self.store.save(name, self.reader.context(), new=True)
-    self.say(f'{name}: saved as a copy, {size:,} bytes; this conversation stays with {self.name}')
+    check(name != self.name, f'/fork {name}: is this conversation; give another name')
+    size, dropped = self.store.save(name, self.reader.context(), new=True)
+    self.say('\n'.join([f'{name}: saved as a copy, {size:,} bytes; this conversation stays with '
+                        f'{self.name}', *contexts.told(dropped)]))
 
   def merge(self, name: str) -> None:
     other = self.reader.another()

@@ -17,6 +17,7 @@ Looks after the contexts that python -m longctx.chat saves in a folder.
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -85,12 +86,10 @@ def run(f: flags.FlagValues, command: str, names: list[str]) -> None:
   elif command == 'show':
     print(described(store, names[0]))
   elif command == 'fork':
-    size = store.fork(*names)
-    print(f'{names[1]}: a copy of {names[0]}, {size:,} bytes')
+    size, dropped = store.fork(*names)
+    print('\n'.join([f'{names[1]}: a copy of {names[0]}, {size:,} bytes', *told(dropped)]))
   elif command == 'trim':
-    check(store.budget > 0, 'trim: no budget; give --budget=10GiB')
-    dropped = store.trim()
-    print(f'dropped {", ".join(dropped)}' if dropped else 'fits; nothing was dropped')
+    trim(store)
   else:
     act = {'delete': store.delete, 'pin': store.pin, 'unpin': lambda name: store.pin(name, False),
            'encrypt': store.encrypt, 'decrypt': store.decrypt}[command]
@@ -99,8 +98,22 @@ def run(f: flags.FlagValues, command: str, names: list[str]) -> None:
     for name in names:
       store.row(name)   # all are there, or none is touched
     for name in names:
-      act(name)
-      print(f'{name}: {done}')
+      written = act(name)
+      print('\n'.join([f'{name}: {done}', *told(written.dropped if written else ())]))
+
+
+def told(dropped: Sequence[str]) -> list[str]:
+  """The line, if any, that says what went for room."""
+  return [f'dropped {", ".join(dropped)}'] if dropped else []
+
+
+def trim(store: Any) -> None:
+  check(store.budget > 0, 'trim: no budget; give --budget=10GiB')
+  dropped, left = store.trim()
+  for line in told(dropped) or ['fits; nothing was dropped'] * (left <= store.budget):
+    print(line)
+  check(left <= store.budget, f'--budget={store.budget}: contexts that are pinned or in use have '
+        f'{left} bytes; unpin or delete some, or give a budget of {left} or more')
 
 
 def table_of(rows: list) -> str:

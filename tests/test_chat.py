@@ -707,12 +707,16 @@ def test_one_conversation_at_a_time(talk, tmp_path):
 def test_a_budget_drops_other_contexts_but_never_this_one(talk, tmp_path):
   talk('a', context='old')
   size = (tmp_path / 'store' / 'old.lcm').stat().st_size
-  status, _, _ = talk('a', flags=[f'--budget={size + 100}'])
+  status, _, told = talk('a', flags=[f'--budget={size + 100}'])
   assert status == 0
+  assert told.splitlines()[-1] == 'dropped old'
   assert [p.name for p in (tmp_path / 'store').glob('*.lcm')] == ['alice.lcm']
   status, _, told = talk('b', flags=['--budget=100'])
   assert status == 2
   assert '--budget=100: alice needs' in told
+  talk('a', context='old')
+  assert 'dropped old' in talk('/fork bob', flags=[f'--budget={2 * size + 100}'])[2]
+  assert '/fork alice: is this conversation; give another name' in talk('/fork alice')[2]
 
 
 MISTAKES = [

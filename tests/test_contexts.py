@@ -227,8 +227,25 @@ def test_trim(tmp_path):
   for i, name in enumerate('abc'):
     s.save(name, make(i))
   s.pin('a')
-  assert new(tmp_path, budget=2 * SIZE).trim() == ['b']
+  assert new(tmp_path, budget=2 * SIZE).trim() == (['b'], 2 * SIZE)
   assert names(s) == ['a', 'c']
+  with new(tmp_path).hold('a'):
+    s.pin('a', False)
+    assert new(tmp_path, budget=1).trim() == (['c'], SIZE)   # what may go goes, though not enough
+  assert new(tmp_path, budget=1).trim() == (['a'], 0)
+
+
+def test_what_was_dropped_is_said_and_a_copy_never_drops_its_source(tmp_path):
+  s = new(tmp_path, budget=2 * SIZE)
+  assert s.save('a', make(1)) == (SIZE, [])
+  s.save('b', make(2))
+  assert s.fork('a', 'c') == (SIZE, ['b'])   # and not a, which was used before it
+  assert s.save('d', make(3)) == (SIZE, ['a'])
+  s.pin('d')
+  said = refused(s.fork, 'c', 'e')
+  assert f'e needs {SIZE} bytes, and contexts that are pinned or in use, or what is copied, have ' \
+         f'{2 * SIZE}; nothing was written' in said
+  assert names(s) == ['c', 'd']
 
 
 @pytest.mark.parametrize('where', ['fsync', 'replace'])
@@ -262,6 +279,46 @@ def test_a_context_in_use_is_not_taken_deleted_or_encrypted(tmp_path):
     new(tmp_path).fork('a', 'b')   # reading is free
   s.encrypt('a')
   s.delete('a')
+
+
+def test_a_name_that_another_process_has_begun_is_no_new_one(tmp_path, monkeypatch):
+  """It is saved later, over whatever was put there meanwhile."""
+  s = new(tmp_path)
+  s.save('a', make(1))
+  with new(tmp_path).hold('begun'):
+    for act in (lambda: s.fork('a', 'begun'), lambda: s.save('begun', make(2), new=True)):
+      assert "'begun': in use by another process" in refused(act)
+  assert names(s) == ['a']
+  tried, sync = [], os.fsync
+  def meanwhile(*args):
+    tried.append(refused(new(tmp_path).hold, 'b' if len(tried) < 2 else 'c'))
+    return sync(*args)
+  monkeypatch.setattr(files.os, 'fsync', meanwhile)
+  s.fork('a', 'b')
+  s.save('c', make(2), new=True)
+  assert len(tried) == 4   # of the file and the folder, twice
+  monkeypatch.undo()
+  for name in 'bc':
+    s.hold(name).release()
+
+
+@pytest.mark.parametrize('act', ['load', 'read'])
+def test_a_file_of_another_user_is_read_and_one_that_went_is_told(act, tmp_path, monkeypatch):
+  s = new(tmp_path)
+  s.save('a', make(1))
+  def not_mine(*args, **kwargs):
+    raise PermissionError(1, 'Operation not permitted')
+  with monkeypatch.context() as patch:
+    patch.setattr(index.os, 'utime', not_mine)
+    assert getattr(s, act)('a').header.tokens == 1
+  with monkeypatch.context() as patch:   # a hand that knows no lock, after the index looked
+    patch.setattr(store.directory.device_memory, 'available_memory', s.path('a').unlink)
+    assert f'{s.path("a")}: cannot be read: No such file' in refused(getattr(s, act), 'a')
+  s.save('a', make(1))
+  with monkeypatch.context() as patch:
+    patch.setattr(Path, 'unlink', not_mine)
+    assert f'{s.path("a")}: cannot be removed: Operation not permitted' in refused(s.delete, 'a')
+  assert names(s) == ['a']
 
 
 def test_two_processes_at_once(tmp_path):
@@ -378,6 +435,21 @@ def test_decrypt_writes_it_plain(two, tmp_path, capsys):
   run(capsys, two, 'unpin', 'bob')
   run(capsys, two, 'delete', 'bob')
   assert run(capsys, two, 'list') == 'no contexts\n'
+
+
+def test_what_goes_for_room_is_told(two, tmp_path, capsys):
+  size = max((two / f'{name}.lcm').stat().st_size for name in ('alice', 'bob'))
+  budget = f'--budget={2 * size + 100}'
+  assert run(capsys, two, 'fork', 'alice', 'carol', budget).splitlines()[1:] == ['dropped bob']
+  run(capsys, two, 'pin', 'carol')
+  assert contexts.main(['contexts', 'trim', f'--store={two}', '--budget=1']) == 2
+  out, err = capsys.readouterr()
+  assert out == 'dropped alice\n'
+  left = (two / 'carol.lcm').stat().st_size
+  assert err == (f'longctx: --budget=1: contexts that are pinned or in use have {left} bytes; unpin or '
+                 f'delete some, or give a budget of {left} or more\n')
+  assert contexts.main(['contexts', 'trim', f'--store={two}', '--budget=1']) == 2
+  assert capsys.readouterr().out == ''   # and nothing fits
 
 
 MISTAKES = [

@@ -2,8 +2,8 @@
 
 A context is written beside the old one and put in its place in one instant, with the store's lock
 held; then what was used longest ago goes, until the rest fits the budget. Never dropped: what is
-pinned, what a process holds (`hold`), and what is being saved. Where that cannot be, nothing is
-written.
+pinned, what a process holds (`hold`), what is being saved, and what it is a copy of. Where that cannot
+be, nothing is written. A new name is held while it is written, so that nobody else has begun it.
 Held by: tests/test_contexts.py.
 """
 
@@ -12,6 +12,7 @@ import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from longctx import files
 from longctx.errors import ConfigError, check, nearest
@@ -28,6 +29,13 @@ HOLDS = '.holds'   # folder of lock files, one a context
 def check_name(name: str) -> None:
   check(NAME.fullmatch(name) is not None, f'context {name!r}: is no name; use letters, digits, ".", '
         '"_" and "-", beginning with a letter or a digit, at most 100')
+
+
+class Written(NamedTuple):
+  """What came of a write."""
+
+  bytes: int           # of the context
+  dropped: list[str]   # contexts that went for it, by the budget
 
 
 class Store:
@@ -103,12 +111,11 @@ class Store:
       return True
     return False
 
-  def save(self, name: str, context: Context, new: bool = False) -> int:
-    """Writes a context, whole or not at all; returns its bytes. `new`: none of this name may be there."""
+  def save(self, name: str, context: Context, new: bool = False) -> Written:
+    """Writes a context, whole or not at all. `new`: nobody may have one of this name, saved or not."""
     path = self.path(name)
-    if new:
-      self.check_free(name)
-    return self._write(name, file.dump(context, path, self.key), new)
+    with self._hold_free(name) if new else contextlib.nullcontext():
+      return self._write(name, file.dump(context, path, self.key), new)
 
   def load(self, name: str, identity: Identity | None = None) -> Context:
     data = file.unseal(self._bytes(name, use=True), self.path(name), self.key)
@@ -121,13 +128,13 @@ class Store:
     """The context, checked, of whatever model; that it was looked at is no use of it."""
     return file.decode(self._plain(name), str(self.path(name)))
 
-  def fork(self, name: str, new: str) -> int:
-    """A copy under a new name that shares nothing with the first."""
-    self.check_free(new)
-    data = self._plain(name)
-    return self._write(new, self._sealed(data, new), new=True)
+  def fork(self, name: str, new: str) -> Written:
+    """A copy under a new name that shares nothing with the first, which stays."""
+    with self._hold_free(new):
+      data = self._plain(name)
+      return self._write(new, self._sealed(data, new), new=True, source=name)
 
-  def encrypt(self, name: str) -> int:
+  def encrypt(self, name: str) -> Written:
     """Encrypts a context that is not encrypted."""
     check(self.key is not None, 'encrypt: no key; give --key_file=FILE or set '
           f'{file.seal.KEY_VARIABLE}')
@@ -136,7 +143,7 @@ class Store:
       file.check_whole(data, str(self.path(name)))
       return self._write(name, self._sealed(data, name))
 
-  def decrypt(self, name: str) -> int:
+  def decrypt(self, name: str) -> Written:
     """Writes an encrypted context as it is."""
     with self.hold(name):
       return self._write(name, self._plain(name))
@@ -148,12 +155,19 @@ class Store:
             f'machine has {free or 0:,} bytes of memory left; load it where there is more')
       if use:
         i.touch(name)
-      try:
+      with self._told(name, 'read'):
         opened = open(self.path(name), 'rb')  # noqa: SIM115  (read below, without the lock)
-      except OSError as e:
-        raise ConfigError(f'{self.path(name)}: cannot be read: {e.strerror}') from e
-    with opened:   # what was opened stays as it is, whoever drops or replaces it meanwhile
+    # What was opened stays as it is, whoever drops or replaces it meanwhile.
+    with opened, self._told(name, 'read'):
       return opened.read()
+
+  @contextlib.contextmanager
+  def _told(self, name: str, done: str) -> Iterator[None]:
+    """What the system refuses with the file of a context, in one line."""
+    try:
+      yield
+    except OSError as e:
+      raise ConfigError(f'{self.path(name)}: cannot be {done}: {e.strerror or e}') from e
 
   def _plain(self, name: str) -> bytes:
     """The checked bytes of a context, decrypted."""
@@ -168,15 +182,20 @@ class Store:
     check(name not in self, f'context {name!r}: is there already in {self.flag}; give another name, or '
           f'delete it first: python -m longctx.contexts delete {name} {self.flag}')
 
-  def _write(self, name: str, data: bytes, new: bool = False) -> int:
+  def _hold_free(self, name: str) -> files.Lock:
+    """A hold on a name that nobody has: what another process has begun may not be saved yet."""
+    self.check_free(name)
+    return self.hold(name)
+
+  def _write(self, name: str, data: bytes, new: bool = False, source: str = '') -> Written:
     with self._index() as i:
-      self._to_drop(i, name, len(data))   # refuses before anything is written
+      self._to_drop(i, name, len(data), source)   # refuses before anything is written
     path = self.path(name)
     try:
       with files.beside(path, data) as put, self._index() as i:
         if new:
           self.check_free(name)
-        dropped = self._to_drop(i, name, len(data))
+        dropped = self._to_drop(i, name, len(data), source)
         put()
         for victim in dropped:
           self._remove(i, victim)
@@ -187,34 +206,39 @@ class Store:
       room = ('; make room on the disk, or delete contexts: python -m longctx.contexts list '
               f'{self.flag}' * (e.errno in (errno.ENOSPC, errno.EDQUOT)))
       raise ConfigError(f'{path}: cannot be written: {e.strerror or e}; {kept}{room}') from e
-    return len(data)
+    return Written(len(data), dropped)
 
-  def _to_drop(self, i: index.Index, name: str, size: int) -> list[str]:
-    """The contexts, used longest ago first, that must go so that `size` bytes of `name` fit."""
+  def _to_drop(self, i: index.Index, name: str, size: int, source: str = '') -> list[str]:
+    """The contexts that must go so that `size` bytes of `name`, a copy of `source`, fit."""
     if not self.budget:
       return []
     others = [row for row in i.rows.values() if row.name != name]
-    excess = sum(row.bytes for row in others) + size - self.budget
-    dropped = []
-    for row in sorted(others, key=lambda row: row.used):
-      if excess <= 0:
-        break
-      if not row.pinned and not self._is_held(row.name):
-        dropped.append(row.name)
-        excess -= row.bytes
-    kept = sum(row.bytes for row in others if row.name not in dropped)
-    check(excess <= 0, f'--budget={self.budget}: {name} needs {size} bytes, and contexts that are '
-          f'pinned or in use have {kept}; nothing was written and nothing dropped: unpin or delete '
-          f'some, or give a budget of {size + kept} or more')
+    dropped, left = self._oldest(others, self.budget - size, source)
+    stay = 'pinned or in use' + ', or what is copied,' * bool(source)
+    check(left + size <= self.budget, f'--budget={self.budget}: {name} needs {size} bytes, and '
+          f'contexts that are {stay} have {left}; nothing was written and nothing dropped: unpin or '
+          f'delete some, or give a budget of {size + left} or more')
     return dropped
 
-  def trim(self) -> list[str]:
-    """Drops what was used longest ago until the rest fits the budget; the names that went."""
+  def _oldest(self, rows: list[index.Row], room: int, source: str = '') -> tuple[list[str], int]:
+    """(those used longest ago that may go until the rest fits in `room`, bytes of the rest)."""
+    dropped, left = [], sum(row.bytes for row in rows)
+    for row in sorted(rows, key=lambda row: row.used):
+      if left > room and row.name != source and not row.pinned and not self._is_held(row.name):
+        dropped.append(row.name)
+        left -= row.bytes
+    return dropped, left
+
+  def trim(self) -> tuple[list[str], int]:
+    """Drops what was used longest ago until the rest fits the budget, or may not go.
+
+    Returns the names that went, and the bytes of the rest.
+    """
     with self._index() as i:
-      dropped = self._to_drop(i, '', 0)
+      dropped, left = self._oldest(list(i.rows.values()), self.budget)
       for name in dropped:
         self._remove(i, name)
-      return dropped
+      return dropped, left
 
   def delete(self, name: str) -> None:
     with self._index() as i:
@@ -225,7 +249,8 @@ class Store:
         self._remove(i, name)
 
   def _remove(self, i: index.Index, name: str) -> None:
-    self.path(name).unlink(missing_ok=True)
+    with self._told(name, 'removed'):
+      self.path(name).unlink(missing_ok=True)
     i.refresh(name)
 
   def pin(self, name: str, pinned: bool = True) -> None:
