@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx.errors import check
 from longctx.models import schedules, segments
 from longctx.models.decoder_config import REMAT
 from longctx.models.layers import DTYPES, Embedding, RMSNorm, dropout, normal, param
@@ -78,23 +79,31 @@ class MemoryDecoder(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, state: segments.State | None = None, *,
                positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None,
-               valid_BT: jax.Array | None = None, dropout_key: jax.Array | None = None
-               ) -> tuple[jax.Array, segments.State | None]:
-    """Hidden states [B, T, D] in the compute type, and the state after these tokens."""
+               valid_BT: jax.Array | None = None, dropout_key: jax.Array | None = None,
+               aligned: bool = False) -> tuple[jax.Array, segments.State | None]:
+    """Hidden states [B, T, D] in the compute type, and the state after these tokens.
+
+    `aligned` promises that each row is of one document, from the first token of a segment of it on, a
+    multiple of T of them (data.align): whole segments, which are read in the order of model.schedule.
+    """
     del positions_BT
     config, B = self.config, tokens_BT.shape[0]
     if state is None and segment_ids_BT is None and valid_BT is None:
       return self._whole(tokens_BT, dropout_key), None
     before = self.init_state(B) if state is None else state
+    if aligned:
+      hidden_BTD, after = self._aligned(tokens_BT, before, segment_ids_BT, dropout_key)
+      return hidden_BTD, None if state is None else after
     hidden_BTD, after = segments.walk(
         self._read(), lambda: self.fresh(B), config.segment, config.embed_dim, DTYPES[config.dtype],
-        tokens_BT, before, segment_ids_BT, valid_BT, truncate=config.truncate, key=dropout_key)
+        tokens_BT, before, segment_ids_BT, valid_BT, truncate=config.truncate, key=dropout_key,
+        remat=REMAT[config.remat])
     return hidden_BTD, None if state is None else after
 
   # One cell.
 
   def _read(self) -> segments.Read:
-    """The function that reads a cell; remade for the backward pass where model.remat says so."""
+    """The function that reads a cell."""
     graphdef, params = nnx.split(self)
     def read(params, tokens_BC, cell, memory, key):
       model = nnx.merge(graphdef, params)
@@ -105,8 +114,6 @@ class MemoryDecoder(nnx.Module):
         layers.append(after)
       hidden_BCD, tokens = model.leave(x_BCD)
       return hidden_BCD, Memory(tokens, tuple(layers))
-    if self.config.remat != 'none':
-      read = jax.checkpoint(read, policy=REMAT[self.config.remat])
     return functools.partial(read, params)
 
   def enter(self, tokens_BC: jax.Array, cell: Cell, carried: Any, key: jax.Array | None
@@ -147,19 +154,66 @@ class MemoryDecoder(nnx.Module):
     tokens_BSC = jnp.pad(tokens_BT, ((0, 0), (0, S * C - T))).reshape(B, S, C)
     valid_BSC = jnp.broadcast_to((jnp.arange(S * C) < T).reshape(S, C), (B, S, C))
     hidden_BSCD, _ = self.read_segments(tokens_BSC, valid_BSC, jnp.zeros((B,), jnp.int32),
-                                        self.fresh(B), key)
+                                        self.fresh(B), key, every=0)
     return hidden_BSCD.reshape(B, S * C, -1)[:, :T]
 
+  def _aligned(self, tokens_BT: jax.Array, state: segments.State, segment_ids_BT: jax.Array,
+               key: jax.Array | None) -> tuple[jax.Array, segments.State]:
+    (B, T), C = tokens_BT.shape, self.config.segment
+    check(T % C == 0, f'model.segment={C}: must divide the {T} tokens of an aligned row')
+    new_B = segment_ids_BT[:, 0] != state.segment
+    number_B = jnp.where(new_B, 0, state.number)
+    memory = segments.rows_where(number_B == 0, self.fresh(B), state.memory)
+    tokens_BSC = tokens_BT.reshape(B, -1, C)
+    hidden_BSCD, memory = self.read_segments(tokens_BSC, jnp.ones(tokens_BSC.shape, bool), number_B,
+                                             memory, key, every=T // C)
+    after = state._replace(number=number_B + T // C, segment=segment_ids_BT[:, 0], memory=memory)
+    return hidden_BSCD.reshape(B, T, -1), after
+
   def read_segments(self, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,
-                    memory: Memory, key: jax.Array | None = None, schedule: str = ''
+                    memory: Memory, key: jax.Array | None = None, schedule: str = '', every: int = 1
                     ) -> tuple[jax.Array, Memory]:
     """Segments of one document a row that follow each other, after `number_B` others.
 
     The segment driver: hidden states [B, S, C, D] and the memory after the last segment, which must
-    be whole if the memory is to be read again.
+    be whole if the memory is to be read again. `every` promises that number_B are multiples of it, or
+    all 0.
     """
-    order = getattr(schedules, schedule or self.schedule())
-    return order(self, tokens_BSC, valid_BSC, number_B, memory, key)
+    order = schedule or self.schedule()
+    truncate, S = self.config.truncate, tokens_BSC.shape[1]
+    if order == 'parallel' and truncate and not schedules.cuts_at_groups(S, truncate, every):
+      order = 'sequential'
+    return getattr(schedules, order)(self, tokens_BSC, valid_BSC, number_B, memory, key)
+
+  def check_merge(self, *tokens: int) -> None:
+    """ConfigError where texts of so many tokens cannot be added: `merge_states` is no sum then."""
+    c = self.config
+    why = ''
+    if c.long_term != 'infini' or c.memory_variant != 'linear':
+      why = (f'model.long_term={c.long_term!r}, model.memory_variant={c.memory_variant!r}: is no plain '
+             "sum over what was read; only infini's 'linear' is")
+    elif c.short_term:
+      why = (f'model.short_term={c.short_term}: it holds the last tokens of one text, and two have '
+             'no common last; only 0 adds')
+    check(not why, f'merge: {why}. Read both texts into one context')
+    for count in tokens:
+      over = count % c.segment
+      check(not over, f'merge: a text of {count:,} tokens ends {over} tokens into a segment of '
+            f'{c.segment}, and a segment is remembered when it is whole; read {c.segment - over} '
+            'tokens more into it')
+
+  def merge_states(self, a: segments.State, b: segments.State) -> segments.State:
+    """The state after two texts, each read from an empty one: what follows reads the sum of both.
+
+    Exact for Infini-attention's linear memory, M and z. In one layer it is the state after one text
+    and then the other; above it, the layers below read each text without the other.
+    """
+    self.check_merge(*(int(count) for state in (a, b) for count in state.count))
+    # Before its first whole segment a state's memory means nothing.
+    none = jax.tree.map(jnp.zeros_like, a.memory)
+    known = [segments.rows_where(state.number > 0, state.memory, none) for state in (a, b)]
+    return a._replace(number=a.number + b.number, segment=jnp.maximum(a.segment, b.segment),
+                      memory=jax.tree.map(jnp.add, *known))
 
   def output_embedding_VD(self) -> jax.Array:
     return (self.embedding if self.head is None else self.head).table.get_value()

@@ -27,6 +27,8 @@ def sequential(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B
                memory: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
   """Hidden states [B, S, C, D] and the memory after; see MemoryDecoder.read_segments."""
   read, truncate = model._read(), model.config.truncate
+  if model.config.remat != 'none':
+    read = jax.checkpoint(read, policy=REMAT[model.config.remat])
 
   def one(memory, inputs):
     tokens_BC, valid_BC, s = inputs
@@ -41,14 +43,21 @@ def sequential(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B
   return jnp.moveaxis(hidden, 0, 1), memory
 
 
+def cuts_at_groups(S: int, truncate: int, every: int) -> bool:
+  """Whether the gradients of S segments after a multiple of `every` others (0: after none) are cut only
+  before the first segment of each group of `truncate`, or before the first of all."""
+  if truncate >= S:
+    return every % truncate == 0 or every % S == truncate % S == 0
+  return every % truncate == S % truncate == 0
+
+
 def parallel(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,
              memory: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-  """As `sequential`. Where gradients are truncated, so many segments at once and no more."""
+  """As `sequential`. Where gradients are truncated (see cuts_at_groups), a group at once and no more."""
   S, truncate = tokens_BSC.shape[1], model.config.truncate
   if not truncate or truncate >= S:
+    memory = detach(memory, number_B, truncate)
     return _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key)
-  if S % truncate:
-    return sequential(model, tokens_BSC, valid_BSC, number_B, memory, key)
   groups = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, truncate, *x.shape[2:]), 1, 0)
 
   def one(memory, inputs):

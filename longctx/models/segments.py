@@ -18,6 +18,7 @@ Held by: tests/test_segments.py (by loops), tests/test_memories.py.
 B batch  T tokens of a call  C tokens of a segment  R cells of a row  D model
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,8 +142,8 @@ Read = Callable[[jax.Array, Cell, Any, jax.Array | None], tuple[jax.Array, Any]]
 
 def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
          tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None,
-         valid_BT: jax.Array | None = None, *, truncate: int = 0, key: jax.Array | None = None
-         ) -> tuple[jax.Array, State]:
+         valid_BT: jax.Array | None = None, *, truncate: int = 0, key: jax.Array | None = None,
+         remat: Callable | None = None) -> tuple[jax.Array, State]:
   """Hidden states [B, T, D] of the tokens (0 for padding) and the state after them.
 
   Args:
@@ -152,6 +153,7 @@ def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
     truncate: no gradient goes back through the memory beyond so many segments of a document, counted
       from its begin (truncated backpropagation through time); 0: through all of the call.
     key: of dropout.
+    remat: what the backward pass keeps of a cell, a jax.checkpoint policy; None: all.
   """
   B, T = tokens_BT.shape
   p = plan((B, T), size, state, segment_ids_BT, valid_BT)
@@ -170,18 +172,26 @@ def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
     hidden_BCD, after = read(tokens_of(cells.first, cells.old), cell, before, key)
     return hidden_BCD, rows_where(cells.length == size, after, memory)
 
-  def one(memory, inputs):
-    cells, i = inputs
+  kept = functools.partial(jax.checkpoint,
+                           policy=remat or jax.checkpoint_policies.everything_saveable)
+
+  # With what decides inside: of a branch that is kept, each turn of a scan would keep its own copy of all
+  # that the branch reads, parameters and memory.
+  @kept
+  def turn(memory, cells, i):
     part = None if key is None else jax.random.fold_in(key, i)
-    skip = lambda: (jnp.zeros((B, size, dim), dtype), memory)
-    hidden_BCD, memory = jax.lax.cond((cells.length > 0).any(), lambda: visit(memory, cells, part), skip)
+    return jax.lax.cond((cells.length > 0).any(), lambda: visit(memory, cells, part),
+                        lambda: (jnp.zeros((B, size, dim), dtype), memory))
+
+  def one(memory, inputs):
+    hidden_BCD, memory = turn(memory, *inputs)
     return memory, hidden_BCD
 
   by_cell = lambda cells: jax.tree.map(lambda x: x.T, cells)
   count = p.cells.first.shape[1]
   rows_B1 = jnp.arange(B)[:, None]
   if count == 1:
-    hidden_BCD, memory = visit(state.memory, jax.tree.map(lambda x: x[:, 0], p.cells), key)
+    hidden_BCD, memory = kept(visit)(state.memory, jax.tree.map(lambda x: x[:, 0], p.cells), key)
     hidden_RBCD = hidden_BCD[None]
   else:
     memory, hidden_RBCD = jax.lax.scan(one, state.memory, (by_cell(p.cells), jnp.arange(count)))
@@ -209,9 +219,7 @@ def _islands(visit, memory, cells, p, key, sizes) -> jax.Array:
   B, T, size, dim, dtype = sizes
   rows_B1, slot_C = jnp.arange(B)[:, None], jnp.arange(size)
 
-  # Made again for the backward pass together with what decides: of a branch that is kept, each turn of
-  # a scan would keep its own copy of all that the branch reads, parameters and memory.
-  @jax.checkpoint
+  @jax.checkpoint   # with what decides, as in `walk`
   def read(cells, i):
     part = None if key is None else jax.random.fold_in(key, T + i)
     return jax.lax.cond((cells.length > 0).any(), lambda: visit(memory, cells, part)[0],

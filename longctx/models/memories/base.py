@@ -214,8 +214,10 @@ class Block(nnx.Module):
                    jnp.minimum(past.count[:, None] + starts_S, M))
       after = Past(all_BTD[:, S * C:], jnp.minimum(past.count + S * C, M))
       # What falls out of the short-term memory is the row, M tokens late.
-      k_from = jnp.concatenate([jax.lax.stop_gradient(past.hidden).astype(x_BTD.dtype), x_BTD],
-                               axis=1)[:, :S * C]
+      k_from = jnp.concatenate([past.hidden.astype(x_BTD.dtype), x_BTD], axis=1)[:, :S * C]
+      # What passed through it has no gradient, as in `project`; the rest is of the segment itself.
+      passed_T1 = (np.arange(S * C) % C < M)[:, None]
+      k_from = jnp.where(passed_T1, jax.lax.stop_gradient(k_from), k_from)
       valid_BT = jnp.concatenate([there(past), valid_BT], axis=1)[:, :S * C]
     if self.store is None:
       return Memory(pasts, ()), Memory(after, ())
