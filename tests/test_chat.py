@@ -21,7 +21,7 @@ from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.inference import reader as reader_lib
 from longctx.inference.sampling import Sampling
-from longctx.models import decoder, recurrent
+from longctx.models import decoder, memory_config, memory_decoder, recurrent
 from longctx.parallel import device_memory
 from longctx.store import seal
 from tests import toy_models
@@ -37,7 +37,10 @@ CONFIGS = {
     'lstm': recurrent.Config(vocab_size=257, num_layers=1, embed_dim=8, hidden_dim=8, init_std=0.5),
     'full': small(),
     'adds': small(layers=('linear_attention',)),
+    'sums': memory_config.Config(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, mlp='none',
+                                 segment=5, long_term='infini', memory_variant='linear'),
 }
+KINDS = {'lstm': recurrent.Recurrent, 'memory': memory_decoder.MemoryDecoder}
 COUNTS = {'count': 257, 'counts pieces': 400}   # symbols of a toy model
 
 
@@ -46,8 +49,7 @@ def made(name):
   if name in COUNTS:
     model = toy_models.CountModel(COUNTS[name])
   else:
-    kind = recurrent.Recurrent if name == 'lstm' else decoder.Decoder
-    model = kind(CONFIGS[name], rngs=nnx.Rngs(1))
+    model = KINDS.get(CONFIGS[name].name, decoder.Decoder)(CONFIGS[name], rngs=nnx.Rngs(1))
   return model, *nnx.split(model)
 
 
@@ -253,6 +255,20 @@ def test_free_memory_is_told():
   assert device_memory.free_bytes(Device({'bytes_limit': 100, 'bytes_in_use': 30})) == 70
   assert device_memory.free_bytes(Device(None)) == 24 * 2**30
   assert device_memory.free_bytes(Device({}, device_kind='unheard of')) is None
+
+
+@pytest.mark.parametrize('name, said', [
+    ('lstm', 'is no sum over what was read'), ('full', 'model.layers has attention'),
+    ('sums', 'a text of 46 tokens ends 1 tokens into a segment of 5')])
+def test_texts_that_cannot_be_merged_stay_as_they_are(name, said):
+  """Their tails too: they would be read in other chunks than a text that nobody tried to merge."""
+  readers = begun(name), begun(name)
+  for reader, count in zip(readers, (44, 45)):
+    reader.read(TEXT[:count])
+  before = [bits(reader) for reader in readers]
+  assert said in refused(readers[0].merge, readers[1])
+  assert [bits(reader) for reader in readers] == before
+  assert all(reader.waiting for reader in readers)
 
 
 def test_several_devices_share_what_is_restored():

@@ -17,7 +17,7 @@ from flax import nnx
 
 from longctx import files, store
 from longctx.errors import ConfigError
-from longctx.models import decoder, recurrent
+from longctx.models import decoder, memory_config, memory_decoder, recurrent
 from longctx.store import file, identity, seal
 from tests import toy_models
 
@@ -443,3 +443,64 @@ def test_what_does_not_add_is_refused():
   assert 'have room for 0 and 7 tokens' in refused(merge, a, with_header(capacity=7))
   assert 'the second context: is the memory of another model' in refused(
       merge, a, with_header(identity=identity_of('gated_delta')))
+
+
+SEGMENT = 4   # two in each text
+SUMS = memory_config.Config(vocab_size=VOCAB, num_layers=1, embed_dim=8, num_heads=2, segment=SEGMENT,
+                            long_term='infini', memory_variant='linear', init_std=0.5, mlp='none',
+                            attention='reference', remat='none')
+
+
+@functools.cache
+def infini():
+  graphdef, params = nnx.split(memory_decoder.MemoryDecoder(SUMS, rngs=nnx.Rngs(5)))
+  read = jax.jit(lambda tokens, state: nnx.merge(graphdef, params)(tokens, state))
+  return nnx.merge(graphdef, params), read, store.identify(SUMS, params, TOKENIZER)
+
+
+def test_linear_memories_merged_are_one_text_after_the_other():
+  model, read, who = infini()
+  merged = store.merge(*contexts_of_both(model, read, who), model.merge_states, model.init_state)
+  _, state = read(TEXTS[:1], model.init_state(1))
+  _, state = read(TEXTS[1:], state)
+  found = store.state_of(merged, model.init_state)
+  assert int(found.number[0]) == int(state.number[0]) == 4
+  for a, b in zip(jax.tree.leaves(found.memory), jax.tree.leaves(state.memory)):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+  hidden = read(TEXTS[:1], found)[0]
+  np.testing.assert_allclose(hidden, read(TEXTS[:1], state)[0], atol=1e-5)
+  alone = store.state_of(contexts_of_both(model, read, who)[0], model.init_state)
+  assert np.abs(hidden - read(TEXTS[:1], alone)[0]).max() > 1e-2   # the other text matters
+
+
+def test_a_text_without_a_whole_segment_adds_nothing():
+  """What stands in its memory then means nothing, and may be anything."""
+  model, read, who = infini()
+  a, b = contexts_of_both(model, read, who)
+  empty = b.arrays | {'number': np.zeros(1, np.int32)}
+  merged = store.merge(a, dataclasses.replace(b, arrays=empty), model.merge_states, model.init_state)
+  same_bits(list(merged.arrays.values()), list(a.arrays.values()))
+
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(memory_variant='delta'), "model.memory_variant='delta': is no plain sum"),
+    (dict(memory_variant=''), "model.memory_variant='': is no plain sum"),
+    (dict(long_term='armt', memory_variant=''), "model.long_term='armt'"),
+    (dict(long_term='none', memory_variant=''), "model.long_term='none'"),
+    (dict(short_term=4), 'model.short_term=4: it holds the last tokens of one text'),
+], ids=lambda x: str(x))
+def test_memories_of_segments_that_do_not_add_are_refused(settings, said):
+  model = nnx.eval_shape(lambda: memory_decoder.MemoryDecoder(
+      dataclasses.replace(SUMS, **settings), rngs=nnx.Rngs(0)))
+  assert said in refused(model.check_merge, 8, 8)
+
+
+def test_texts_that_end_within_a_segment_do_not_add():
+  model, read, who = infini()
+  a, _ = contexts_of_both(model, read, who)
+  _, state = read(TEXTS[:, :6], model.init_state(2))
+  b = store.take(state, who, tokens=6)
+  assert 'merge: a text of 6 tokens ends 2 tokens into a segment of 4' in refused(
+      model.check_merge, 8, 6)
+  assert 'ends 2 tokens into a segment of 4, and a segment is remembered when it is whole; read 2 ' \
+         'tokens more into it' in refused(store.merge, a, b, model.merge_states, model.init_state)

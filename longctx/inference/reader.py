@@ -183,7 +183,10 @@ class Reader:
 
   def merge(self, other: 'Reader') -> None:
     """Adds another text of the same model to what is remembered; where memories add."""
+    rule = getattr(self.model, 'merge_states', None)
+    # Before the tails are read: where it cannot be, both stay as they are.
+    store.check_merge((self.identity, other.identity), (self.capacity, other.capacity), rule)
+    self.model.check_merge(self.tokens, other.tokens)
     self.read_tail()
     other.read_tail()
-    self.restore(store.merge(self.context(), other.context(),
-                             getattr(self.model, 'merge_states', None), self.init_state))
+    self.restore(store.merge(self.context(), other.context(), rule, self.init_state))

@@ -215,12 +215,9 @@ class Decoder(nnx.Module):
     by_place = [unstack(s, repeats) for s in stacked]
     return x_BTD, tuple(by_place[i % period][i // period] for i in range(depth))
 
-  def merge_states(self, a: State, b: State) -> State:
-    """The state after two texts, each read from an empty one: what follows attends to both.
-
-    Exact where a layer's state is a plain sum over its tokens. In one layer it is the state after one
-    text and then the other; above it, the layers below read each text without the other.
-    """
+  def check_merge(self, *tokens: int) -> None:
+    """ConfigError where `merge_states` would be no sum; how many tokens the texts have matters not."""
+    del tokens
     others = [m for m in dict.fromkeys(self.config.layers)
               if not getattr(MIXERS.get(m), 'adds', False)]
     check(not others, f'merge: model.layers has {", ".join(others)}, whose memory is no plain sum over '
@@ -229,6 +226,14 @@ class Decoder(nnx.Module):
     check(self.config.position != 'learned', "merge: with model.position='learned' two texts would "
           "stand at the same positions; only 'rope' and 'none' can, which linear_attention does not "
           'read. Read both texts into one context')
+
+  def merge_states(self, a: State, b: State) -> State:
+    """The state after two texts, each read from an empty one: what follows attends to both.
+
+    Exact where a layer's state is a plain sum over its tokens. In one layer it is the state after one
+    text and then the other; above it, the layers below read each text without the other.
+    """
+    self.check_merge()
     clock = Clock(a.clock.index + b.clock.index, a.clock.start + b.clock.start,
                   jnp.maximum(a.clock.segment, b.clock.segment))
     return State(clock, jax.tree.map(jnp.add, a.layers, b.layers))

@@ -87,21 +87,27 @@ def state_of(context: Context, init_state: Callable[..., Any], where: str = 'the
   return jax.tree.structure(template).unflatten([held[name] for name in asked])
 
 
+def check_merge(identities: tuple[Identity, Identity], rooms: tuple[int, int],
+                merge_states: Callable[[Any, Any], Any] | None) -> None:
+  """ConfigError unless the two are of one model, one that adds, and have the same room."""
+  check(merge_states is not None, f'merge: the memory of model.name={identities[0].model!r} is no sum '
+        'over what was read, so two cannot be added; only those of a decoder of '
+        "model.layers=('linear_attention',) and of infini's model.memory_variant='linear' are. Read "
+        'both texts into one context')
+  check_same(identities[1], identities[0], 'merge: the second context')
+  check(rooms[0] == rooms[1], f'merge: the contexts have room for {rooms[0]} and {rooms[1]} tokens; '
+        'must be equal')
+
+
 def merge(a: Context, b: Context, merge_states: Callable[[Any, Any], Any] | None,
           init_state: Callable[..., Any]) -> Context:
   """The memory of both texts, each as if read alone; for models whose memories add.
 
   `merge_states(a, b)`: the model's own rule, or None where it has none.
   """
-  name = a.header.identity.model
-  check(merge_states is not None, f'merge: the memory of model.name={name!r} is no sum over what '
-        "was read, so two cannot be added; only that of a decoder of model.layers=('linear_attention',) "
-        'is. Read both texts into one context')
-  check_same(b.header.identity, a.header.identity, 'merge: the second context')
-  check(a.header.capacity == b.header.capacity, f'merge: the contexts have room for '
-        f'{a.header.capacity} and {b.header.capacity} tokens; must be equal')
-  check(not a.header.tail and not b.header.tail, f'merge: {len(a.header.tail)} and '
-        f'{len(b.header.tail)} tokens are not read yet; read them first, so that they are remembered')
+  x, y = a.header, b.header
+  check_merge((x.identity, y.identity), (x.capacity, y.capacity), merge_states)
+  check(not x.tail and not y.tail, f'merge: {len(x.tail)} and {len(y.tail)} tokens are not read yet; '
+        'read them first, so that they are remembered')
   state = merge_states(state_of(a, init_state), state_of(b, init_state))
-  return take(state, a.header.identity, capacity=a.header.capacity,
-              tokens=a.header.tokens + b.header.tokens)
+  return take(state, x.identity, capacity=x.capacity, tokens=x.tokens + y.tokens)
