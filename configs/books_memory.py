@@ -1,6 +1,7 @@
 """A decoder with a segment memory on a folder of books: Infini-attention, or another by one flag.
 
 Segments of 512 bytes; a row carries a book on from step to step, gradients go back through four segments.
+A book begins a row, so that all segments of a row are read at once where the memory allows it.
 Whole held-out books are read from their first byte, however long.
 
 Source:   Munkhdalai et al. 2024, arXiv:2404.07143 (the memory; widths are a small CPU's).
@@ -22,6 +23,7 @@ def get_config(variant: str = ''):
   config.data.validation_fraction = 0.3   # five of the sixteen
   config.data.test_fraction = 0.1
   config.data.form = 'segments'
+  config.data.align = True
   config.data.length = 2048
   config.data.batch_size = 2
   config.model.num_layers = 6

@@ -94,7 +94,8 @@ def publish(found: result.Result, folder: str, at: int) -> bool:
 def jit_step(a: Assembly) -> Any:
   """The jitted update (state, batch) -> (state, scalars) that a run of `a` takes."""
   update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
-                             a.parts.run.accumulate, a.parts.optimizer.ema)
+                             a.parts.run.accumulate, a.parts.optimizer.ema,
+                             aligned=a.parts.data.align and hasattr(a.model_config, 'segment'))
   shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
   return jax.jit(mesh.under(a.layout, update), donate_argnums=0,
                  out_shardings=(shardings, a.layout.sharding()),

@@ -88,23 +88,34 @@ def test_best_fit_in_any_order(lengths, capacity):
   assert sorted(fills.values()) == oracles.best_fit_fills(lengths, capacity)
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 4), st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
-def test_lanes_carry_on(lengths, length, batch_size, seed):
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 4), st.integers(0, 3), st.booleans())
+@settings(max_examples=160, deadline=None)
+def test_lanes_carry_on(lengths, length, batch_size, seed, align):
   total = sum(lengths)
-  if total < length * batch_size:
+  slots = sum(-(-n // length) * length for n in lengths) if align else total
+  if slots < length * batch_size:
     with pytest.raises(ConfigError, match=r'data\.batch_size'):
-      packing.Lanes(np.array(lengths), length, batch_size, seed)
+      packing.Lanes(np.array(lengths), length, batch_size, seed, align=align)
     return
-  lanes = packing.Lanes(np.array(lengths), length, batch_size, seed)
+  lanes = packing.Lanes(np.array(lengths), length, batch_size, seed, align=align)
   for epoch in range(3):
     batches = range(epoch * lanes.num_batches, (epoch + 1) * lanes.num_batches)
     count = covered([p for i in batches for b in range(batch_size) for p in lanes.pieces(i, b)])
     account = lanes.accounting()
     assert max(count.values()) == 1
-    assert sum(count.values()) == account['tokens_per_epoch']
-    assert account['tokens_per_epoch'] + account['tail_tokens'] == total
     assert account['tail_tokens'] < length * batch_size
+    if epoch == 0 or not align:   # another order leaves other tails, padded otherwise
+      assert sum(count.values()) == account['tokens_per_epoch']
+      assert account['tokens_per_epoch'] + account['tail_tokens'] == total
+      rows = account['rows_per_epoch']
+      np.testing.assert_allclose(account['padding_fraction'],
+                                 1 - account['tokens_per_epoch'] / (rows * length), atol=1e-12)
+    if align:
+      for i in batches:
+        for b in range(batch_size):
+          (piece,) = lanes.pieces(i, b)
+          assert piece.offset % length == 0
+          assert piece.count == min(length, lengths[piece.document] - piece.offset)
   for b in range(batch_size):
     walk = [p for i in range(3 * lanes.num_batches) for p in lanes.pieces(i, b)]
     for before, after in itertools.pairwise(walk):

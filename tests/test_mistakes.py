@@ -208,6 +208,7 @@ def test_a_leaf_without_a_type_cannot_be_overridden(tmp_path, capfd):
 FIELDS = [
     ('model.mixer_negative=True', "model.mixer_negative=True: is read by delta_net, gated_delta, kda "
      'only', 'set model.mixer_negative=False'),
+    ('data.align=True', "data.align=True: is read with data.form='segments' only", 'set data.align=False'),
     ('model.layers=("rglru",) model.mixer_key_dim=8', 'model.mixer_key_dim=8: is read by',
      "model.layers=('rglru',)"),
     # Names.

@@ -90,6 +90,34 @@ def test_the_memory_matters():
     assert np.abs(np.asarray(hidden[:, -1]) - np.asarray(state[:, -1])).max() > 1e-3, name
 
 
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in ('infini', 'two stores', 'armt', 'rmt') else pytest.mark.slow)
+    for name in MEMORY])
+def test_aligned_rows_give_what_rows_of_any_documents_do(name):
+  """A document carried on, one that ends in padding, and one that begins; in the default schedule."""
+  config = dataclasses.replace(MEMORY[name], truncate=2)
+  graphdef, params = nnx.split(built(config))
+  T = 2 * config.segment
+  tokens = jax.random.randint(jax.random.key(3), (2, B, T), 0, VOCAB)
+  ids = jnp.array([[[1] * T, [5] * (T - 1) + [0]], [[1] * T, [6] * T]])
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(params, aligned):
+    def total(params):
+      model, out = nnx.merge(graphdef, params), []
+      state = model.init_state(B)
+      for i in range(2):
+        hidden, state = model(tokens[i], state, segment_ids_BT=ids[i], aligned=aligned)
+        out.append(jnp.where((ids[i] > 0)[..., None], hidden, 0))
+      state = state._replace(tail=jnp.where(state.count[:, None] > 0, state.tail, 0))
+      return sum((x * jnp.cos(jnp.arange(x.size).reshape(x.shape))).sum() for x in out), (out, state)
+    return jax.value_and_grad(total, has_aux=True)(params)
+
+  (_, (_, state)), _ = found = run(params, True)
+  assert list(state.number) == [4, 2] and not np.asarray(state.count).any()
+  close(found, run(params, False))
+
+
 @pytest.mark.parametrize('name,sizes_of_mesh', [
     ('transformer_xl', dict(data=2, seq=4, layout='sequence')),
     ('infini', dict(data=1, seq=4, model=2, layout='sequence')),

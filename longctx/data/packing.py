@@ -5,7 +5,8 @@ token's target is SEP. Three ways of laying the pairs out in rows of T:
 
     SplitRows  all documents in one shuffled line, chopped every T: no padding, pieces anywhere
     WholeRows  each document, trimmed to T or dropped when longer, by best fit into padded rows
-    Lanes      the shuffled line in B equal lanes; row b walks along lane b from batch to batch
+    Lanes      the shuffled line in B equal lanes; row b walks along lane b from batch to batch;
+               `align`: each document begins a row, and its last row is padded
 
 Every pair that is left out of an epoch is counted in `accounting()`:
     tokens == tokens_per_epoch + trimmed_tokens + dropped_tokens + tail_tokens.
@@ -170,7 +171,10 @@ class Lanes:
   there. Segment ids run on, so that neighbours differ across batches and epochs too.
   """
 
-  def __init__(self, lengths: np.ndarray, length: int, batch_size: int, seed: int):
+  def __init__(self, lengths: np.ndarray, length: int, batch_size: int, seed: int, *,
+               align: bool = False):
+    self._lengths = lengths   # of their tokens; in the line they are padded
+    lengths = -(-lengths // length) * length if align else lengths
     self._num_documents = len(lengths)
     self.length = length
     self.batch_size = batch_size
@@ -189,17 +193,22 @@ class Lanes:
     for j, document, offset, count in self.line(epoch).span(low, low + self.length):
       position = min(offset, low - lane_start)
       segment = 1 + (epoch * self._num_documents + j) % (2**31 - 2)
-      result.append(Piece(document, offset, count, position, segment))
+      there = min(count, int(self._lengths[document]) - offset)
+      result.append(Piece(document, offset, there, position, segment))
       low += count
     return result
 
   def accounting(self) -> dict:
     """Of the first epoch; `documents_cut` counts lane ends, for within a lane state is carried."""
     lane = self.num_batches * self.length
-    trained = lane * self.batch_size
-    return _accounting(tokens_per_epoch=trained, tail_tokens=self.total - trained,
+    slots = lane * self.batch_size
+    tail = sum(min(count, max(0, int(self._lengths[document]) - offset))
+               for _, document, offset, count in self.line(0).span(slots, self.total))
+    trained = int(np.sum(self._lengths)) - tail
+    return _accounting(tokens_per_epoch=trained, tail_tokens=tail,
                        rows_per_epoch=self.num_batches * self.batch_size,
-                       documents_cut=self.line(0).num_cut(lane, trained))
+                       padding_fraction=1 - trained / slots,
+                       documents_cut=self.line(0).num_cut(lane, slots))
 
 
 def _accounting(**values) -> dict:

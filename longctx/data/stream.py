@@ -9,7 +9,8 @@ A batch is a dict of arrays [B, T] (this host's rows of the global batch):
     document_start   bool     where a document begins, and with it the state that models carry
 
 form='packed': rows are independent. form='segments': row b of a batch carries on where row b of the
-batch before ended, and so does the state. Grain reads batches ahead in threads; its state is the
+batch before ended, and so does the state; with `align` a document begins a row, and the rest of its last row
+is padding, so that models read whole segments of memory in any order of theirs. Grain reads batches ahead in threads; its state is the
 index of the next batch, whatever the number of hosts.
 Held by: tests/test_data_stream.py.
 
@@ -44,6 +45,7 @@ class Config:
   test_fraction: float = 0.05
   tokenizer: str = 'bytes'           # or the path of a SentencePiece .model file
   form: str = 'packed'               # or 'segments'
+  align: bool = False                # form='segments': each document begins a row of its own
   length: int = 256                  # tokens of a row
   batch_size: int = 8                # rows of all hosts together
   long_documents: str = 'split'      # longer than a row: 'split', 'trim' or 'drop'
@@ -76,6 +78,8 @@ class Config:
     check(self.form == 'packed' or self.long_documents == 'split',
           f"data.long_documents={self.long_documents!r}: must be 'split' with "
           "data.form='segments', whose rows carry a document on")
+    check(self.form == 'segments' or not self.align, "data.align=True: is read with "
+          "data.form='segments' only, whose rows carry a document on; set data.align=False")
     check_range('data.length', self.length, 1)
     check_range('data.batch_size', self.batch_size, 1)
     check_range('data.prefetch', self.prefetch, 0)
@@ -132,7 +136,8 @@ class BatchSource:
     self._store = store
     lengths = np.diff(store.offsets)
     if config.form == 'segments':
-      self._layout = packing.Lanes(lengths, config.length, config.batch_size, seed)
+      self._layout = packing.Lanes(lengths, config.length, config.batch_size, seed,
+                                   align=config.align)
       return
     if config.long_documents == 'split':
       self._layout = packing.SplitRows(lengths, config.length, seed)
@@ -233,4 +238,6 @@ def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: 
   identity = {'content': store.content, 'tokenizer': tokenizer.fingerprint, 'split': split,
               'seed': seed, 'form': config.form, 'length': config.length,
               'batch_size': config.batch_size, 'long_documents': config.long_documents}
+  if config.align:
+    identity['align'] = True
   return Stream(config, source, identity, tokenizer)

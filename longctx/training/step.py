@@ -55,12 +55,12 @@ def init_state(model_init: Callable[[jax.Array], nnx.Module], tx: Callable, *, s
 
 
 def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: loss_lib.Config,
-               accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array]
-               ) -> tuple[TrainState, dict[str, jax.Array]]:
+               accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array], *,
+               aligned: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
   """The state after one batch, and scalars: loss (nats per token), grad_norm, finite, skipped,
   bad_in_a_row, tokens (targets), keys (of each window of the model: what a query with a target
   sees on average), and grad_squares (one sum of squares a parameter, to name the first that is not
-  finite).
+  finite). `aligned`: the model is told that documents begin rows (data.align).
   """
   weights_BT = batch['loss_mask'] / jnp.maximum(batch['loss_mask'].sum(), 1.0)
   key = jax.random.fold_in(state.dropout_key, state.step)
@@ -71,6 +71,8 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
   def loss_fn(params, batch, weights_BT, memory, key):
     model = nnx.merge(graphdef, params)
     placed = dict(places=(batch['index'], batch['start'])) if 'index' in batch else {}
+    if aligned:
+      placed['aligned'] = True
     hidden_BTD, memory = model(batch['tokens'], memory, positions_BT=batch['positions'],
                                segment_ids_BT=batch['segment_ids'], dropout_key=key, **placed)
     layout = mesh.current()
