@@ -1,6 +1,7 @@
-"""What a traced program sends: bytes by primitive, with the lengths of the scans taken into account."""
+"""What a traced program sends, bytes by primitive, and what it multiplies; scans count as often as they run."""
 
 import collections
+import math
 
 import jax
 import numpy as np
@@ -25,9 +26,31 @@ def _walk(jaxpr, times, axis_size, found):
         found[name][1] += times * (held if name == 'ppermute' else
                                    held * (size - 1) if name == 'all_gather' else
                                    held * (size - 1) // size)
-    inner = times * eqn.params.get('length', 1) if name == 'scan' else times
-    for value in eqn.params.values():
-      for each in value if isinstance(value, (tuple, list)) else (value,):
-        closed = getattr(each, 'jaxpr', each)
-        if hasattr(closed, 'eqns'):
-          _walk(closed, inner, axis_size, found)
+    for inner, turns in _inside(eqn):
+      _walk(inner, times * turns, axis_size, found)
+
+
+def _inside(eqn):
+  """(jaxpr, how often it runs) of all that an equation holds."""
+  turns = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+  for value in eqn.params.values():
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+      closed = getattr(each, 'jaxpr', each)
+      if hasattr(closed, 'eqns'):
+        yield closed, turns
+
+
+def products(function, *arguments):
+  """FLOPs of all matrix products of a function, 2 a multiply-add."""
+  return _multiplied(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _multiplied(jaxpr):
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+      (summed, _), _ = eqn.params['dimension_numbers']
+      total += 2 * math.prod(out) * math.prod(left[i] for i in summed)
+    total += sum(turns * _multiplied(inner) for inner, turns in _inside(eqn))
+  return total

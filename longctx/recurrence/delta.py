@@ -173,5 +173,5 @@ def flops(K: int, V: int, form: str, chunk: int, channels: bool) -> float:
   C = chunks.choose(chunk, CHANNEL_CHUNKS if channels else CHUNKS)
   pairs = C * K * (1 if channels else 2)
   inverted = (C * C - 16) / 3 + 32 if C >= 4 else 2.0 * C * C
-  carried = K * K * V / C * (2 + 2 * K / V if form == 'scan' else 1)
+  carried = K * K * V / C * (3 + 2 * K / V if form == 'scan' else 1)   # joined twice, then applied
   return 2.0 * (pairs + inverted + 2 * C * (K + V) + K * (K + V) + carried + K * V)

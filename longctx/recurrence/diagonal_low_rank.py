@@ -133,5 +133,5 @@ def flops(K: int, V: int, form: str, chunk: int) -> float:
     return 8.0 * K * V
   C = chunks.choose(chunk, CHUNKS)
   inverted = (C * C - 16) / 3 + 32 if C >= 4 else 2.0 * C * C
-  carried = K * K * V / C * (2 + 2 * K / V if form == 'scan' else 1)
+  carried = K * K * V / C * (3 + 2 * K / V if form == 'scan' else 1)   # joined twice, then applied
   return 2.0 * (2 * C * K + inverted + 2 * C * (K + V) + 2 * C * V + K * (K + V) + carried + 2 * K * V)

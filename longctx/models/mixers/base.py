@@ -8,7 +8,7 @@ Class attributes: `dependency` (P0: its tokens are computed side by side, so the
 over devices; P2: one after the other), `reads` (the settings of its sizes and of its rule that it
 looks at). Static method `cost(settings)`: parameters, arithmetic and
 state in closed form. The table is MIXERS in longctx/models/mixers/__init__.py.
-Held by: tests/test_models.py (every law), tests/test_mixers.py (published layers).
+Held by: tests/test_mixer_laws.py and tests/test_models.py (every law), tests/test_mixers.py (published layers).
 """
 
 import dataclasses
@@ -41,4 +41,6 @@ class Cost(NamedTuple):
   matrices: int            # parameters that multiply every token: 2 FLOPs each
   flops: float             # of a token, forward, besides the matrices, at the chunk that is used
   state: int               # floats of state of a row, convolution included
-  wire: int                # floats of the map that a device sends for a row where `seq` is cut
+  # float32 numbers (of 4 bytes) of the map that a device sends for a row, forward, to each other
+  # device of `seq`. Without the convolution's halo: (W - 1) inputs, in the compute type, to one.
+  wire: int

@@ -67,6 +67,7 @@ class Decayed(nnx.Module):
   key_factor, value_factor = 1.0, 1
   gated = True         # whether silu(x W_g) multiplies the normed output
   by_channel = False   # whether decays have channels
+  decays = True
   extra_values = 0     # columns that the state has besides the values
 
   @classmethod
@@ -78,9 +79,10 @@ class Decayed(nnx.Module):
     H, K, V = cls.sizes(settings)
     columns = V + cls.extra_values
     matrices = settings.dim * H * (2 * K + (3 if cls.gated else 2) * V)
+    kept = H * K if cls.by_channel else H if cls.decays else 1   # documents alone end every head's sum
     return Cost(parameters=matrices, matrices=matrices,
                 flops=decay.flops(H, H, K, columns, cls.by_channel, settings.form, settings.chunk),
-                state=H * K * columns, wire=H * ((K if cls.by_channel else 1) + K * columns))
+                state=H * K * columns, wire=kept + H * K * columns)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, (H, K, V) = settings.dim, self.sizes(settings)
@@ -114,7 +116,7 @@ class Decayed(nnx.Module):
 class LinearAttention(Decayed):
   """y, state = mixer(x, state, context)."""
 
-  name, gated, extra_values = 'linear_attention', False, 1
+  name, gated, decays, extra_values = 'linear_attention', False, False, 1
   adds = True   # a state is a plain sum over its tokens: those of two texts may be added
 
   def mix(self, x_BTD, q, k, v, run):
