@@ -131,6 +131,20 @@ def test_decayed_pairs():
                              [g[t + 1:].sum(0) for t in range(C)], rtol=1e-6)
 
 
+@pytest.mark.parametrize('form', ['sequential', 'chunked'])
+def test_a_key_that_rounding_made_too_long_does_not_make_the_memory_grow(form):
+  """beta = 2 and nothing forgotten: each token turns what the memory holds along its key."""
+  k = jax.random.normal(jax.random.key(13), (K,))
+  key = (k / jnp.linalg.norm(k)).astype(jnp.bfloat16)
+  assert jnp.sum(jnp.square(key.astype(jnp.float32))) > 1.003
+  k = jnp.broadcast_to(key, (1, 4096, 1, K))
+  v = jnp.zeros((1, 4096, 1, 1), jnp.bfloat16)
+  inputs = Inputs(k, k, v, jnp.full((1, 4096, 1), 2.0), None)
+  state = jax.random.normal(jax.random.key(1), (1, 1, K, 1))
+  _, after = jax.jit(functools.partial(over_sequence, FORMS[form]))(inputs, state)
+  assert np.linalg.norm(after) == pytest.approx(np.linalg.norm(state), rel=1e-3)
+
+
 @pytest.mark.parametrize('decay', ['head', 'channel'])
 def test_corners_have_finite_gradients(decay):
   """All decays 0, all 1, a log decay just above the floor; keys all zero; nothing but padding."""

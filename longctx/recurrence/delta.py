@@ -2,7 +2,8 @@
 
   S_t = a_t S_{t-1} + beta_t k_t^T (v_t - k_t a_t S_{t-1})        o_t = q_t S_t
 
-a_t in [0, 1] is 1 (DeltaNet), a number a head (Gated DeltaNet) or one for each key channel (KDA).
+a_t in [0, 1] is 1 (DeltaNet), a number a head (Gated DeltaNet) or one for each key channel (KDA);
+beta_t in [0, 2] is held to 2 / |k_t|^2 where rounding has made a key longer than 1.
 In a chunk, with b the cumulative log decay and G_ti = exp(b_t - b_i) for i <= t:
 
   T = (I + tril(beta K K^T * G, -1))^-1    U = T beta V    W = T beta e^b K
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
   """Of each token and head. q, k, v in the compute type; q already scaled."""
 
   q: jax.Array                      # [B, T, H, K]
-  k: jax.Array                      # [B, T, H, K]; of length at most 1, else the memory may grow
+  k: jax.Array                      # [B, T, H, K]; of length at most 1, but for rounding
   v: jax.Array                      # [B, T, H, V]
   beta: jax.Array                   # [B, T, H] float32
   log_decay: jax.Array | None       # [B, T, H] or [B, T, H, K] float32, <= 0; None: no decay
@@ -61,7 +62,7 @@ class Delta:
   cut: ClassVar[str] = 'heads'
 
   def prepare(self, inputs: Inputs) -> tuple[Inputs, affine.Chunks | None]:
-    inputs = inputs._replace(log_decay=_log_decay(inputs))
+    inputs = inputs._replace(log_decay=_log_decay(inputs), beta=_bounded(inputs.beta, inputs.k))
     if inputs.valid_BT is not None:
       inputs = inputs._replace(beta=jnp.where(inputs.valid_BT[..., None], inputs.beta, 0))
     one_by_one = self.form == 'sequential' or inputs.q.shape[1] == 1
@@ -85,6 +86,18 @@ class Delta:
       return _one_by_one(inputs, state_BHKV)
     out, state_BHKV = affine.finish(by_chunk, state_BHKV, self.form)
     return from_chunks(out, inputs.q.shape[1]), state_BHKV
+
+
+def _bounded(beta: jax.Array, k: jax.Array) -> jax.Array:
+  """beta at most 2 / |k|^2 where |k| > 1: I - beta k^T k turns what lies along k, and never stretches it.
+
+  In bfloat16 |k|^2 of a key of length 1 is up to 4e-3 more, and with beta = 2 a memory that forgets
+  nothing would grow by twice as much with each token. The gradient is that of the beta given: a
+  key's rounding is no reason for another.
+  """
+  beta, length = beta.astype(jnp.float32), jnp.sum(jnp.square(k.astype(jnp.float32)), axis=-1)
+  most = 2 / jnp.maximum(length, 1)
+  return beta - jax.lax.stop_gradient(jnp.maximum(beta - most, 0))
 
 
 def _log_decay(inputs: Inputs) -> jax.Array:
@@ -140,7 +153,7 @@ def _chunks(inputs: Inputs, chunk: int) -> affine.Chunks:
   _, b, behind = sums_around(log_decay)                                  # [N, B, H, C, A]
   pairs = _pairs(q, k, log_decay, b, docs)
   A, L = pairs[..., :size, :], pairs[..., size:, :]
-  beta = beta.astype(jnp.float32)[..., None]
+  beta = beta[..., None]
   T = inverse(jnp.where(jnp.tri(size, k=-1, dtype=bool), beta * L, 0))
   seen = jnp.exp(jnp.where(docs.first[..., None], b, -jnp.inf))          # of the state before
   left = jnp.exp(jnp.where(docs.last[..., None], behind, -jnp.inf))      # at the chunk's end
