@@ -4,9 +4,16 @@
 of the old one's begins with its values; the rest begin as the config draws them. With a gate that is closed
 at first (model.gate='tanh'), or a memory that begins empty, the new model is then the old one: as long as
 a row is within one segment its logits are equal, and beyond it is the old model with a window.
+
+Refused: a setting of both models that differs and changes what the parameters mean (all but FREE); and a
+new gate of model.gate='sigmoid', which is half open at first and takes half of what attention says away.
+Memories that are heard from the first token on (Block.identity is False) are a choice: the line that
+says what began as in the old run says so.
 Held by: tests/test_retrofit.py.
 """
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,7 +21,18 @@ from flax import nnx
 
 from longctx import assembly
 from longctx.errors import check
+from longctx.models.memories import MEMORIES
 from longctx.training import step
+
+# What two runs of the same parameters may differ in: how it is computed, trained and drawn, and the
+# memory, which is what is new.
+FREE = frozenset((
+    'name', 'vocab_size', 'max_length', 'dropout', 'init_std', 'dtype', 'attention', 'layer_loop',
+    'remat', 'mlp_block', 'mixer_form', 'mixer_chunk', 'schedule', 'truncate', 'segment', 'short_term',
+    'long_term', 'memory_layers'))
+# Of a memory, and so compared where both have the same.
+OWN = ('gate', 'memory_variant', 'memory_tokens', 'memory_size', 'memory_width', 'memory_depth',
+       'memory_chunk', 'memory_rate', 'memory_top')
 
 
 def begin_from(a: assembly.Assembly, state: step.TrainState, folder: str
@@ -23,6 +41,9 @@ def begin_from(a: assembly.Assembly, state: step.TrainState, folder: str
   old = assembly.load_for_inference(folder)
   check(old.tokenizer.fingerprint == a.tokenizer.fingerprint,
         f'run.init_from={folder}: its tokenizer is another one; set data.tokenizer to its own')
+  differ = differences(old.model_config, a.model_config)
+  check(not differ, f'run.init_from={folder}: its parameters mean something else here: '
+        f'{"; ".join(differ)}; set the model\'s as there')
   theirs = by_layer(old.params, old.model_config)
   found, fresh = {}, []
   flat = nnx.to_flat_state(state.params)
@@ -43,7 +64,35 @@ def begin_from(a: assembly.Assembly, state: step.TrainState, folder: str
   left = len(set(theirs) - set(found))
   line = (f'{len(found)} parameters begin as in {folder}, {len(fresh)} ({new:,} numbers) anew'
           + (f'; {left} of its have no place here' if left else ''))
+  heard = heard_at_first(a.model_config, fresh)
+  if left or heard:
+    line += ('; the new model does not begin as that one'
+             + (f': model.long_term={heard!r} is heard from the first token on' if heard else ''))
   return state._replace(params=params, ema=ema), line
+
+
+def differences(old: Any, new: Any) -> list[str]:
+  """'model.rope_base is 500000.0 there and 10000.0 here', one a setting that must not differ."""
+  theirs, mine = dataclasses.asdict(old), dataclasses.asdict(new)
+  same_memory = theirs.get('long_term') == mine.get('long_term')
+  found = [f'model.{name} is {theirs[name]!r} there and {mine[name]!r} here' for name in mine
+           if name in theirs and name not in FREE and (same_memory or name not in OWN)
+           and theirs[name] != mine[name]]
+  segment = mine.get('segment', 0)
+  if any(0 < window < segment for window in theirs.get('window', ())):
+    found.append(f'model.window is {theirs["window"]!r} there, and here each token sees all of its '
+                 f'model.segment={segment} up to itself')
+  return found
+
+
+def heard_at_first(config: Any, fresh: Collection[str]) -> str:
+  """The memory that cannot begin as if it were not there, if the parameters `fresh` are of one; or ''."""
+  if not fresh or not hasattr(config, 'long_term'):
+    return ''
+  gates = [name for name in fresh if name.split('/')[-1] == 'gate']
+  check(not gates or config.gate == 'tanh', f'model.gate={config.gate!r}: a new gate of it is half open '
+        "at first, and halves what attention says; set model.gate='tanh', which begins closed")
+  return '' if all(MEMORIES[kind].identity for kind in config.kinds()) else config.long_term
 
 
 def _name(path: tuple) -> str:

@@ -11,6 +11,8 @@ from flax import nnx
 from longctx import assembly, retrofit, train
 from longctx.configuration import base
 from longctx.errors import ConfigError
+from longctx.models import decoder
+from longctx.models import memory_config as memory
 from longctx.models.memories import MEMORIES
 from tests.compilation import quick_compilation  # noqa: F401
 from tests.programs import tiny
@@ -55,6 +57,7 @@ CLOSED = {
     'infini': dict(long_term='infini', gate='tanh'),
     'memorizing': dict(long_term='memorizing', gate='tanh', memory_size=64, memory_layers=(1,)),
     'armt': dict(long_term='armt', memory_tokens=2, memory_width=4),
+    'two stores': dict(long_term='infini', gate='tanh', memory_variant='linear', short_term=8),
 }
 
 
@@ -65,6 +68,7 @@ def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
   a = assembly.assemble(memory_config(text, **CLOSED[name]))
   state, line = retrofit.begin_from(a, a.init(), folder)
   assert 'begin as in' in line
+  assert 'does not begin' not in line
   old = assembly.load_for_inference(folder)
   before, after = nnx.merge(old.graphdef, old.params), nnx.merge(a.graphdef, state.params)
   tokens = jax.random.randint(jax.random.key(0), (2, 48), 0, 256)
@@ -84,9 +88,69 @@ def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
     assert np.abs(grads['blocks'][1]['gate'].get_value()).max() > 1e-7
 
 
-def test_every_memory_says_truly_whether_it_can_begin_so():
-  assert {name for name, kind in MEMORIES.items() if kind.identity} >= {'none', 'infini', 'memorizing', 'armt'}
-  assert not MEMORIES['rmt'].identity   # its tokens are seen from the first step on
+def test_every_memory_says_whether_it_can_begin_so_and_those_that_can_are_held_to_it():
+  promised = {name for name, kind in MEMORIES.items() if kind.identity}
+  assert promised == {config.get('long_term', 'none') for config in CLOSED.values()}
+
+
+HEARD = sorted(name for name, kind in MEMORIES.items() if not kind.identity)
+
+
+@pytest.mark.parametrize('name', HEARD)
+def test_a_memory_that_is_heard_at_first_is_named(name):
+  settings = dict(short_term=6) if name == 'compressive' else {}
+  config = memory.Config(long_term=name, segment=6, **settings)
+  assert retrofit.heard_at_first(config, ['blocks/0/new']) == name
+  assert retrofit.heard_at_first(config, []) == ''   # that run had it too
+
+
+def test_a_run_that_begins_with_such_a_memory_says_so(plain):
+  folder, text = plain
+  a = assembly.assemble(memory_config(text, long_term='rmt', memory_tokens=2))
+  _, line = retrofit.begin_from(a, a.init(), folder)
+  assert line.endswith("(32 numbers) anew; the new model does not begin as that one: model.long_term="
+                       "'rmt' is heard from the first token on")
+
+
+@pytest.mark.parametrize('long_term', ['infini', 'memorizing'])
+def test_a_new_gate_that_is_half_open_is_refused(plain, long_term):
+  folder, text = plain
+  a = assembly.assemble(memory_config(text, long_term=long_term))
+  with pytest.raises(ConfigError, match=r"model.gate='sigmoid': a new gate of it is half open at first, "
+                     r"and halves what attention says; set model.gate='tanh', which begins closed"):
+    retrofit.begin_from(a, a.init(), folder)
+  trained = memory.Config(long_term=long_term)
+  assert retrofit.heard_at_first(trained, ['head/table']) == ''   # a gate that was learned in that run
+
+
+PLAIN = dict(num_layers=2, embed_dim=16, num_heads=2)
+OTHERS = [
+    (decoder.Config(**PLAIN, rope_base=500.0), memory.Config(**PLAIN),
+     'model.rope_base is 500.0 there and 10000.0 here'),
+    (decoder.Config(**PLAIN, norm_epsilon=1e-5), memory.Config(**PLAIN),
+     'model.norm_epsilon is 1e-05 there and 1e-06 here'),
+    (decoder.Config(**PLAIN, position='none'), memory.Config(**PLAIN),
+     "model.position is 'none' there and 'rope' here"),
+    (decoder.Config(**PLAIN), memory.Config(**PLAIN, position='relative'),
+     "model.position is 'rope' there and 'relative' here"),
+    (decoder.Config(**PLAIN), memory.Config(**PLAIN, qk_norm=True), 'model.qk_norm is False there'),
+    (decoder.Config(**PLAIN), memory.Config(**PLAIN | dict(num_layers=3)), 'model.num_layers is 2'),
+    (decoder.Config(**PLAIN, window=(0, 9)), memory.Config(**PLAIN, segment=10),
+     'model.window is (0, 9) there, and here each token sees all of its model.segment=10'),
+    (decoder.Config(**PLAIN, window=(9,)), decoder.Config(**PLAIN), 'model.window is (9,) there'),
+    (memory.Config(**PLAIN, long_term='infini'), memory.Config(**PLAIN, long_term='infini', gate='tanh'),
+     "model.gate is 'sigmoid' there and 'tanh' here"),
+    (decoder.Config(**PLAIN, window=(10,), dtype='bfloat16', remat='full', dropout=0.1, max_length=9),
+     memory.Config(**PLAIN, segment=10, short_term=5, long_term='infini', gate='tanh'), ''),
+    (memory.Config(**PLAIN), memory.Config(**PLAIN, long_term='infini', gate='tanh', segment=9), ''),
+]
+
+
+@pytest.mark.parametrize('old, new, said', OTHERS, ids=[said or 'nothing' for _, _, said in OTHERS])
+def test_settings_that_give_the_parameters_another_meaning_are_named(old, new, said):
+  found = retrofit.differences(old.resolved(99), new.resolved(99))
+  assert len(found) == bool(said)
+  assert said in ''.join(found)
 
 
 def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, capsys):
@@ -102,7 +166,9 @@ def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, cap
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(embed_dim=32, head_dim=8), r'has shape \(16, 2, 2, 8\), and this model.s \(32, 2, 2, 8\)'),
+    (dict(rope_base=500.0, norm_epsilon=1e-5), r'mean something else here: model.rope_base is 10000.0 '
+     r'there and 500.0 here; model.norm_epsilon is 1e-06 there and 1e-05 here; set the model.s as there'),
+    (dict(vocab_size=300), r'embedding/table has shape \(257, 16\), and this model.s \(300, 16\)'),
     (dict(), 'missing: no such|no checkpoint|config.json'),
 ])
 def test_what_does_not_fit_is_named(plain, changes, message, tmp_path):
