@@ -1,6 +1,6 @@
 """What a decoder with a segment memory is: every size and choice, checked, and its costs.
 
-Held by: tests/test_memories.py (counts, state), tests/test_mistakes.py.
+Held by: tests/test_models.py (counts), tests/test_memory_laws.py (state), tests/test_mistakes.py.
 """
 
 import dataclasses

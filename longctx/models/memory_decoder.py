@@ -9,7 +9,7 @@ documents inside) are read in the order that the memory's dependency class allow
     wavefront    layers and segments in diagonals, all cells of one side by side (P2)
 
 Positions are counted from each segment's first token, and mean differences only: `positions_BT` is not
-read. Held by: tests/test_memories.py.
+read. Held by: tests/test_models.py, tests/test_memory_laws.py, tests/test_schedules.py.
 
 B batch  T tokens  S segments  C tokens of one  D model  V vocab
 """

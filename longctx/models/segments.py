@@ -13,7 +13,7 @@ The price is that a call which ends inside a segment reads its begin again.
 
 Cells that need no memory of the row (the first segment of a document, unfinished) are read apart, since
 there may be as many as tokens; what a cell of nobody costs is a branch.
-Held by: tests/test_segments.py (by loops), tests/test_memories.py.
+Held by: tests/test_segments.py (by loops), tests/test_models.py (whole == split).
 
 B batch  T tokens of a call  C tokens of a segment  R cells of a row  D model
 """

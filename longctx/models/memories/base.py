@@ -23,7 +23,7 @@ Sources: Transformer-XL arXiv:1901.02860; the gate of a store: Memorizing Transf
 Infini-attention arXiv:2404.07143.
 Differs: pre-norm, RMSNorm, gated MLP; rotary positions are the default, the paper's relative bias is
 model.position='relative'.
-Held by: tests/test_memories.py (all laws).
+Held by: tests/test_models.py and tests/test_memory_laws.py (all laws).
 
 B batch  C slots of a cell  F, K tokens that a memory adds before and after a segment's  M short_term
 N query heads  K kv heads  H head dim  D model
