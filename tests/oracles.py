@@ -327,6 +327,21 @@ def rope(x, positions, base):
   return y
 
 
+def segment_attention(x, p, *, segment, short_term, base, epsilon):
+  """A layer over the segments of one row x [T, D]; each token hears its own and `short_term` before.
+
+  Returns (q, k, v) of the normed tokens as they are, (q, k) turned by their positions, and what the heads
+  hear, [T, N, H].
+  """
+  hidden, place = rms_norm(x, p['norm'], epsilon), np.arange(len(x))
+  q, k, v = (np.einsum('td,dnh->tnh', hidden, w) for w in (p['w_q'], p['w_k'], p['w_v']))
+  turn = lambda y: np.stack([rope(y[:, n], place, base) for n in range(y.shape[1])], axis=1)
+  first = place // segment * segment - short_term
+  sees = (place >= first[:, None]) & (place <= place[:, None])
+  near, _ = masked_attention(turn(q)[None], turn(k)[None], v[None], sees[None], q.shape[-1] ** -0.5)
+  return (q, k, v), (turn(q), turn(k)), near[0]
+
+
 def decoder_block(x, p, *, num_heads, num_kv_heads, positions, base, epsilon, window):
   """One pre-norm block over one document, x [T, D], in loops over heads and queries."""
   silu = lambda z: z / (1 + np.exp(-z))

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from longctx.memory import infini
+from longctx.models.memories.base import Cell, Settings
+from longctx.models.memories.infini import Infini
 from tests import oracles
 
 B, S, C, N, K, H = 2, 4, 5, 4, 2, 3
@@ -82,8 +85,11 @@ def test_an_empty_memory_reads_zero_with_a_finite_gradient():
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   # Keys so negative that phi of them is 0 in float32 write and find nothing.
   k = jnp.full((1, C, 1, H), -200.0)
-  after = infini.write(state, k, jnp.ones_like(k), jnp.ones((1, C), bool), delta=True)
-  assert (np.asarray(infini.read(after, q)) == 0).all()
+  def heard(k, v, q):
+    return infini.read(infini.write(state, k, v, jnp.ones((1, C), bool), delta=True), q)
+  assert (np.asarray(heard(k, jnp.ones_like(k), q)) == 0).all()
+  grads = jax.grad(lambda *args: heard(*args).sum(), (0, 1, 2))(k, jnp.ones_like(k), q)
+  assert all(np.isfinite(g).all() for g in grads)
 
 
 def test_what_is_written_in_bfloat16_is_summed_in_float32():
@@ -108,3 +114,53 @@ def test_the_delta_rule_writes_what_the_memory_gets_wrong():
       state = infini.write(state, key, jnp.full((1, 1, 1, H), value), jnp.ones((1, 1), bool),
                            delta=delta)
     assert float(infini.read(state, key)[0, 0, 0, 0]) == pytest.approx(answer, abs=1e-4)
+
+
+def by_loops(block, x, short_term, turned):
+  """A layer's segments of one row: what it adds to the residual, M and z after them.
+
+  `turned`: the mistake that queries and keys meet the memory as they meet each other.
+  """
+  s, number = block.settings, lambda x: np.asarray(x.get_value(), np.float64)
+  w_kv = number(block.mixer.w_kv)
+  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0], w_v=w_kv[:, 1])
+  (q, k, v), (q_turned, k_turned), near = oracles.segment_attention(
+      x, p, segment=C, short_term=short_term, base=s.rope_base, epsilon=s.norm_epsilon)
+  if turned:
+    q, k = q_turned, k_turned
+  gate = 1 / (1 + np.exp(-number(block.gate)))
+  M, z, out = np.zeros((K, 4, 4)), np.zeros((K, 4)), np.zeros_like(near)
+  for start in range(0, len(x), C):
+    here = slice(start, start + C)
+    for n in range(N):
+      head = n // (N // K)
+      out[here, n] = ((1 - gate[n]) * near[here, n]
+                      + gate[n] * oracles.infini_read(M[head], z[head], q[here, n]))
+    falls = slice(max(0, start - short_term), start + C - short_term)
+    for h in range(K):
+      M[h], z[h] = oracles.infini_write(M[h], z[h], k[falls, h], v[falls, h], s.variant != 'linear')
+  return np.einsum('tnh,nhd->td', out, number(block.mixer.w_out)), M, z
+
+
+@pytest.mark.parametrize('variant, short_term', [('', 0), ('linear', 2)])
+def test_only_attention_turns_queries_and_keys_by_their_positions(variant, short_term):
+  """The memory has no positions: neither what is written nor what asks is turned."""
+  settings = Settings(dim=8, num_heads=N, num_kv_heads=K, head_dim=4, segment=C, mlp='none', std=0.5,
+                      out_std=0.5, variant=variant, short_term=short_term, attention='reference')
+  block = Infini(settings, rngs=nnx.Rngs(0))
+  block.gate[...] = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+  x = draw(3 * C, 8, seed=5)
+
+  @jax.jit
+  def read(x_STD):
+    memory, cell, said = block.init_memory(1), Cell(jnp.ones((1, C), bool), jnp.zeros(1, jnp.int32)), []
+    for x_TD in x_STD:
+      y, memory = block.mix(x_TD[None], memory, cell)
+      said.append(y[0])
+    return jnp.concatenate(said), memory.store.M[0], memory.store.z[0]
+
+  found = read(jnp.asarray(x.reshape(3, C, 8), jnp.float32))
+  for a, b in zip(found, by_loops(block, x, short_term, turned=False)):
+    np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+  for a, b in zip(found, by_loops(block, x, short_term, turned=True)):
+    assert np.abs(a - b).max() > 1e-2   # and the difference would be seen

@@ -14,6 +14,7 @@ from longctx.memory import memorizing
 from longctx.models.memories.base import Block, Cell, Settings
 from longctx.models.memories.memorizing import Memorizing
 from longctx.parallel import aot
+from tests import oracles
 
 B, C, N, K, H, M, TOP, BLOCK = 2, 3, 4, 2, 5, 7, 3, 4   # the last block of keys is met in part
 SETTINGS = Settings(dim=8, num_heads=4, num_kv_heads=2, head_dim=4, segment=4, mlp='none', size=6,
@@ -209,6 +210,37 @@ def test_a_segment_does_not_find_itself():
   assert (np.asarray(y) == 0).all() and memory.store.written[0] == 4
   y, memory = mix(*nnx.split(block), x, memory)
   assert np.abs(y).max() > 0.1 and memory.store.written[0] == 8
+
+
+def test_only_attention_turns_queries_and_keys_by_their_positions():
+  """As published, the memory has no positions: how long ago a key was written changes nothing."""
+  segment, short_term = SETTINGS.segment, 2
+  block = Memorizing(dataclasses.replace(SETTINGS, short_term=short_term), rngs=nnx.Rngs(0))
+  block.gate[...] = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+  block.store.scale[...] = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+  x = np.random.default_rng(5).normal(size=(3 * segment, SETTINGS.dim))
+
+  number = lambda x: np.asarray(x.get_value(), np.float64)
+  w_kv, gate = number(block.mixer.w_kv), 1 / (1 + np.exp(-number(block.gate)))[:, None]
+  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0], w_v=w_kv[:, 1])
+  plain, turned, near = oracles.segment_attention(
+      x, p, segment=segment, short_term=short_term, base=SETTINGS.rope_base, epsilon=SETTINGS.norm_epsilon)
+  def expected(q, k):
+    out = []
+    for start in range(0, len(x), segment):
+      kept = list(zip(k, plain[2]))[:max(0, start - short_term)][-SETTINGS.size:]
+      here = slice(start, start + segment)
+      far = oracle_read(kept, q[here], number(block.store.scale), SETTINGS.top)
+      out.append(gate * far + (1 - gate) * near[here])
+    return np.einsum('tnh,nhd->td', np.concatenate(out), number(block.mixer.w_out))
+
+  memory, said = block.init_memory(1), []
+  for start in range(0, len(x), segment):
+    y, memory = mix(*nnx.split(block), jnp.asarray(x[None, start:start + segment], jnp.float32), memory)
+    said.append(y[0])
+  said = np.concatenate(said)
+  np.testing.assert_allclose(said, expected(*plain[:2]), atol=1e-4, rtol=1e-4)
+  assert np.abs(said - expected(*turned)).max() > 1e-2   # and the difference would be seen
 
 
 def test_closed_gates_begin_as_the_plain_layer():
