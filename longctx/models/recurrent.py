@@ -48,7 +48,8 @@ class Config:
   tied: bool = False
   dropout: float = 0.0
   forget_bias: float = 1.0      # lstm, slstm
-  init_std: float = 0.05        # of the embedding and the head
+  init_std: float = 0.5         # of the embedding and the head; at 0.05 three layers see no input for
+                                # a thousand steps (experiments/02_recurrences)
   init_uniform: float = 0.0     # x: all parameters from U(-x, x); 0: cells from U(+-1/sqrt(E))
   dtype: str = 'float32'
 
