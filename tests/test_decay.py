@@ -91,6 +91,11 @@ def test_decays_at_the_ends_of_their_range(kind, decay):
   kernel_laws.same(CHUNKED, SEQUENTIAL, (inputs._replace(log_decay=extreme), state))
 
 
+@pytest.mark.parametrize('kind', ['a head', 'a channel'])
+def test_decays_of_nearly_0_keep_their_digits_after_strong_ones(kind):
+  kernel_laws.nearly_no_decay_after_strong_ones(FORMS['one chunk'], SEQUENTIAL, case(kind))
+
+
 def test_bfloat16_keeps_a_float32_state():
   inputs, state = case('a head')
   half = inputs._replace(**{n: getattr(inputs, n).astype(jnp.bfloat16) for n in 'qkv'})

@@ -160,6 +160,12 @@ def test_corners_have_finite_gradients(decay):
                      (inputs._replace(**changes), state))
 
 
+@pytest.mark.parametrize('decay', ['head', slow('channel')])
+def test_decays_of_nearly_0_keep_their_digits_after_strong_ones(decay):
+  kernel_laws.nearly_no_decay_after_strong_ones(
+      Delta('chunked', 64), FORMS['sequential'], case(decay))
+
+
 def test_state_is_float32_whatever_the_inputs():
   inputs, state = case('head')
   half = inputs._replace(**{n: getattr(inputs, n).astype(jnp.bfloat16) for n in 'qkv'})

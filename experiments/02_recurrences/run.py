@@ -22,7 +22,7 @@ import parts  # noqa: E402
 import small_models  # noqa: E402
 
 # Of the tasks: (batches, rows of one). States are tracked sooner than pairs are recalled, or not at all.
-LEARNED = {'mqar': (1000, 64), 'selective_copy': (1000, 32), 'parity': (400, 32), 's3': (400, 32)}
+LEARNED = {'mqar': (1000, 64), 'selective_copy': (600, 32), 'parity': (400, 32), 's3': (400, 32)}
 TIERS = {
     'smoke': dict(models=('rglru', 'lstm'), tasks=('mqar',), rates=(3e-3,), seeds=(0,),
                   learned={'mqar': (2, 64)}, text_steps=2, text_batches=1, stream=16 * 1024),

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from longctx.recurrence import chunks
 from longctx.recurrence.affine import product
 from longctx.recurrence.documents import chunk_size, documents, from_chunks, to_chunks
-from longctx.recurrence.triangular import decayed_pairs, sums_around
+from longctx.recurrence.triangular import between, decayed_pairs, sums_around
 
 FLOOR = -88.0   # exp of it is below the smallest normal float32
 CHUNKS = {'cpu': 64, '': 64}
@@ -183,20 +183,21 @@ def _by_head(inputs: Inputs, size: int) -> Chunks:
   dtype = v.dtype
   N, B, G, C, R = v.shape[:5]
   if inputs.log_decay is None:
-    b = jnp.zeros(reset.shape, jnp.float32)
+    log_decay = jnp.zeros(reset.shape, jnp.float32)
   else:
     log_decay = to_chunks(inputs.log_decay, size)                  # [N, B, H, C]
     dropped = log_decay <= FLOOR
     reset |= dropped
-    b = jnp.cumsum(jnp.where(dropped, 0.0, log_decay), axis=-1)
+    log_decay = jnp.where(dropped, 0.0, log_decay)
   docs = documents(reset)
+  b, pairs = jnp.cumsum(log_decay, axis=-1), between(log_decay)
   every = lambda x, allowed: jnp.exp(jnp.where(allowed, x, -jnp.inf))
   # H heads, or one that stands for all, as groups.
   split = lambda x: x.reshape(N, B, *((G, R) if x.shape[2] > 1 else (1, 1)), *x.shape[3:])
   beside = lambda x: jnp.moveaxis(split(x), 3, -1)
-  decay = split(every(b[..., :, None] - b[..., None, :], docs.pair))   # [N, B, G, R, C, C]
-  left = beside(every(b[..., -1:] - b, docs.last))[..., None]          # [N, B, G, C, R, 1]
-  kept = beside(jnp.where(docs.open, jnp.exp(b[..., -1]), 0.0))        # [N, B, G, R]
+  decay = split(every(pairs, docs.pair))                           # [N, B, G, R, C, C]
+  left = beside(every(pairs[..., -1, :], docs.last))[..., None]    # [N, B, G, C, R, 1]
+  kept = beside(jnp.where(docs.open, jnp.exp(b[..., -1]), 0.0))    # [N, B, G, R]
   scores = product('nbgtk,nbgik->nbgti', q, k)
   weights = jnp.broadcast_to((scores[:, :, :, None] * decay).astype(dtype), (N, B, G, R, C, C))
   out = product('nbgrti,nbgirv->nbgtrv', weights, v)

@@ -34,7 +34,7 @@ from longctx.recurrence.documents import (
     from_chunks,
     to_chunks,
 )
-from longctx.recurrence.triangular import decayed_pairs, inverse, sums_around
+from longctx.recurrence.triangular import between, decayed_pairs, inverse, sums_around
 
 CHUNKS = {'cpu': 32, '': 64}
 CHANNEL_CHUNKS = {'cpu': 32, '': 64}   # where decays have channels
@@ -151,7 +151,7 @@ def _chunks(inputs: Inputs, chunk: int) -> affine.Chunks:
     log_decay = jnp.maximum(log_decay, FLOOR)
   docs, dtype = documents(reset), v.dtype
   _, b, behind = sums_around(log_decay)                                  # [N, B, H, C, A]
-  pairs = _pairs(q, k, log_decay, b, docs)
+  pairs = _pairs(q, k, log_decay, docs)
   A, L = pairs[..., :size, :], pairs[..., size:, :]
   beta = beta[..., None]
   T = inverse(jnp.where(jnp.tri(size, k=-1, dtype=bool), beta * L, 0))
@@ -168,13 +168,13 @@ def _chunks(inputs: Inputs, chunk: int) -> affine.Chunks:
       map=jnp.eye(k.shape[-1]) * kept[..., None] - writes[..., V:], write=writes[..., :V])
 
 
-def _pairs(q, k, log_decay, b, docs: Documents) -> jax.Array:
+def _pairs(q, k, log_decay, docs: Documents) -> jax.Array:
   """q k^T above k k^T, [N, B, H, 2C, C], decayed, 0 where the pair is none."""
-  if b.shape[-1] > 1:
+  if log_decay.shape[-1] > 1:
     both = decayed_pairs(jnp.stack([q, k], axis=-3), k, log_decay, (True, True))
     both = jnp.where(docs.pair[..., None, :, :], both, 0)
     return both.reshape(*both.shape[:-3], -1, both.shape[-1])
-  decay = jnp.exp(jnp.where(docs.pair, b - jnp.swapaxes(b, -1, -2), -jnp.inf))
+  decay = jnp.exp(jnp.where(docs.pair, between(log_decay[..., 0]), -jnp.inf))
   scores = product('...tk,...ik->...ti', jnp.concatenate([q, k], axis=-2), k)
   return scores * jnp.concatenate([decay, decay], axis=-2)
 

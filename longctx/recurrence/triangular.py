@@ -7,7 +7,7 @@ doubling of the whole Neumann series takes as many rounds, but loses all digits 
 the powers of L then grow as binomial coefficients and cancel (with C = 64 and one key, 1e18).
 The backward pass is dL = -T^T dT T^T. Always float32.
 Sources: UT transform, arXiv:2406.06484; decays by halves keep every exponent <= 0.
-Held by: tests/test_delta.py, tests/test_diagonal_low_rank.py.
+Held by: tests/test_decay.py, tests/test_delta.py, tests/test_diagonal_low_rank.py.
 
 G all chunks of all rows and heads  X left sides  M blocks  C tokens of a chunk  K key dim
 """
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from longctx.recurrence.affine import product
+
+GRID = 2.0 ** -8   # multiples of it up to 2^16 are float32 numbers: sums of 700 log decays of -88
 
 
 def _halves(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
@@ -85,6 +87,19 @@ def decayed_pairs(x_XCK: jax.Array, y_CK: jax.Array, log_decay_CK: jax.Array,
     total = (first + second)[:, :, 0]
     size *= 2
   return blocks.reshape(*x_XCK.shape[:-1], C)
+
+
+def between(log_decay_C: jax.Array) -> jax.Array:
+  """[..., t, i]: the log decay from token i to t, of the tokens i + 1 .. t; nothing is meant above i = t.
+
+  The difference of two sums from the chunk's start, without their error, which a decay of nearly 0
+  among the tokens before would leave to all that follow: the multiples of GRID in the log decays sum
+  up exactly, and what remains of them is small.
+  """
+  coarse = jax.lax.stop_gradient(jnp.round(log_decay_C / GRID) * GRID)
+  pairs = lambda b: b[..., :, None] - b[..., None, :]
+  upto = lambda x: jnp.cumsum(x, axis=-1)
+  return pairs(upto(coarse)) + pairs(upto(log_decay_C - coarse))
 
 
 def sums_around(log_decay_CK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
