@@ -134,6 +134,27 @@ def test_a_mesh_changes_nothing(name, sizes_of_mesh):
   close(read(name, schedule, layout=layout), one_by_one(name))
 
 
+@pytest.mark.parametrize('name,sizes_of_mesh', [
+    ('infini', dict(data=2, seq=2, model=2, layout='sequence')),
+    pytest.param('armt', dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)])
+def test_a_mesh_changes_nothing_for_documents_anywhere(name, sizes_of_mesh):
+  """Documents that begin inside a segment, and one that fills its row: values and gradients."""
+  config = MEMORY[name]
+  graphdef, params = nnx.split(built(config))
+  T = 4 * config.segment
+  tokens = sizes(name).reshape(B, T)
+  ids = jnp.stack([jnp.arange(T) // (config.segment + 3), jnp.ones(T, int)])
+
+  def run(params):
+    hidden, _ = nnx.merge(graphdef, params)(tokens, None, segment_ids_BT=ids)
+    return (hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))).sum(), hidden
+
+  run = jax.value_and_grad(run, has_aux=True)
+  count = int(np.prod([n for n in sizes_of_mesh.values() if isinstance(n, int)]))
+  layout = mesh.make_layout(mesh.Config(**sizes_of_mesh), jax.devices()[:count])
+  close(jax.jit(mesh.under(layout, run))(params), jax.jit(run)(params))
+
+
 @pytest.mark.parametrize('settings,message', [
     (dict(long_term='rmt', schedule='parallel'), "'parallel': rmt needs each segment before the next"),
     (dict(long_term='infini', schedule='wavefront'), 'serves memories of dependency class P2'),
