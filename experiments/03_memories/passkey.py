@@ -25,7 +25,7 @@ from flax import nnx
 
 from longctx.data import tasks
 
-SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 16
+SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 8
 CURRICULUM = (1, 2, 4, 8, 16)   # segments; one more length each fifth of the steps
 CALL = 16                       # segments a call of the stream
 TASK = tasks.TASKS['passkey']

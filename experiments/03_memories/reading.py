@@ -1,6 +1,6 @@
 """A passkey's document, read by one process: FOLDER MODEL SEGMENTS all | first | second.
 
-all      16 rows: asks after 16, 64, ... segments; resident memory after each call
+all      8 rows: asks after 16, 64, ... segments; resident memory after each call
 first    one row: reads half, saves the context as FOLDER/half.lcm, reads on to the end, answers
 second   one row: reads on from the file to the end, answers
 
