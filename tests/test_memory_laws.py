@@ -1,0 +1,161 @@
+"""What every segment memory keeps, and that it counts: laws that tests/test_models.py does not hold.
+
+A new memory is held to them by its line in MODELS there. All run the programs of that file's models.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx import store
+from longctx.models import memory_decoder
+from longctx.models.memories import MEMORIES
+from tests.compilation import quick_compilation  # noqa: F401
+from tests.test_models import MODELS, SLOW, built, made, memory, tokens
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+ALL = [name for name, config in MODELS.items() if config.name == 'memory']
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ALL]
+STEP = 8   # tokens of a call; segments are of 5 or 6, so that each call ends within one
+
+
+@functools.cache
+def half_read(name):
+  """The state of two rows amid the third or fourth segment."""
+  model, call = made(name)
+  state = model.init_state(2)
+  for start in (0, STEP):
+    _, state = call(tokens()[:, start:start + STEP], state)
+  return state
+
+
+def ending(name, state):
+  """(hidden states of the last tokens, the state after them)."""
+  return made(name)[1](tokens()[:, 2 * STEP:3 * STEP], state)
+
+
+def same_bits(found, wanted):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_every_memory_is_held_to_these_laws():
+  assert set(MEMORIES) == {MODELS[name].long_term for name in ALL}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_saved_amid_a_segment_it_goes_on_bit_for_bit(name, tmp_path):
+  model, state = made(name)[0], half_read(name)
+  assert (np.asarray(state.count) > 0).all()
+  assert (np.asarray(state.number) == 2 * STEP // model.config.segment).all()
+  who = store.identify(model.config, nnx.state(model), 'bytes')
+  rows = []
+  for row in range(2):
+    path = tmp_path / f'{row}.lcm'
+    store.save(path, store.take(state, who, row=row, tokens=2 * STEP))
+    rows.append(store.state_of(store.load(path, who), model.init_state))
+  restored = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+  same_bits(restored, state)
+  same_bits(ending(name, restored), ending(name, state))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_it_keeps_as_many_numbers_as_declared(name):
+  model = made(name)[0]
+  kept = jax.eval_shape(lambda: model.init_state(1)).memory
+  assert sum(math.prod(x.shape) for x in jax.tree.leaves(kept)) == sum(
+      facts.state for facts in MODELS[name].layer_facts(24))
+
+
+def loss(name, state):
+  """Mean negative log-likelihood of the last tokens, by row, in float64."""
+  logits = np.asarray(made(name)[0].logits(ending(name, state)[0]), np.float64)[:, :-1]
+  logits -= logits.max(-1, keepdims=True)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return -np.take_along_axis(logp, np.asarray(tokens())[:, 2 * STEP + 1:, None], axis=-1).mean((1, 2))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_zeroing_what_it_remembers_changes_the_loss(name):
+  """Each store by itself: none of them is carried along and never read."""
+  state = half_read(name)
+  whole = loss(name, state)
+  zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+  kept = state.memory
+  parts = {
+      'tokens': kept._replace(tokens=zero(kept.tokens)),
+      'short term': kept._replace(layers=tuple(m._replace(past=zero(m.past)) for m in kept.layers)),
+      'long term': kept._replace(layers=tuple(m._replace(store=zero(m.store)) for m in kept.layers))}
+  heard = set()
+  for part, without in parts.items():
+    if any((a != b).any() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(without))):
+      changed = np.abs(loss(name, state._replace(memory=without)) - whole)
+      assert (changed > 1e-5).all(), part
+      heard.add(part)
+  config = MODELS[name]
+  assert heard == ({'short term'} if config.short_term else set()) | (
+      {'none': set(), 'rmt': {'tokens'}}.get(config.long_term, {'long term'}))
+
+
+# --- Corners of two that have none of their own; the others' files have theirs.
+
+
+CORNER = {'infini': memory('infini', segment=4, mlp='none'),
+          'rmt': memory('rmt', segment=4, memory_tokens=2, mlp='none')}
+
+
+@functools.cache
+def sloped(name):
+  """(parameters, f(parameters, tokens) -> (loss, gradients)): a first segment and one that remembers it."""
+  graphdef, params = nnx.split(built(CORNER[name]))
+  def loss(params, tokens):
+    model = nnx.merge(graphdef, params)
+    logits = model.logits(model(tokens)[0])
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1).mean()
+  return params, jax.jit(jax.value_and_grad(loss))
+
+
+CASES = [(name, corner) for name in CORNER for corner in
+         ('as drawn', 'keys of zeros', 'a gate that is open', 'a gate that is shut', 'nothing but zeros')
+         if name == 'infini' or 'gate' not in corner]
+
+
+@pytest.mark.parametrize('name, corner', CASES)
+def test_gradients_are_finite_in_the_corners(name, corner):
+  params, run = sloped(name)
+  params = jax.tree.map(lambda x: x, params)
+  block = params['blocks'][0]
+  put = lambda leaf, value: leaf.set_value(jnp.full_like(leaf.get_value(), value))
+  if corner == 'keys of zeros':
+    w_kv = block['mixer']['w_kv']
+    w_kv.set_value(w_kv.get_value().at[:, 0].set(0))
+  if 'gate' in corner:
+    put(block['gate'], 1e4 if 'open' in corner else -1e4)
+  if corner == 'nothing but zeros':
+    params = jax.tree.map(jnp.zeros_like, params)
+  value, grads = run(params, tokens()[:, :8])
+  assert np.isfinite(value)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  if corner == 'as drawn':   # and none of what the memory is made of is deaf
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
+
+
+def test_what_tokens_carry_is_float32_whatever_the_arithmetic():
+  config = dataclasses.replace(CORNER['rmt'], dtype='bfloat16')
+  model = memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0))
+  state = model.init_state(2)
+  _, after = jax.eval_shape(model, tokens()[:, :8], state)
+  assert state.memory.tokens.dtype == after.memory.tokens.dtype == jnp.float32
+  _, after = jax.eval_shape(lambda: model.read_segments(
+      tokens()[:, :8].reshape(2, 2, 4), jnp.ones((2, 2, 4), bool), jnp.zeros(2, jnp.int32),
+      model.fresh(2)))
+  assert after.tokens.dtype == jnp.float32
+
