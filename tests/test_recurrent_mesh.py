@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from longctx.models import decoder
-from longctx.parallel import mesh
+from longctx.parallel import layouts, mesh
 
 VOCAB, BATCH, LENGTH = 29, 2, 64
 CONFIG = decoder.Config(vocab_size=VOCAB, num_layers=4, embed_dim=16, num_heads=2, init_std=0.3,
@@ -55,13 +55,31 @@ def test_loss_and_gradients_are_those_of_one_device(name):
     np.testing.assert_allclose(a, b, atol=2e-5 * scale, rtol=1e-4)
 
 
-def test_what_is_sent_does_not_grow_with_the_tokens():
+def test_rows_that_the_ring_does_not_divide_are_padded_and_give_the_same():
+  """As training lays them out: tokens, and where each of them stands."""
+  layout = mesh.make_layout(mesh.Config(data=1, seq=4, layout='sequence'), jax.devices()[:4])
+  graphdef, params, tokens, segments = made()
+  short = LENGTH - 3
+  rows = layouts.lay_out({'tokens': np.asarray(tokens[:, :short]),
+                          'segment_ids': np.asarray(segments[:, :short])}, 'contiguous', 4)
+  assert rows['tokens'].shape[1] == short + 3 and (rows['index'][:, -3:] == -1).all()
+  hidden = lambda params, tokens, **kw: nnx.merge(graphdef, params)(tokens, None, **kw)[0]
+  found = jax.jit(mesh.under(layout, hidden))(
+      params, jnp.asarray(rows['tokens']),
+      places=(jnp.asarray(rows['index']), jnp.asarray(rows['start'])))
+  expected = jax.jit(hidden)(params, tokens[:, :short], segment_ids_BT=segments[:, :short])
+  np.testing.assert_allclose(found[:, :short], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('laid_out', [False, True])
+def test_what_is_sent_does_not_grow_with_the_tokens(laid_out):
   """Maps of the state and three tokens of the convolution's left neighbour, never activations."""
   config = decoder.Config(vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=2,
                           layers=('gated_delta', 'mamba2'), mixer_chunk=8, mlp='none')
   graphdef, params = nnx.split(decoder.Decoder(config, rngs=nnx.Rngs(0)))
   layout = mesh.make_layout(mesh.Config(data=1, seq=4, layout='sequence'), jax.devices()[:4])
-  call = jax.jit(mesh.under(layout, lambda p, t: nnx.merge(graphdef, p)(t, None)[0]))
+  call = jax.jit(mesh.under(layout, lambda p, t: nnx.merge(graphdef, p)(
+      t, None, places=(t, 0 * t) if laid_out else None)[0]))
 
   def sent(length):
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32,

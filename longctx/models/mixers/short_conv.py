@@ -30,7 +30,7 @@ def previous(x_BTC: jax.Array, tail_BWC: jax.Array, context: Context,
   """
   count = tail_BWC.shape[1]
   tail = tail_BWC.astype(x_BTC.dtype)
-  if context.valid_BT is None:
+  if context.valid_BT is None or context.order:   # laid out: padding is at the row's end alone
     shifted, after = earlier(x_BTC, tail, channels)
   else:   # the valid tokens moved together: x_{t-j} is the j-th valid token before t
     order_BT = jnp.argsort(~context.valid_BT, axis=1, stable=True)
