@@ -198,7 +198,9 @@ class Chat:
   def _kept(self, before: int) -> str:
     """What stays of a file that ends in a mistake."""
     count = self.reader.tokens - before
-    return f'{count:,} tokens before that were read, and stay' if count else 'nothing of it was read'
+    if not count:
+      return 'nothing of it was read'
+    return f'{count:,} tokens before that were read, and stay'
 
   def _tokens_of(self, path: str, blocks: Iterable[bytes], before: int
                  ) -> Iterator[tuple[Any, int]]:

@@ -5,10 +5,10 @@ of the old one's begins with its values; the rest begin as the config draws them
 at first (model.gate='tanh'), or a memory that begins empty, the new model is then the old one: as long as
 a row is within one segment its logits are equal, and beyond it is the old model with a window.
 
-Refused: a setting of both models that differs and changes what the parameters mean (all but FREE); and a
-new gate of model.gate='sigmoid', which is half open at first and takes half of what attention says away.
-Memories that are heard from the first token on (Block.identity is False) are a choice: the line that
-says what began as in the old run says so.
+Refused: a setting of both models that differs and changes what the parameters mean (all but FREE);
+and a new gate of model.gate='sigmoid', which is half open at first and takes half of what attention
+says away. Memories that are heard from the first token on (Block.identity is False) are a choice:
+the line that says what began as in the old run says so.
 Held by: tests/test_retrofit.py.
 """
 
@@ -28,8 +28,8 @@ from longctx.training import step
 # memory, which is what is new.
 FREE = frozenset((
     'name', 'vocab_size', 'max_length', 'dropout', 'init_std', 'dtype', 'attention', 'layer_loop',
-    'remat', 'mlp_block', 'mixer_form', 'mixer_chunk', 'schedule', 'truncate', 'segment', 'short_term',
-    'long_term', 'memory_layers'))
+    'remat', 'mlp_block', 'mixer_form', 'mixer_chunk', 'schedule', 'truncate', 'segment',
+    'short_term', 'long_term', 'memory_layers'))
 # Of a memory, and so compared where both have the same.
 OWN = ('gate', 'memory_variant', 'memory_tokens', 'memory_size', 'memory_width', 'memory_depth',
        'memory_chunk', 'memory_rate', 'memory_top')
@@ -86,12 +86,12 @@ def differences(old: Any, new: Any) -> list[str]:
 
 
 def heard_at_first(config: Any, fresh: Collection[str]) -> str:
-  """The memory that cannot begin as if it were not there, if the parameters `fresh` are of one; or ''."""
+  """The memory that cannot begin as if it were not there, if `fresh` parameters are of one; or ''."""
   if not fresh or not hasattr(config, 'long_term'):
     return ''
   gates = [name for name in fresh if name.split('/')[-1] == 'gate']
-  check(not gates or config.gate == 'tanh', f'model.gate={config.gate!r}: a new gate of it is half open '
-        "at first, and halves what attention says; set model.gate='tanh', which begins closed")
+  check(not gates or config.gate == 'tanh', f'model.gate={config.gate!r}: a new gate of it is half '
+        "open at first, and halves what attention says; set model.gate='tanh', which begins closed")
   return '' if all(MEMORIES[kind].identity for kind in config.kinds()) else config.long_term
 
 

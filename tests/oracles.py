@@ -328,10 +328,10 @@ def rope(x, positions, base):
 
 
 def segment_attention(x, p, *, segment, short_term, base, epsilon):
-  """A layer over the segments of one row x [T, D]; each token hears its own and `short_term` before.
+  """A layer over one row x [T, D]; a token hears its segment and `short_term` tokens before it.
 
-  Returns (q, k, v) of the normed tokens as they are, (q, k) turned by their positions, and what the heads
-  hear, [T, N, H].
+  Returns (q, k, v) of the normed tokens as they are, (q, k) turned by their positions, and what the
+  heads hear, [T, N, H].
   """
   hidden, place = rms_norm(x, p['norm'], epsilon), np.arange(len(x))
   q, k, v = (np.einsum('td,dnh->tnh', hidden, w) for w in (p['w_q'], p['w_k'], p['w_v']))

@@ -386,7 +386,7 @@ def test_an_empty_file_is_read(talk, tmp_path):
   assert not (tmp_path / 'store' / 'alice.lcm').exists()
 
 
-def test_a_file_that_ends_in_what_is_no_text_says_what_stays_of_it(talk, tmp_path, loader, monkeypatch):
+def test_a_file_that_ends_in_what_is_no_text_says_what_stays(talk, tmp_path, loader, monkeypatch):
   from longctx.data import tokenizer
   (tmp_path / 'model').write_bytes(tokenizer.train_sentencepiece([b'the cat sat. ' * 200 + bytes(
       range(32, 127))], 400))
@@ -407,7 +407,8 @@ def test_a_file_that_ends_in_what_is_no_text_says_what_stays_of_it(talk, tmp_pat
 
 
 @pytest.mark.parametrize('name', ['lstm', 'full'])   # read as it comes, and only if it all fits
-def test_a_file_that_cannot_be_read_is_told_and_nothing_is_lost(talk, tmp_path, loader, monkeypatch, name):
+def test_a_file_that_cannot_be_read_is_told_and_nothing_is_lost(
+    talk, tmp_path, loader, monkeypatch, name):
   loader.name = name
   path = tmp_path / 'book'
   path.write_bytes(b'x' * 30)
@@ -419,7 +420,8 @@ def test_a_file_that_cannot_be_read_is_told_and_nothing_is_lost(talk, tmp_path, 
         raise OSError(5, 'Input/output error')
       return super().read(size)
   monkeypatch.setattr(chat, 'BLOCK', 16)
-  stays = {'lstm': '17 tokens before that were read, and stay', 'full': 'nothing of it was read'}[name]
+  stays = {'lstm': '17 tokens before that were read, and stay',
+           'full': 'nothing of it was read'}[name]
   for i, (opens, message) in enumerate((
       (denied, 'cannot be read: Permission denied'),
       (lambda *args: Broken(b'x' * 30), f'cannot be read: Input/output error; {stays}'))):
@@ -444,7 +446,7 @@ def test_only_a_regular_file_is_read(talk, tmp_path, monkeypatch):
     assert 'only a regular file is read: save it first' in told
 
 
-def test_a_fault_of_ours_saves_the_conversation_before_it_is_told(talk, tmp_path, loader, monkeypatch):
+def test_a_fault_of_ours_saves_the_conversation_first(talk, tmp_path, loader, monkeypatch):
   talk('one', context='bob')
   def broken(data, name):
     if b'two' in data:

@@ -446,8 +446,8 @@ def test_what_goes_for_room_is_told(two, tmp_path, capsys):
   out, err = capsys.readouterr()
   assert out == 'dropped alice\n'
   left = (two / 'carol.lcm').stat().st_size
-  assert err == (f'longctx: --budget=1: contexts that are pinned or in use have {left} bytes; unpin or '
-                 f'delete some, or give a budget of {left} or more\n')
+  assert err == (f'longctx: --budget=1: contexts that are pinned or in use have {left} bytes; unpin '
+                 f'or delete some, or give a budget of {left} or more\n')
   assert contexts.main(['contexts', 'trim', f'--store={two}', '--budget=1']) == 2
   assert capsys.readouterr().out == ''   # and nothing fits
 

@@ -123,7 +123,8 @@ def by_loops(block, x, short_term, turned):
   """
   s, number = block.settings, lambda x: np.asarray(x.get_value(), np.float64)
   w_kv = number(block.mixer.w_kv)
-  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0], w_v=w_kv[:, 1])
+  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0],
+           w_v=w_kv[:, 1])
   (q, k, v), (q_turned, k_turned), near = oracles.segment_attention(
       x, p, segment=C, short_term=short_term, base=s.rope_base, epsilon=s.norm_epsilon)
   if turned:
@@ -145,15 +146,17 @@ def by_loops(block, x, short_term, turned):
 @pytest.mark.parametrize('variant, short_term', [('', 0), ('linear', 2)])
 def test_only_attention_turns_queries_and_keys_by_their_positions(variant, short_term):
   """The memory has no positions: neither what is written nor what asks is turned."""
-  settings = Settings(dim=8, num_heads=N, num_kv_heads=K, head_dim=4, segment=C, mlp='none', std=0.5,
-                      out_std=0.5, variant=variant, short_term=short_term, attention='reference')
+  settings = Settings(dim=8, num_heads=N, num_kv_heads=K, head_dim=4, segment=C, mlp='none',
+                      std=0.5, out_std=0.5, variant=variant, short_term=short_term,
+                      attention='reference')
   block = Infini(settings, rngs=nnx.Rngs(0))
   block.gate[...] = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
   x = draw(3 * C, 8, seed=5)
 
   @jax.jit
   def read(x_STD):
-    memory, cell, said = block.init_memory(1), Cell(jnp.ones((1, C), bool), jnp.zeros(1, jnp.int32)), []
+    memory, said = block.init_memory(1), []
+    cell = Cell(jnp.ones((1, C), bool), jnp.zeros(1, jnp.int32))
     for x_TD in x_STD:
       y, memory = block.mix(x_TD[None], memory, cell)
       said.append(y[0])

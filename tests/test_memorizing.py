@@ -222,9 +222,11 @@ def test_only_attention_turns_queries_and_keys_by_their_positions():
 
   number = lambda x: np.asarray(x.get_value(), np.float64)
   w_kv, gate = number(block.mixer.w_kv), 1 / (1 + np.exp(-number(block.gate)))[:, None]
-  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0], w_v=w_kv[:, 1])
+  p = dict(norm=number(block.mixer_norm.scale), w_q=number(block.mixer.w_q), w_k=w_kv[:, 0],
+           w_v=w_kv[:, 1])
   plain, turned, near = oracles.segment_attention(
-      x, p, segment=segment, short_term=short_term, base=SETTINGS.rope_base, epsilon=SETTINGS.norm_epsilon)
+      x, p, segment=segment, short_term=short_term, base=SETTINGS.rope_base,
+      epsilon=SETTINGS.norm_epsilon)
   def expected(q, k):
     out = []
     for start in range(0, len(x), segment):
@@ -236,7 +238,8 @@ def test_only_attention_turns_queries_and_keys_by_their_positions():
 
   memory, said = block.init_memory(1), []
   for start in range(0, len(x), segment):
-    y, memory = mix(*nnx.split(block), jnp.asarray(x[None, start:start + segment], jnp.float32), memory)
+    here = jnp.asarray(x[None, start:start + segment], jnp.float32)
+    y, memory = mix(*nnx.split(block), here, memory)
     said.append(y[0])
   said = np.concatenate(said)
   np.testing.assert_allclose(said, expected(*plain[:2]), atol=1e-4, rtol=1e-4)

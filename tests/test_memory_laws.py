@@ -1,6 +1,6 @@
-"""What every segment memory keeps, and that it counts: laws that tests/test_models.py does not hold.
+"""What every segment memory keeps, and that it counts: laws besides those of tests/test_models.py.
 
-A new memory is held to them by its line in MODELS there. All run the programs of that file's models.
+A new memory is held to them by its line in MODELS there. All run that file's programs.
 """
 
 import dataclasses
@@ -80,7 +80,8 @@ def loss(name, state):
   logits = np.asarray(made(name)[0].logits(ending(name, state)[0]), np.float64)[:, :-1]
   logits -= logits.max(-1, keepdims=True)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  return -np.take_along_axis(logp, np.asarray(tokens())[:, 2 * STEP + 1:, None], axis=-1).mean((1, 2))
+  targets = np.asarray(tokens())[:, 2 * STEP + 1:, None]
+  return -np.take_along_axis(logp, targets, axis=-1).mean((1, 2))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -90,10 +91,10 @@ def test_zeroing_what_it_remembers_changes_the_loss(name):
   whole = loss(name, state)
   zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
   kept = state.memory
-  parts = {
-      'tokens': kept._replace(tokens=zero(kept.tokens)),
-      'short term': kept._replace(layers=tuple(m._replace(past=zero(m.past)) for m in kept.layers)),
-      'long term': kept._replace(layers=tuple(m._replace(store=zero(m.store)) for m in kept.layers))}
+  layers = lambda change: kept._replace(layers=tuple(map(change, kept.layers)))
+  parts = {'tokens': kept._replace(tokens=zero(kept.tokens)),
+           'short term': layers(lambda m: m._replace(past=zero(m.past))),
+           'long term': layers(lambda m: m._replace(store=zero(m.store)))}
   heard = set()
   for part, without in parts.items():
     if any((a != b).any() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(without))):
@@ -114,7 +115,7 @@ CORNER = {'infini': memory('infini', segment=4, mlp='none'),
 
 @functools.cache
 def sloped(name):
-  """(parameters, f(parameters, tokens) -> (loss, gradients)): a first segment and one that remembers it."""
+  """(parameters, f(parameters, tokens) -> (loss, gradients)) of two segments, the first of all too."""
   graphdef, params = nnx.split(built(CORNER[name]))
   def loss(params, tokens):
     model = nnx.merge(graphdef, params)
@@ -123,8 +124,8 @@ def sloped(name):
   return params, jax.jit(jax.value_and_grad(loss))
 
 
-CASES = [(name, corner) for name in CORNER for corner in
-         ('as drawn', 'keys of zeros', 'a gate that is open', 'a gate that is shut', 'nothing but zeros')
+CASES = [(name, corner) for name in CORNER
+         for corner in ('as drawn', 'keys of zeros', 'an open gate', 'a shut gate', 'only zeros')
          if name == 'infini' or 'gate' not in corner]
 
 
@@ -139,7 +140,7 @@ def test_gradients_are_finite_in_the_corners(name, corner):
     w_kv.set_value(w_kv.get_value().at[:, 0].set(0))
   if 'gate' in corner:
     put(block['gate'], 1e4 if 'open' in corner else -1e4)
-  if corner == 'nothing but zeros':
+  if corner == 'only zeros':
     params = jax.tree.map(jnp.zeros_like, params)
   value, grads = run(params, tokens()[:, :8])
   assert np.isfinite(value)

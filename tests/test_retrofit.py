@@ -108,19 +108,19 @@ def test_a_run_that_begins_with_such_a_memory_says_so(plain):
   folder, text = plain
   a = assembly.assemble(memory_config(text, long_term='rmt', memory_tokens=2))
   _, line = retrofit.begin_from(a, a.init(), folder)
-  assert line.endswith("(32 numbers) anew; the new model does not begin as that one: model.long_term="
-                       "'rmt' is heard from the first token on")
+  assert line.endswith("(32 numbers) anew; the new model does not begin as that one: "
+                       "model.long_term='rmt' is heard from the first token on")
 
 
 @pytest.mark.parametrize('long_term', ['infini', 'memorizing'])
 def test_a_new_gate_that_is_half_open_is_refused(plain, long_term):
   folder, text = plain
   a = assembly.assemble(memory_config(text, long_term=long_term))
-  with pytest.raises(ConfigError, match=r"model.gate='sigmoid': a new gate of it is half open at first, "
-                     r"and halves what attention says; set model.gate='tanh', which begins closed"):
+  with pytest.raises(ConfigError, match=r"model.gate='sigmoid': a new gate of it is half open at "
+                     r"first, and halves what attention says; set model.gate='tanh', which begins"):
     retrofit.begin_from(a, a.init(), folder)
   trained = memory.Config(long_term=long_term)
-  assert retrofit.heard_at_first(trained, ['head/table']) == ''   # a gate that was learned in that run
+  assert retrofit.heard_at_first(trained, ['head/table']) == ''   # the gate was learned in that run
 
 
 PLAIN = dict(num_layers=2, embed_dim=16, num_heads=2)
@@ -138,11 +138,13 @@ OTHERS = [
     (decoder.Config(**PLAIN, window=(0, 9)), memory.Config(**PLAIN, segment=10),
      'model.window is (0, 9) there, and here each token sees all of its model.segment=10'),
     (decoder.Config(**PLAIN, window=(9,)), decoder.Config(**PLAIN), 'model.window is (9,) there'),
-    (memory.Config(**PLAIN, long_term='infini'), memory.Config(**PLAIN, long_term='infini', gate='tanh'),
+    (memory.Config(**PLAIN, long_term='infini'),
+     memory.Config(**PLAIN, long_term='infini', gate='tanh'),
      "model.gate is 'sigmoid' there and 'tanh' here"),
-    (decoder.Config(**PLAIN, window=(10,), dtype='bfloat16', remat='full', dropout=0.1, max_length=9),
+    (decoder.Config(**PLAIN, window=(10,), dtype='bfloat16', dropout=0.1, max_length=9),
      memory.Config(**PLAIN, segment=10, short_term=5, long_term='infini', gate='tanh'), ''),
-    (memory.Config(**PLAIN), memory.Config(**PLAIN, long_term='infini', gate='tanh', segment=9), ''),
+    (memory.Config(**PLAIN),
+     memory.Config(**PLAIN, long_term='infini', gate='tanh', segment=9), ''),
 ]
 
 
@@ -166,8 +168,8 @@ def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, cap
 
 
 @pytest.mark.parametrize('changes,message', [
-    (dict(rope_base=500.0, norm_epsilon=1e-5), r'mean something else here: model.rope_base is 10000.0 '
-     r'there and 500.0 here; model.norm_epsilon is 1e-06 there and 1e-05 here; set the model.s as there'),
+    (dict(rope_base=500.0, norm_epsilon=1e-5), r'mean something else here: model.rope_base is '
+     r'10000.0 there and 500.0 here; model.norm_epsilon is 1e-06 there and 1e-05 here; set the'),
     (dict(vocab_size=300), r'embedding/table has shape \(257, 16\), and this model.s \(300, 16\)'),
     (dict(), 'missing: no such|no checkpoint|config.json'),
 ])

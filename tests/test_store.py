@@ -446,9 +446,9 @@ def test_what_does_not_add_is_refused():
 
 
 SEGMENT = 4   # two in each text
-SUMS = memory_config.Config(vocab_size=VOCAB, num_layers=1, embed_dim=8, num_heads=2, segment=SEGMENT,
-                            long_term='infini', memory_variant='linear', init_std=0.5, mlp='none',
-                            attention='reference', remat='none')
+SUMS = memory_config.Config(vocab_size=VOCAB, num_layers=1, embed_dim=8, num_heads=2,
+                            segment=SEGMENT, long_term='infini', memory_variant='linear',
+                            init_std=0.5, mlp='none', attention='reference', remat='none')
 
 
 @functools.cache
@@ -478,7 +478,8 @@ def test_a_text_without_a_whole_segment_adds_nothing():
   model, read, who = infini()
   a, b = contexts_of_both(model, read, who)
   empty = b.arrays | {'number': np.zeros(1, np.int32)}
-  merged = store.merge(a, dataclasses.replace(b, arrays=empty), model.merge_states, model.init_state)
+  b = dataclasses.replace(b, arrays=empty)
+  merged = store.merge(a, b, model.merge_states, model.init_state)
   same_bits(list(merged.arrays.values()), list(a.arrays.values()))
 
 
@@ -502,5 +503,5 @@ def test_texts_that_end_within_a_segment_do_not_add():
   b = store.take(state, who, tokens=6)
   assert 'merge: a text of 6 tokens ends 2 tokens into a segment of 4' in refused(
       model.check_merge, 8, 6)
-  assert 'ends 2 tokens into a segment of 4, and a segment is remembered when it is whole; read 2 ' \
-         'tokens more into it' in refused(store.merge, a, b, model.merge_states, model.init_state)
+  assert 'of 4, and a segment is remembered when it is whole; read 2 tokens more into it' in refused(
+      store.merge, a, b, model.merge_states, model.init_state)

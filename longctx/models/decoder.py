@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
     return x_BTD, tuple(by_place[i % period][i // period] for i in range(depth))
 
   def check_merge(self, *tokens: int) -> None:
-    """ConfigError where `merge_states` would be no sum; how many tokens the texts have matters not."""
+    """ConfigError where `merge_states` would be no sum, however many tokens the texts have."""
     del tokens
     others = [m for m in dict.fromkeys(self.config.layers)
               if not getattr(MIXERS.get(m), 'adds', False)]

@@ -190,8 +190,8 @@ class MemoryDecoder(nnx.Module):
     c = self.config
     why = ''
     if c.long_term != 'infini' or c.memory_variant != 'linear':
-      why = (f'model.long_term={c.long_term!r}, model.memory_variant={c.memory_variant!r}: is no plain '
-             "sum over what was read; only infini's 'linear' is")
+      why = (f'model.long_term={c.long_term!r}, model.memory_variant={c.memory_variant!r}: is no '
+             "plain sum over what was read; only infini's 'linear' is")
     elif c.short_term:
       why = (f'model.short_term={c.short_term}: it holds the last tokens of one text, and two have '
              'no common last; only 0 adds')

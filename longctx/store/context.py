@@ -90,13 +90,13 @@ def state_of(context: Context, init_state: Callable[..., Any], where: str = 'the
 def check_merge(identities: tuple[Identity, Identity], rooms: tuple[int, int],
                 merge_states: Callable[[Any, Any], Any] | None) -> None:
   """ConfigError unless the two are of one model, one that adds, and have the same room."""
-  check(merge_states is not None, f'merge: the memory of model.name={identities[0].model!r} is no sum '
-        'over what was read, so two cannot be added; only those of a decoder of '
-        "model.layers=('linear_attention',) and of infini's model.memory_variant='linear' are. Read "
-        'both texts into one context')
+  check(merge_states is not None, f'merge: the memory of model.name={identities[0].model!r} is no '
+        'sum over what was read, so two cannot be added; only those of a decoder of '
+        "model.layers=('linear_attention',) and of infini's model.memory_variant='linear' are. "
+        'Read both texts into one context')
   check_same(identities[1], identities[0], 'merge: the second context')
-  check(rooms[0] == rooms[1], f'merge: the contexts have room for {rooms[0]} and {rooms[1]} tokens; '
-        'must be equal')
+  check(rooms[0] == rooms[1], f'merge: the contexts have room for {rooms[0]} and {rooms[1]} '
+        'tokens; must be equal')
 
 
 def merge(a: Context, b: Context, merge_states: Callable[[Any, Any], Any] | None,
@@ -107,7 +107,7 @@ def merge(a: Context, b: Context, merge_states: Callable[[Any, Any], Any] | None
   """
   x, y = a.header, b.header
   check_merge((x.identity, y.identity), (x.capacity, y.capacity), merge_states)
-  check(not x.tail and not y.tail, f'merge: {len(x.tail)} and {len(y.tail)} tokens are not read yet; '
-        'read them first, so that they are remembered')
+  check(not x.tail and not y.tail, f'merge: {len(x.tail)} and {len(y.tail)} tokens are not read '
+        'yet; read them first, so that they are remembered')
   state = merge_states(state_of(a, init_state), state_of(b, init_state))
   return take(state, x.identity, capacity=x.capacity, tokens=x.tokens + y.tokens)

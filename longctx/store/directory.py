@@ -2,8 +2,9 @@
 
 A context is written beside the old one and put in its place in one instant, with the store's lock
 held; then what was used longest ago goes, until the rest fits the budget. Never dropped: what is
-pinned, what a process holds (`hold`), what is being saved, and what it is a copy of. Where that cannot
-be, nothing is written. A new name is held while it is written, so that nobody else has begun it.
+pinned, what a process holds (`hold`), what is being saved, and what it is a copy of. Where that
+cannot be, nothing is written. A new name is held while it is written, so that nobody else has begun
+it.
 Held by: tests/test_contexts.py.
 """
 
@@ -112,7 +113,7 @@ class Store:
     return False
 
   def save(self, name: str, context: Context, new: bool = False) -> Written:
-    """Writes a context, whole or not at all. `new`: nobody may have one of this name, saved or not."""
+    """Writes a context, whole or not at all. `new`: nobody may have the name, saved or not."""
     path = self.path(name)
     with self._hold_free(name) if new else contextlib.nullcontext():
       return self._write(name, file.dump(context, path, self.key), new)
@@ -216,8 +217,8 @@ class Store:
     dropped, left = self._oldest(others, self.budget - size, source)
     stay = 'pinned or in use' + ', or what is copied,' * bool(source)
     check(left + size <= self.budget, f'--budget={self.budget}: {name} needs {size} bytes, and '
-          f'contexts that are {stay} have {left}; nothing was written and nothing dropped: unpin or '
-          f'delete some, or give a budget of {size + left} or more')
+          f'contexts that are {stay} have {left}; nothing was written and nothing dropped: unpin '
+          f'or delete some, or give a budget of {size + left} or more')
     return dropped
 
   def _oldest(self, rows: list[index.Row], room: int, source: str = '') -> tuple[list[str], int]:

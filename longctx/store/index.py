@@ -104,7 +104,7 @@ class Index:
   def touch(self, name: str) -> None:
     """Notes that a context was used now."""
     path, now = self.folder / (name + file.SUFFIX), time.time_ns()
-    with contextlib.suppress(OSError):   # another user's file, or one that just went: noted here alone
+    with contextlib.suppress(OSError):   # another user's file, or one that just went
       os.utime(path, ns=(now, path.stat().st_mtime_ns))
     with contextlib.suppress(sqlite3.Error):
       self._put(self.rows[name]._replace(used=now))
