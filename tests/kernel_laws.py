@@ -84,13 +84,14 @@ def same(kernel, other, case, devices=None, **tolerance):
 
 
 def nearly_no_decay_after_strong_ones(kernel, sequential, case):
-  """Sums of a chunk of 64 reach -2400; the decays among its last tokens are small differences of them."""
+  """Sums of a chunk of 64 reach -2400; decays among its last tokens are small differences of them."""
   inputs, state = case
   many = lambda x: None if x is None else jnp.tile(x, (1, 8, *[1] * (x.ndim - 2)))
   inputs = inputs._replace(**dict.fromkeys(MARKS))
   inputs = type(inputs)(*map(many, inputs))
   strong = jnp.arange(inputs.q.shape[1]) % 64 < 40
-  log_decay = jnp.where(jnp.expand_dims(strong, range(1, inputs.log_decay.ndim - 1)), -60.3, -0.0123)
+  strong = jnp.expand_dims(strong, range(1, inputs.log_decay.ndim - 1))
+  log_decay = jnp.where(strong, -60.3, -0.0123)
   inputs = inputs._replace(log_decay=jnp.broadcast_to(log_decay, inputs.log_decay.shape))
   close_to_the_largest(compiled(kernel)(inputs, state), compiled(sequential)(inputs, state))
 

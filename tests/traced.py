@@ -1,4 +1,4 @@
-"""What a traced program sends, bytes by primitive, and what it multiplies; scans count as often as they run."""
+"""What a traced program sends, bytes by primitive, and multiplies; scans count with their lengths."""
 
 import collections
 import math

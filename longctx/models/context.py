@@ -88,6 +88,9 @@ def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Ar
   before it. Without segment ids the document that the clock was in goes on.
   """
   batch, length = tokens_BT.shape
+  if not length:
+    raise ValueError(f'tokens have shape {tokens_BT.shape}; must be [B, T] of at least one token '
+                     'each row')
   for name, x in (('positions_BT', positions_BT), ('segment_ids_BT', segment_ids_BT),
                   ('valid_BT', valid_BT)):
     if x is not None and x.shape != tokens_BT.shape:

@@ -121,7 +121,7 @@ class Decay:
 def _from_groups(state_BGKRV: jax.Array) -> jax.Array:
   """[B, H, K, V]."""
   state = jnp.moveaxis(state_BGKRV, 3, 2)
-  return state.reshape(state.shape[0], -1, *state.shape[3:])
+  return jax.lax.collapse(state, 1, 3)
 
 
 def _carry(maps: Map, state: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,9 +164,9 @@ def _one_by_one(inputs: Inputs, state_BHKV: jax.Array) -> tuple[jax.Array, jax.A
 
 def _chunks(inputs: Inputs, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """q and k [N, B, G, C, K], v [N, B, G, C, R, V], reset [N, B, 1, C]."""
-  B, T, G, _ = inputs.q.shape
+  (B, T, G, _), (*_, H, V) = inputs.q.shape, inputs.v.shape
   q, k = to_chunks(inputs.q, size), to_chunks(inputs.k, size)
-  v = to_chunks(inputs.v.reshape(B, T, G, -1, inputs.v.shape[3]), size)
+  v = to_chunks(inputs.v.reshape(B, T, G, H // G, V), size)
   reset = (jnp.zeros((*q.shape[:2], 1, size), bool) if inputs.reset_BT is None else
            to_chunks(inputs.reset_BT, size))
   return q, k, v, reset
@@ -174,7 +174,7 @@ def _chunks(inputs: Inputs, size: int) -> tuple[jax.Array, jax.Array, jax.Array,
 
 def _writes(k_NBGCK: jax.Array, v_NBGCRV: jax.Array) -> jax.Array:
   """k^T v, [N, B, G, K, R, V]. One dim R V: XLA:CPU has no such product of bfloat16 with two."""
-  write = product('nbgik,nbgij->nbgkj', k_NBGCK, v_NBGCRV.reshape(*v_NBGCRV.shape[:4], -1))
+  write = product('nbgik,nbgij->nbgkj', k_NBGCK, jax.lax.collapse(v_NBGCRV, 4))
   return write.reshape(*write.shape[:4], *v_NBGCRV.shape[4:])
 
 

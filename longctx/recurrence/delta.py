@@ -89,7 +89,7 @@ class Delta:
 
 
 def _bounded(beta: jax.Array, k: jax.Array) -> jax.Array:
-  """beta at most 2 / |k|^2 where |k| > 1: I - beta k^T k turns what lies along k, and never stretches it.
+  """beta at most 2 / |k|^2 where |k| > 1: I - beta k^T k then stretches nothing that lies along k.
 
   In bfloat16 |k|^2 of a key of length 1 is up to 4e-3 more, and with beta = 2 a memory that forgets
   nothing would grow by twice as much with each token. The gradient is that of the beta given: a
@@ -173,7 +173,7 @@ def _pairs(q, k, log_decay, docs: Documents) -> jax.Array:
   if log_decay.shape[-1] > 1:
     both = decayed_pairs(jnp.stack([q, k], axis=-3), k, log_decay, (True, True))
     both = jnp.where(docs.pair[..., None, :, :], both, 0)
-    return both.reshape(*both.shape[:-3], -1, both.shape[-1])
+    return jax.lax.collapse(both, -3, -1)
   decay = jnp.exp(jnp.where(docs.pair, between(log_decay[..., 0]), -jnp.inf))
   scores = product('...tk,...ik->...ti', jnp.concatenate([q, k], axis=-2), k)
   return scores * jnp.concatenate([decay, decay], axis=-2)

@@ -49,4 +49,4 @@ def to_chunks(x_BT: jax.Array, size: int) -> jax.Array:
 def from_chunks(x_NBHC: jax.Array, length: int) -> jax.Array:
   """[N, B, H, C, ...] -> [B, T, H, ...]."""
   x_BNCH = jnp.moveaxis(x_NBHC, (1, 0, 3, 2), (0, 1, 2, 3))
-  return x_BNCH.reshape(x_BNCH.shape[0], -1, *x_BNCH.shape[3:])[:, :length]
+  return jax.lax.collapse(x_BNCH, 1, 3)[:, :length]

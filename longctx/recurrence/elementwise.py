@@ -105,7 +105,7 @@ def _in_chunks(chunk, x_BTE, value=0):
   B, T, E = x_BTE.shape
   if more := -T % chunk:
     x_BTE = jnp.pad(x_BTE, ((0, 0), (0, more), (0, 0)), constant_values=value)
-  return x_BTE.reshape(B, -1, chunk, E)
+  return x_BTE.reshape(B, -(-T // chunk), chunk, E)
 
 
 _at = lambda x_BNCE, c: jax.lax.dynamic_index_in_dim(x_BNCE, c, 2, keepdims=False)
@@ -134,7 +134,7 @@ def _chunked_forward(chunk, a_BTE, b_BTE, h_BE):
     h_BNE = _at(a_BNCE, c) * carry[0] + _at(b_BNCE, c)
     return h_BNE, _put(carry[1], h_BNE, c)
   _, h_BNCE = jax.lax.fori_loop(0, chunk, within, (start_BNE, jnp.zeros_like(a_BNCE)))
-  h_BTE = h_BNCE.reshape(a_BNCE.shape[0], -1, a_BNCE.shape[3])[:, :a_BTE.shape[1]]
+  h_BTE = jax.lax.collapse(h_BNCE, 1, 3)[:, :a_BTE.shape[1]]
   return h_BTE, (a_BTE, h_BTE, start_BNE)
 
 
@@ -158,8 +158,7 @@ def _chunked_backward(chunk, residuals, dh_BTE):
     return (_at(a_BNCE, c) * g_BNE, _put(da_BNCE, g_BNE * before_BNE, c), _put(db_BNCE, g_BNE, c))
   zeros_BNCE = jnp.zeros_like(a_BNCE)
   _, *gradients = jax.lax.fori_loop(0, chunk, within, (end_BNE, zeros_BNCE, zeros_BNCE))
-  B, T, E = a_BTE.shape
-  return *(g.reshape(B, -1, E)[:, :T] for g in gradients), dh_BE
+  return *(jax.lax.collapse(g, 1, 3)[:, :a_BTE.shape[1]] for g in gradients), dh_BE
 
 
 chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -148,7 +148,7 @@ def _one_by_one(inputs: Inputs, state: State) -> tuple[jax.Array, State]:
   def step(state, token):
     q, k, v, log_input, log_forget, reset = token
     if reset is not None:
-      state = jax.tree.map(lambda x: jnp.where(reset.reshape(-1, *[1] * (x.ndim - 1)), 0, x), state)
+      state = jax.tree.map(lambda x: jnp.where(jnp.expand_dims(reset, range(1, x.ndim)), 0, x), state)
     wide = jnp.concatenate([v.astype(jnp.float32), jnp.ones((*v.shape[:-1], 1))], axis=-1)
     m = jnp.maximum(jnp.maximum(log_forget + state.m, log_input), 0)
     kept, new = jnp.exp(log_forget + state.m - m), jnp.exp(log_input - m)

@@ -40,7 +40,7 @@ def _inverse(lower_GCC: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def inverse(lower_CC: jax.Array) -> jax.Array:
   """(I + lower)^-1 of [..., C, C] strictly lower triangular float32 matrices, C a power of two."""
-  return _inverse(lower_CC.reshape(-1, *lower_CC.shape[-2:])).reshape(lower_CC.shape)
+  return _inverse(jax.lax.collapse(lower_CC, 0, -2)).reshape(lower_CC.shape)
 
 
 def _inverse_forward(lower_CC):
@@ -66,9 +66,9 @@ def decayed_pairs(x_XCK: jax.Array, y_CK: jax.Array, log_decay_CK: jax.Array,
   difference of two long ones, so that a decay of nearly 0 costs its neighbours no digits.
   """
   C, K = y_CK.shape[-2:]
-  X = len(own)
-  x = x_XCK.reshape(-1, X, C, K)   # all leading dims in one: XLA:CPU fails on products of rank 8
-  y, g = y_CK.reshape(-1, C, K), log_decay_CK.reshape(-1, C, K)
+  # All leading dims in one: XLA:CPU fails on products of rank 8.
+  x = jax.lax.collapse(x_XCK, 0, -3)
+  y, g = jax.lax.collapse(y_CK, 0, -2), jax.lax.collapse(log_decay_CK, 0, -2)
   with_own = jnp.asarray(own, jnp.float32)[:, None, None]
   blocks = (jnp.sum(x * y[:, None], axis=-1) * with_own[..., 0])[..., None, None]
   before, behind, total = jnp.zeros_like(g), jnp.zeros_like(g), g   # of each token's block
@@ -90,11 +90,10 @@ def decayed_pairs(x_XCK: jax.Array, y_CK: jax.Array, log_decay_CK: jax.Array,
 
 
 def between(log_decay_C: jax.Array) -> jax.Array:
-  """[..., t, i]: the log decay from token i to t, of the tokens i + 1 .. t; nothing is meant above i = t.
+  """[..., t, i]: the log decay from token i to t, of the tokens i + 1 .. t; means nothing for i > t.
 
-  The difference of two sums from the chunk's start, without their error, which a decay of nearly 0
-  among the tokens before would leave to all that follow: the multiples of GRID in the log decays sum
-  up exactly, and what remains of them is small.
+  The difference of two sums from the chunk's start, without the rounding that strong decays leave in
+  them: the multiples of GRID in the log decays sum up exactly, and what remains of them is small.
   """
   coarse = jax.lax.stop_gradient(jnp.round(log_decay_C / GRID) * GRID)
   pairs = lambda b: b[..., :, None] - b[..., None, :]

@@ -8,7 +8,8 @@ Class attributes: `dependency` (P0: its tokens are computed side by side, so the
 over devices; P2: one after the other), `reads` (the settings of its sizes and of its rule that it
 looks at). Static method `cost(settings)`: parameters, arithmetic and
 state in closed form. The table is MIXERS in longctx/models/mixers/__init__.py.
-Held by: tests/test_mixer_laws.py and tests/test_models.py (every law), tests/test_mixers.py (published layers).
+Held by: tests/test_mixer_laws.py, tests/test_models.py (every law), tests/test_mixers.py (published
+layers).
 """
 
 import dataclasses

@@ -79,7 +79,8 @@ class Decayed(nnx.Module):
     H, K, V = cls.sizes(settings)
     columns = V + cls.extra_values
     matrices = settings.dim * H * (2 * K + (3 if cls.gated else 2) * V)
-    kept = H * K if cls.by_channel else H if cls.decays else 1   # documents alone end every head's sum
+    # Of a map: without decays only documents end a sum, that of all heads at once.
+    kept = H * K if cls.by_channel else H if cls.decays else 1
     return Cost(parameters=matrices, matrices=matrices,
                 flops=decay.flops(H, H, K, columns, cls.by_channel, settings.form, settings.chunk),
                 state=H * K * columns, wire=kept + H * K * columns)

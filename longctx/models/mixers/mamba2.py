@@ -121,7 +121,8 @@ class Mamba2(nnx.Module):
       bc, tail_bc = self.conv_bc(bc, state.conv_bc, context)
       tails = (tail_x, tail_bc)
     x_BTHP = jax.nn.silu(x).reshape(B, T, self.heads, self.value_dim)
-    k_BTGN, q_BTGN = jnp.unstack(jax.nn.silu(bc).reshape(B, T, 2, self.groups, -1), axis=2)
+    bc_BT2GN = jax.nn.silu(bc).reshape(B, T, 2, self.groups, self.key_dim)
+    k_BTGN, q_BTGN = jnp.unstack(bc_BT2GN, axis=2)
     dt_BTH = jax.nn.softplus(flat(self.w_dt.get_value()).astype(jnp.float32)
                              + self.dt_bias.get_value())
     layout = mesh.current()
@@ -134,12 +135,12 @@ class Mamba2(nnx.Module):
     D_HP = jnp.broadcast_to(self.D.get_value()[:, None], x_BTHP.shape[2:])
     y_BTHP += scaled(x_BTHP, D_HP)
     w_out = self.w_out.get_value()
-    out_BTD = linear(self.norm(y_BTHP.reshape(B, T, -1), z), w_out.reshape(-1, D))
+    out_BTD = linear(self.norm(jax.lax.collapse(y_BTHP, 2), z), w_out.reshape(-1, D))
     return mesh.constrain(out_BTD, 'batch', 'length', None), State(S, *tails)
 
   def norm(self, y: jax.Array, z: jax.Array) -> jax.Array:
     """rms norm of y * silu(z), group by group; float32 inside."""
     gated = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-    grouped = gated.reshape(*y.shape[:2], self.groups, -1)
+    grouped = gated.reshape(*y.shape[:2], self.groups, y.shape[2] // self.groups)
     grouped *= jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + self.epsilon)
     return scaled(grouped.reshape(y.shape), self.norm_scale.get_value()).astype(y.dtype)

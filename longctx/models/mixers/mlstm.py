@@ -104,9 +104,9 @@ class MLSTMBlock(nnx.Module):
     q, k, v = (self._blocks(x, w) for x, w in ((c_BTE, self.w_q), (c_BTE, self.w_k),
                                                (u_BTE, self.w_v)))
     log_input, forget = self._gates(q, k, v)
-    heads = lambda x: constrain(x.reshape(*x.shape[:2], self.heads, -1), 'batch', 'length', 'heads',
-                                None)
     K = self.width // self.heads
+    heads = lambda x: constrain(x.reshape(*x.shape[:2], self.heads, K), 'batch', 'length', 'heads',
+                                None)
     h_BTHK, memory = over_sequence(
         self.kernel, mlstm.Inputs(heads(q), heads(k) * K ** -0.5, heads(v), log_input,
                                   jax.nn.log_sigmoid(forget), context.reset_BT, context.valid_BT),
@@ -116,7 +116,7 @@ class MLSTMBlock(nnx.Module):
     return constrain(y_BTD, 'batch', 'length', None), State(memory, tail)
 
   def _blocks(self, x_BTE: jax.Array, w_IGJ: nnx.Param) -> jax.Array:
-    x_BTGI = x_BTE.reshape(*x_BTE.shape[:2], -1, BLOCK)
+    x_BTGI = x_BTE.reshape(*x_BTE.shape[:2], self.width // BLOCK, BLOCK)
     return jnp.einsum('BTGI,IGJ->BTGJ', x_BTGI, w_IGJ.get_value().astype(x_BTE.dtype)
                       ).reshape(x_BTE.shape)
 
@@ -132,4 +132,4 @@ class MLSTMBlock(nnx.Module):
     h = h_BTHK.astype(jnp.float32)
     h -= h.mean(-1, keepdims=True)
     h *= jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.epsilon)
-    return scaled(h.reshape(*h.shape[:2], -1), self.scale.get_value()).astype(h_BTHK.dtype)
+    return scaled(jax.lax.collapse(h, 2), self.scale.get_value()).astype(h_BTHK.dtype)

@@ -53,7 +53,7 @@ def project(x_BTD: jax.Array, w_DHK: jax.Array) -> jax.Array:
 
 def merge(y_BTHV: jax.Array, w_HVD: jax.Array) -> jax.Array:
   """[B, T, H, V] -> [B, T, D]."""
-  y_BTD = linear(y_BTHV.reshape(*y_BTHV.shape[:2], -1), w_HVD.reshape(-1, w_HVD.shape[-1]))
+  y_BTD = linear(jax.lax.collapse(y_BTHV, 2), w_HVD.reshape(-1, w_HVD.shape[-1]))
   return constrain(y_BTD, 'batch', 'length', None)
 
 
@@ -92,7 +92,7 @@ class QKV(nnx.Module):
     x_BTHC = jnp.concatenate([project(x_BTD, w.get_value()) for w in (self.w_q, self.w_k, self.w_v)],
                              axis=-1)
     if self.conv is not None:
-      x_BTC, tail_BWC = self.conv(x_BTHC.reshape(*x_BTD.shape[:2], -1), tail_BWC, context)
+      x_BTC, tail_BWC = self.conv(jax.lax.collapse(x_BTHC, 2), tail_BWC, context)
       x_BTHC = constrain(x_BTC.reshape(x_BTHC.shape), 'batch', 'length', 'heads', None)
     q, k, v = jnp.split(jax.nn.silu(x_BTHC), [K, 2 * K], axis=-1)
     return (unit(q) * K ** -0.5).astype(dtype), unit(k).astype(dtype), v, tail_BWC

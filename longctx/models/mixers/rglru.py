@@ -131,7 +131,7 @@ class RGLRU(nnx.Module):
     """a_t and what is added, sqrt(1 - a^2) i u; float32 [B, T, E]."""
     w_IGHJ = self.w_gates.get_value()
     H, E = w_IGHJ.shape[2], u_BTE.shape[2]
-    u_BTHI = u_BTE.reshape(*u_BTE.shape[:2], H, -1)
+    u_BTHI = u_BTE.reshape(*u_BTE.shape[:2], H, E // H)
     gates = jnp.einsum('BTHI,IGHJ->GBTHJ', u_BTHI, w_IGHJ.astype(u_BTE.dtype),
                        preferred_element_type=jnp.float32).reshape(2, *u_BTE.shape[:2], E)
     r_BTE = jax.nn.sigmoid(shifted(gates[0], self.bias_r.get_value()))
