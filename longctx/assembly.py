@@ -275,7 +275,7 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
   config.mesh.update(dict(data=1, seq=seq, model=1, layout='single' if seq == 1 else 'sequence',
                           strategy='ring', ulysses=1, order='contiguous'))
   # Of training and evaluation, which do not happen here: what any mesh can do.
-  config.data.update(dict(batch_size=1, form='packed'))
+  config.data.update(dict(batch_size=1, form='packed', align=False))
   config.run.accumulate, config.evaluation.segment = 1, seq
   a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)

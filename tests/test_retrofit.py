@@ -178,3 +178,15 @@ def test_what_does_not_fit_is_named(plain, changes, message, tmp_path):
   a = assembly.assemble(memory_config(text, **changes))
   with pytest.raises(ConfigError, match=message):
     retrofit.begin_from(a, a.init(), folder if changes else str(tmp_path / 'missing'))
+
+
+def test_a_run_whose_documents_begin_rows_is_read_on_elsewhere(plain, tmp_path):
+  """Training reads whole segments side by side; inference takes the same parameters to any text."""
+  config = memory_config(plain[1], long_term='infini')
+  config.data.update(dict(form='segments', align=True))
+  config.evaluation.max_tokens = 64
+  train.run(config, str(tmp_path / 'w'))
+  loaded = assembly.load_for_inference(str(tmp_path / 'w'))
+  model = nnx.merge(loaded.graphdef, loaded.params)
+  hidden, _ = model(jnp.arange(5)[None], model.init_state(1))
+  assert np.isfinite(np.asarray(hidden)).all()
