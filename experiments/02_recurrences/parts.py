@@ -3,7 +3,6 @@
 import itertools
 import os
 import pathlib
-import resource
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ import small_models
 from flax import nnx
 from training import Trained
 
+from experiments import shared
 from longctx.assembly import make_model
 from longctx.data.tasks import TASKS
 
@@ -109,7 +109,7 @@ class Tasks:
           axis.axvline(length, color='0.5', linestyle='--')
         axis.set(title=task, xlabel='position', ylabel='accuracy', ylim=(0, 1.03))
       axes[-1].legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
-    save(panels, path, width=4.5 * len(names) + 1.5, height=4)
+    shared.draw(panels, path, width=4.5 * len(names) + 1.5, height=4)
 
 
 class Text:
@@ -168,7 +168,7 @@ class Text:
                     label=r['model'])
         axis.set(xlabel=label, ylabel='bits per byte of a batch', xscale='log')
       axes[1].legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
-    save(panels, path, width=11, height=4)
+    shared.draw(panels, path, width=11, height=4)
 
 
 class Stream:
@@ -198,7 +198,7 @@ class Stream:
       hidden = float(jnp.abs(hidden).max())   # waits, and would show what is not finite
       if not np.isfinite(hidden):
         raise FloatingPointError(f'{model}: hidden states are not finite')
-      sizes.append(resident())
+      sizes.append(shared.resident())
     tenth = sizes[len(sizes) // 10]
     return dict(seconds=round(time.perf_counter() - begin, 1), resident_at_tenth=tenth,
                 resident_most_after=max(sizes[len(sizes) // 10:]),
@@ -223,23 +223,7 @@ class Stream:
                   linewidth=1, label=r['model'])
       axis.set(xlabel='tokens read', ylabel='resident memory, MiB', ylim=(0, None))
       axis.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
-    save(panels, path, width=8, height=4)
-
-
-def save(panels: Callable, path: str, *, width: float, height: float) -> None:
-  """Draws `panels(figure)` into a PNG."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-  figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
-  FigureCanvasAgg(figure)
-  panels(figure)
-  figure.savefig(path)
-
-
-def resident() -> int:
-  """Bytes of this process in memory now."""
-  with open('/proc/self/statm', encoding='ascii') as file:
-    return int(file.read().split()[1]) * resource.getpagesize()
+    shared.draw(panels, path, width=8, height=4)
 
 
 def read_text(path: str) -> np.ndarray:

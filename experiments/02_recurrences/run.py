@@ -11,8 +11,9 @@ README.md are printed and the figures drawn from all lines.
 """
 
 import argparse
-import json
+import functools
 import os
+import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -20,6 +21,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import parts  # noqa: E402
 import small_models  # noqa: E402
+
+from experiments import shared  # noqa: E402
 
 # Of the tasks: (batches, rows of one). States are tracked sooner than pairs are recalled, or not at all.
 LEARNED = {'mqar': (1000, 64), 'selective_copy': (600, 32), 'parity': (400, 32), 's3': (400, 32)}
@@ -45,7 +48,7 @@ def main() -> None:
   parser.add_argument('--out', default=os.path.join(HERE, 'results'))
   args = parser.parse_args()
   tier = TIERS[args.tier]
-  chosen = tuple(filter(None, args.models.split(',')))
+  chosen = tuple(re.findall(r'[^,(]+(?:\(.*?\))?', args.models))   # commas, but not those of (0,2)
   unknown = set(chosen) - set(small_models.NAMES)
   if unknown:
     parser.error(f'--models: no {", ".join(sorted(unknown))}; there are '
@@ -53,30 +56,11 @@ def main() -> None:
   os.makedirs(args.out, exist_ok=True)
   for name in [args.part] if args.part else parts.PARTS:
     path = os.path.join(args.out, f'{name}.jsonl')
-    done = read(path)
     models = chosen or (name == 'tasks' and tier.get('task_models')) or tier['models']
-    for key, work in parts.PARTS[name].runs(models, tier, args, done):
-      if any(all(row[k] == v for k, v in key.items()) for row in done):
-        continue
-      row = key | work()
-      done.append(row)
-      with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(row) + '\n')
-      print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
-    print(parts.PARTS[name].table(done), flush=True)
-    parts.PARTS[name].draw(done, os.path.join(args.out, f'{name}.png'))
-
-
-def read(path: str) -> list[dict]:
-  """The lines of a file; a last one that was cut short is dropped from the file too."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as file:
-    lines = file.read().split('\n')
-  if lines[-1]:   # the process was killed while it wrote
-    with open(path, 'w', encoding='utf-8') as file:
-      file.writelines(line + '\n' for line in lines[:-1])
-  return [json.loads(line) for line in lines[:-1]]
+    part = parts.PARTS[name]
+    done = shared.carry_on(path, functools.partial(part.runs, models, tier, args))
+    print(part.table(done), flush=True)
+    part.draw(done, os.path.join(args.out, f'{name}.png'))
 
 
 if __name__ == '__main__':

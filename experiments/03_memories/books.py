@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import figures
 import models
 import numpy as np
 
 from configs import books_memory
+from experiments import shared
 from longctx import configuration
 from longctx.training import workdir
 
@@ -98,4 +98,4 @@ def draw(rows: list[dict], path: str) -> None:
               ylabel='bits per byte less than without a memory')
     right.axhline(0, color='0.5', linewidth=0.8)
     left.legend(fontsize=6)
-  figures.save(panels, path, width=11, height=4)
+  shared.draw(panels, path, width=11, height=4)

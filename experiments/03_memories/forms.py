@@ -10,12 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments import shared
 from longctx.assembly import make_model
 from longctx.models import memory_config
 
@@ -96,4 +96,4 @@ def draw(rows: list[dict], path: str) -> None:
     axis.axhline(1, color='0.5', linewidth=0.8)
     axis.set(ylabel='times as fast as one by one')
     axis.legend(fontsize=6)
-  figures.save(panels, path, width=8, height=4)
+  shared.draw(panels, path, width=8, height=4)

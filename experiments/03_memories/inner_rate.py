@@ -9,11 +9,11 @@ thrown further at every chunk. longctx/memory/titans.py clips each token's gradi
 import math
 from collections.abc import Callable, Iterator
 
-import figures
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import shared
 from longctx.memory import titans
 
 RATES = (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
@@ -80,4 +80,4 @@ def draw(rows: list[dict], path: str) -> None:
       axis.set(title=title, xlabel='chunks of 64 tokens', yscale='log',
                ylabel='mean square error of what was learned')
       axis.legend(fontsize=6, title='inner rate')
-  figures.save(panels, path, width=9, height=4)
+  shared.draw(panels, path, width=9, height=4)

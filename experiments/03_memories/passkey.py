@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import figures
 import jax
 import models
 import numpy as np
 import training
 from flax import nnx
 
+from experiments import shared
 from longctx.data import tasks
 
 SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 8
@@ -63,7 +63,7 @@ def one(model: str, learning_rate: float, seed: int, steps: int, segments: int,
       yield TASK.make(rng, TRAIN_ROWS, SEGMENT * int(rng.choice(curriculum[:stage])))
 
   trained = training.train(programs, batches(), steps, learning_rate, seed)
-  row = dict(parameters=figures.count(trained.params), loss=trained.loss,
+  row = dict(parameters=training.count(trained.params), loss=trained.loss,
              train_seconds=round(trained.seconds, 1),
              state_floats=models.state_floats(config, 1))
   held_out = np.random.default_rng(10_000)
@@ -138,7 +138,7 @@ def stream(reader: Reader, segments: int) -> dict:
       right = logits.argmax(-1) == document.answer
       found[f'accuracy_{(i + 1) * CALL}'] = float(right.mean())
       found[f'keys_{(i + 1) * CALL}'] = float(right.all(1).mean())
-    sizes.append(figures.resident())
+    sizes.append(shared.resident())
   seconds = time.perf_counter() - begin
   early = sizes[len(sizes) // 10]
   return found | dict(
@@ -177,4 +177,4 @@ def draw(rows: list[dict], path: str) -> None:
              ylabel='digits right', ylim=(0, 1.03))
     right.set(xlabel='tokens read', ylabel='resident memory, MiB', ylim=(0, None))
     left.legend(fontsize=6)
-  figures.save(panels, path, width=11, height=4)
+  shared.draw(panels, path, width=11, height=4)

@@ -7,11 +7,11 @@ segment_rewrite, where each key is written twice and the last value counts). Tra
 
 from collections.abc import Callable, Iterator
 
-import figures
 import models
 import numpy as np
 import training
 
+from experiments import shared
 from longctx.data.tasks import TASKS
 
 TIMES = {'segment_recall': 1, 'segment_rewrite': 2}   # that each key is written
@@ -59,7 +59,7 @@ def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
       programs, trained.params, *kind.make(held_out, TEST_ROWS, length(task, pairs)))
            for pairs in tested}
   most = length(task, tested[-1])
-  return dict(parameters=figures.count(trained.params), loss=trained.loss,
+  return dict(parameters=training.count(trained.params), loss=trained.loss,
               seconds=round(trained.seconds, 1), state_floats=models.state_floats(config, most),
               flops_per_token=config.flops_per_token(length(task, TRAINED[-1])), **found)
 
@@ -114,4 +114,4 @@ def draw(rows: list[dict], path: str) -> None:
       right.set(xlabel='state, floats a row', ylabel='accuracy at 16 pairs', xscale='log',
                 ylim=(0, 1.03))
       left.legend(fontsize=6, loc='lower left')
-  figures.save(panels, path, width=11, height=8)
+  shared.draw(panels, path, width=11, height=8)

@@ -12,7 +12,6 @@ README.md are printed and the figures drawn from all lines.
 """
 
 import argparse
-import json
 import os
 import sys
 
@@ -26,6 +25,7 @@ import models  # noqa: E402
 import passkey  # noqa: E402
 import recall  # noqa: E402
 
+from experiments import shared  # noqa: E402
 from longctx.parallel import host_memory  # noqa: E402
 
 PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
@@ -69,29 +69,9 @@ def main() -> None:
     if name != args.part and (args.part or (name == 'books' and not args.books)):
       continue
     path = os.path.join(args.out, f'{name}.jsonl')
-    done = read(path)
-    for key, work in part.runs(args, TIERS[args.tier]):
-      if any(all(row[k] == v for k, v in key.items()) for row in done):
-        continue
-      row = key | work()
-      done.append(row)
-      with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(row) + '\n')
-      print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+    done = shared.carry_on(path, lambda done, part=part: part.runs(args, TIERS[args.tier]))
     print(part.table(done), flush=True)
     part.draw(done, os.path.join(args.out, f'{name}.png'))
-
-
-def read(path: str) -> list[dict]:
-  """The lines of a file; a last one that was cut short is dropped from the file too."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding='utf-8') as file:
-    lines = file.read().split('\n')
-  if lines[-1]:   # the process was killed while it wrote
-    with open(path, 'w', encoding='utf-8') as file:
-      file.writelines(line + '\n' for line in lines[:-1])
-  return [json.loads(line) for line in lines[:-1]]
 
 
 if __name__ == '__main__':

@@ -83,3 +83,8 @@ def train(p: Programs, batches: Iterator[tuple[np.ndarray, np.ndarray]], steps: 
 def accuracy(p: Programs, params: Any, tokens: np.ndarray, targets: np.ndarray) -> float:
   """Of all that is asked, how much is right."""
   return float(np.asarray(p.right(params, tokens, targets)).sum() / (targets != UNSCORED).sum())
+
+
+def count(params: Any) -> int:
+  """Numbers in all of them."""
+  return sum(x.size for x in jax.tree.leaves(params))
