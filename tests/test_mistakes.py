@@ -552,7 +552,7 @@ def test_an_error_in_the_middle_leaves_everything_closed(
   args = ['main', *(arg.format(**world) for arg in [*TINY, WORKDIR])]
   with monkeypatch.context() as broken:
     if where == 'traced':
-      def raises(*args):
+      def raises(*args, **settings):
         raise error
       broken.setattr(step, 'train_step', raises)
     else:

@@ -77,7 +77,7 @@ def run(a, batches, state=None, update=None):
 def test_compiled_once_over_steps_and_a_restore(tmp_path, monkeypatch):
   traces, real = [], step_lib.train_step
   monkeypatch.setattr(step_lib, 'train_step',
-                      lambda *args: (traces.append(1), real(*args))[1])
+                      lambda *args, **kw: (traces.append(1), real(*args, **kw))[1])
   compilations = []
   jax.monitoring.register_event_duration_secs_listener(
       lambda event, seconds, **more: compilations.append(event) if 'backend_compile' in event else 0)

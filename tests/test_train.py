@@ -120,7 +120,7 @@ def crash():
 
 def test_what_a_run_writes(text, tmp_path, capsys, monkeypatch):
   traces, real = [], step_lib.train_step
-  monkeypatch.setattr(step_lib, 'train_step', lambda *a: (traces.append(1), real(*a))[1])
+  monkeypatch.setattr(step_lib, 'train_step', lambda *a, **kw: (traces.append(1), real(*a, **kw))[1])
   config = make_config(text, run_profile_start=3, run_profile_steps=2, run_expect='2.3 at the end')
   train.run(config, str(tmp_path))
   out = capsys.readouterr().out
