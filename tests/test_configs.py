@@ -173,7 +173,7 @@ def no_compilation_cache():
 
 
 # Of configs that differ in size alone one stands for the others.
-ALIKE = ('books', 'lstm_ptb_small', 'ring_1m_v5e', 'ring_1m_v5p',
+ALIKE = ('books', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
          'tinyshakespeare')
 
 

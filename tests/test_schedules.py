@@ -91,7 +91,7 @@ def test_the_memory_matters():
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('infini', 'two stores', 'armt', 'rmt') else pytest.mark.slow)
+    pytest.param(name, marks=() if name in ('infini', 'rmt') else pytest.mark.slow)
     for name in MEMORY])
 def test_aligned_rows_give_what_rows_of_any_documents_do(name):
   """A document carried on, one that ends in padding, and one that begins; in the default schedule."""
