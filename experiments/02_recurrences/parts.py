@@ -69,10 +69,13 @@ class Tasks:
 
   @staticmethod
   def best_rate(rows: list[dict]) -> float:
-    """Of one task and model: the rate of the best mean accuracy where it was trained."""
+    """Of one task and model: the rate of the best mean accuracy where it was trained, over the seeds
+    that all rates have."""
     name = f'accuracy_{LENGTHS[rows[0]["task"]][0]}'
-    mean = lambda rate: np.mean([r[name] for r in rows if r['learning_rate'] == rate])
-    return max({r['learning_rate'] for r in rows}, key=mean)
+    of = lambda rate: {r['seed']: r[name] for r in rows if r['learning_rate'] == rate}
+    rates = sorted({r['learning_rate'] for r in rows})
+    seeds = set.intersection(*(set(of(rate)) for rate in rates))
+    return max(rates, key=lambda rate: np.mean([of(rate)[seed] for seed in seeds]))
 
   @staticmethod
   def table(rows: list[dict]) -> str:
@@ -103,7 +106,7 @@ class Tasks:
         for model in dict.fromkeys(m for t, m in best if t == task):
           y = np.array([r[f'by_position_{tests[-1]}'] for r in best[task, model]], float).mean(0)
           at = np.flatnonzero(~np.isnan(y))
-          axis.plot(at, y[at], '.-', markersize=2, linewidth=1, label=model)
+          axis.plot(at, y[at], marker='.', markersize=2, linewidth=1, label=model, **style(model))
         axis.axhline(TASKS[task].chance, color='0.5', linestyle=':')
         if tests[-1] > length:
           axis.axvline(length, color='0.5', linestyle='--')
@@ -165,7 +168,7 @@ class Text:
       for axis, column, label in zip(axes, (0, 2), ('tokens', 'CPU seconds')):
         for r in rows:
           axis.plot([c[column] for c in r['curve']], [c[1] for c in r['curve']], linewidth=1,
-                    label=r['model'])
+                    label=r['model'], **style(r['model']))
         axis.set(xlabel=label, ylabel='bits per byte of a batch', xscale='log')
       axes[1].legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
     shared.draw(panels, path, width=11, height=4)
@@ -220,10 +223,16 @@ class Stream:
       axis = figure.subplots()
       for r in rows:
         axis.plot(np.linspace(0, r['tokens'], len(r['curve'])), np.array(r['curve']) / 2 ** 20,
-                  linewidth=1, label=r['model'])
+                  linewidth=1, label=r['model'], **style(r['model']))
       axis.set(xlabel='tokens read', ylabel='resident memory, MiB', ylim=(0, None))
       axis.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
     shared.draw(panels, path, width=8, height=4)
+
+
+def style(model: str) -> dict[str, str]:
+  """The same colour and dashes for a model in every figure."""
+  i = small_models.NAMES.index(model)
+  return dict(color=f'C{i % 10}', linestyle=('-', '--', ':')[i // 10])
 
 
 def read_text(path: str) -> np.ndarray:
