@@ -70,12 +70,12 @@ class Tasks:
   @staticmethod
   def best_rate(rows: list[dict]) -> float:
     """Of one task and model: the rate of the best mean accuracy where it was trained, over the seeds
-    that all rates have."""
+    that all rates have; of equals, that of more seeds."""
     name = f'accuracy_{LENGTHS[rows[0]["task"]][0]}'
     of = lambda rate: {r['seed']: r[name] for r in rows if r['learning_rate'] == rate}
     rates = sorted({r['learning_rate'] for r in rows})
     seeds = set.intersection(*(set(of(rate)) for rate in rates))
-    return max(rates, key=lambda rate: np.mean([of(rate)[seed] for seed in seeds]))
+    return max(rates, key=lambda rate: (np.mean([of(rate)[seed] for seed in seeds]), len(of(rate))))
 
   @staticmethod
   def table(rows: list[dict]) -> str:
