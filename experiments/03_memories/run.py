@@ -32,7 +32,7 @@ PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
          'inner_rate': inner_rate}
 NAMES = tuple(dict.fromkeys((*models.RECALL, *models.PASSKEY, *models.BOOKS)))
 
-# The first rate and seed come first, of all models.
+# The first rate and seed come first, of all models. 'hour': that alone, and books of fewer bytes.
 TIERS = {
     'smoke': dict(
         seeds=(0,), rates=(3e-3,), recall=('infini',), recall_tasks=('segment_rewrite',),
@@ -46,6 +46,9 @@ TIERS = {
         passkey_segments=16_384, books=models.BOOKS, books_debug=False, books_steps=400,
         forms=forms.SHAPES, inner_chunks=1000),
 }
+TIERS['hour'] = TIERS['cpu'] | dict(
+    seeds=(0,), rates=(3e-3,), passkey=('infini', 'gated_delta', 'armt', 'titans_mag'),
+    passkey_rates=(3e-3,), books_steps=300)
 
 
 def main() -> None:
