@@ -31,9 +31,9 @@ def get_config(variant: str = ''):
   config.run.log_every = 20
   config.run.eval_every = 500
   config.run.checkpoint_every = 250
-  config.evaluation.max_tokens = 262_144
-  config.evaluation.segment = 512
-  config.evaluation.use_ema = True
+  config.perplexity.max_tokens = 262_144
+  config.perplexity.segment = 512
+  config.perplexity.use_ema = True
   if variant == 'debug':
     config.data.length = config.model.max_length = 128
     config.model.num_layers = 2
@@ -44,6 +44,6 @@ def get_config(variant: str = ''):
     config.run.log_every = 5
     config.run.eval_every = 10
     config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 64
   return config

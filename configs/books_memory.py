@@ -37,10 +37,10 @@ def get_config(variant: str = ''):
   config.run.num_steps = 600
   config.run.log_every = 20
   config.run.checkpoint_every = 200
-  config.evaluation.modes = ('full',)
-  config.evaluation.max_tokens = 600_000   # a book and the begin of another, side by side
-  config.evaluation.segment = 2048
-  config.evaluation.batch_size = 2
+  config.perplexity.modes = ('full',)
+  config.perplexity.max_tokens = 600_000   # a book and the begin of another, side by side
+  config.perplexity.segment = 2048
+  config.perplexity.batch_size = 2
   if variant == 'debug':
     config.data.corpus, config.data.files = 'stdlib', ''
     config.data.length = 64
@@ -52,6 +52,6 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 64
   return config

@@ -37,9 +37,9 @@ def get_config(variant: str = ''):
   config.run.num_steps = 2000
   config.run.log_every = 20
   config.run.checkpoint_every = 250
-  config.evaluation.max_tokens = 262_144
-  config.evaluation.length = 8192
-  config.evaluation.segment = 512
+  config.perplexity.max_tokens = 262_144
+  config.perplexity.length = 8192
+  config.perplexity.segment = 512
   if variant == 'debug':
     config.data.corpus, config.data.files = 'stdlib', ''
     config.data.length = 64
@@ -51,7 +51,7 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
-    config.evaluation.length = 256
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.length = 256
+    config.perplexity.segment = 64
   return config

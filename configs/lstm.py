@@ -23,8 +23,8 @@ def get_config(variant: str = ''):
   config.run.num_steps = 1000
   config.run.log_every = 20
   config.run.checkpoint_every = 250
-  config.evaluation.max_tokens = 262_144
-  config.evaluation.modes = ('full',)
+  config.perplexity.max_tokens = 262_144
+  config.perplexity.modes = ('full',)
   if variant == 'debug':
     config.data.length = 32
     config.data.batch_size = 8
@@ -33,6 +33,6 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 64
   return config

@@ -30,7 +30,7 @@ def get_config(variant: str = ''):
   config.run.num_steps = 10_000
   config.run.log_every = 50
   config.run.eval_every = config.run.checkpoint_every = 1000
-  config.evaluation.modes = ('full',)
+  config.perplexity.modes = ('full',)
   if variant == 'debug':
     config.data.corpus, config.data.files, config.data.split = 'stdlib', '', 'hash'
     config.model.vocab_size = 0
@@ -40,6 +40,6 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.eval_every = config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 64
   return config

@@ -27,7 +27,7 @@ def get_config(variant: str = ''):
                        '1.2 to 2.1 at the end; held out 2.37 bits per byte')
   config.run.log_every = 50
   config.run.checkpoint_every = 250
-  config.evaluation.modes = ('full',)   # all of the split: a part of it is too little for a curve
+  config.perplexity.modes = ('full',)   # all of the split: a part of it is too little for a curve
   if variant == 'debug':
     config.data.length = 64
     config.model.max_length = 64
@@ -38,6 +38,6 @@ def get_config(variant: str = ''):
     config.run.log_every = 5
     config.run.checkpoint_every = 10
     config.optimizer.warmup_steps = 5
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 64
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 64
   return config

@@ -37,9 +37,9 @@ def get_config(variant: str = ''):
   config.mesh.order = 'zigzag'
   config.run.num_steps = 1000
   config.run.checkpoint_every = 50
-  config.evaluation.segment = 65_536
-  config.evaluation.batch_size = 1
-  config.evaluation.modes = ('full',)
+  config.perplexity.segment = 65_536
+  config.perplexity.batch_size = 1
+  config.perplexity.modes = ('full',)
   if variant == 'debug':
     config.data.length = config.model.max_length = 128
     config.model.num_layers = 2
@@ -55,6 +55,6 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10
-    config.evaluation.segment = 64
-    config.evaluation.max_tokens = 4096
+    config.perplexity.segment = 64
+    config.perplexity.max_tokens = 4096
   return config

@@ -31,9 +31,9 @@ def get_config(variant: str = ''):
   config.run.log_every = 5
   config.run.eval_every = 100
   config.run.checkpoint_every = 50
-  config.evaluation.batch_size = 1
-  config.evaluation.max_tokens = 131_072
-  config.evaluation.segment = 4096
+  config.perplexity.batch_size = 1
+  config.perplexity.max_tokens = 131_072
+  config.perplexity.segment = 4096
   if variant == 'debug':
     config.data.length = config.model.max_length = 1000   # padded to 1024
     config.mesh.unit = 16
@@ -44,6 +44,6 @@ def get_config(variant: str = ''):
     config.run.log_every = 2
     config.run.eval_every = 4
     config.run.checkpoint_every = 4
-    config.evaluation.max_tokens = 4096
-    config.evaluation.segment = 256
+    config.perplexity.max_tokens = 4096
+    config.perplexity.segment = 256
   return config

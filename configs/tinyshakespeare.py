@@ -31,8 +31,8 @@ def get_config(variant: str = ''):
   config.run.num_steps = 2000
   config.run.log_every = 50
   config.run.checkpoint_every = 500
-  config.evaluation.segment = 64
-  config.evaluation.batch_size = 64
+  config.perplexity.segment = 64
+  config.perplexity.batch_size = 64
   if variant == 'debug':
     config.model.num_layers = 1
     config.model.embed_dim = 32
@@ -40,5 +40,5 @@ def get_config(variant: str = ''):
     config.run.num_steps = 20
     config.run.log_every = 5
     config.run.checkpoint_every = 10
-    config.evaluation.max_tokens = 4096
+    config.perplexity.max_tokens = 4096
   return config

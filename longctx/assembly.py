@@ -184,14 +184,14 @@ def _check_curriculum(p: Parts, segment: int) -> None:
 
 def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:
   """What would end the run only after its last step."""
-  e = p.evaluation
+  e = p.perplexity
   length = perplexity.context_length(e, model)
-  check(not length or e.stride <= length, f'evaluation.stride={e.stride}: must be at most the '
-        f'evaluation\'s length, which is model.max_length={length}')
-  check(not e.use_ema or p.optimizer.ema > 0, 'evaluation.use_ema=True: no averaged parameters are '
-        'kept with optimizer.ema=0.0; set optimizer.ema=0.999 or so, or evaluation.use_ema=False')
-  mesh.check_divides('evaluation.batch_size', e.batch_size, 'batch', layout)
-  mesh.check_divides('evaluation.segment', e.segment, 'length', layout)
+  check(not length or e.stride <= length, f'perplexity.stride={e.stride}: must be at most the '
+        f'evaluated length, which is model.max_length={length}')
+  check(not e.use_ema or p.optimizer.ema > 0, 'perplexity.use_ema=True: no averaged parameters are '
+        'kept with optimizer.ema=0.0; set optimizer.ema=0.999 or so, or perplexity.use_ema=False')
+  mesh.check_divides('perplexity.batch_size', e.batch_size, 'batch', layout)
+  mesh.check_divides('perplexity.segment', e.segment, 'length', layout)
 
 
 def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainState:
@@ -276,7 +276,7 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
                           strategy='ring', ulysses=1, order='contiguous'))
   # Of training and evaluation, which do not happen here: what any mesh can do.
   config.data.update(dict(batch_size=1, form='packed', align=False))
-  config.run.accumulate, config.evaluation.segment = 1, seq
+  config.run.accumulate, config.perplexity.segment = 1, seq
   a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
   return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout)
@@ -288,6 +288,6 @@ def host_share(a: Assembly) -> tuple[int, int]:
 
 
 def open_documents(a: Assembly) -> stream.Documents:
-  return stream.open_documents(a.parts.data, a.parts.evaluation.split)
+  return stream.open_documents(a.parts.data, a.parts.perplexity.split)
 
 

@@ -65,7 +65,7 @@ SECTIONS = {
     'loss': loss.Config,
     'mesh': mesh.Config,
     'run': Run,
-    'evaluation': perplexity.Config,
+    'perplexity': perplexity.Config,
 }
 
 
@@ -79,7 +79,7 @@ class Parts(NamedTuple):
   loss: loss.Config
   mesh: mesh.Config
   run: Run
-  evaluation: perplexity.Config
+  perplexity: perplexity.Config
 
 
 def check_variant(variant: str, variants: tuple[str, ...] = ('', 'debug')) -> None:

@@ -57,7 +57,7 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
   # Another window, base or split of the text would be scored without an error.
   workdir.agree(folder, config, allow_config_change, record=False,
                 free=(*workdir.FREE, *workdir.NOT_SCORED))
-  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.evaluation.use_ema,
+  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                         checkpoint=checkpoint)
   return 0 if publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
 
@@ -65,7 +65,7 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
 def evaluate(a: Assembly, params: Any, documents: stream.Documents) -> result.Result:
   """Bits per byte of the held-out split by context position."""
   return perplexity.evaluate(
-      a.graphdef, params, documents, a.tokenizer, a.parts.evaluation,
+      a.graphdef, params, documents, a.tokenizer, a.parts.perplexity,
       layout=a.layout, loss_chunk=a.parts.loss.chunk)
 
 
@@ -313,9 +313,9 @@ class Trainer:
     return dict(model_flops_utilization=full, model_flops_utilization_masked=masked)
 
   def evaluate(self, state: step.TrainState) -> result.Result:
-    use_ema = self.a.parts.evaluation.use_ema
+    use_ema = self.a.parts.perplexity.use_ema
     check(not use_ema or state.ema is not None,
-          'evaluation.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
+          'perplexity.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
     return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
 
   def log_evaluation(self, at: int, found: result.Result) -> None:

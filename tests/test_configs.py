@@ -103,11 +103,11 @@ def test_every_leaf_can_be_overridden(name, leaf):
 def test_overrides_in_every_form_a_user_writes():
   given = parse(flag('books'), '--config.model.window=(7,0,7)', '--config.seed', '5', '--noconfig.'
                 'model.tied', '--config.model.qk_norm', '-config.optimizer.learning_rate=1',
-                '--config.evaluation.modes=full', '--config.run.num_steps=3',
+                '--config.perplexity.modes=full', '--config.run.num_steps=3',
                 '--config.run.num_steps=4', '--workdir=w')
   assert (given.model.window, given.seed, given.model.tied, given.model.qk_norm) == (
       (7, 0, 7), 5, False, True)
-  assert (given.optimizer.learning_rate, given.evaluation.modes, given.run.num_steps) == (
+  assert (given.optimizer.learning_rate, given.perplexity.modes, given.run.num_steps) == (
       1.0, ('full',), 4)
   assert parse(flag('books'), '--config.model.window=[7,0,7]').model.window == (7, 0, 7)
   assert parse(*flag('books:debug').split('=')).model.embed_dim == 48

@@ -51,7 +51,7 @@ def phase(workdir, output):
     return 'saving'
   steps = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   last = steps[-1] if steps else {}
-  return ('evaluation' if last and last['step'] % 100 == 0 and 'validation_loss' not in last
+  return ('perplexity' if last and last['step'] % 100 == 0 and 'validation_loss' not in last
           else 'steps')
 
 

@@ -37,7 +37,7 @@ TINY = [
     '--config.mesh.layout=single', '--config.optimizer.warmup_steps=0', '--config.run.num_steps=2',
     '--config.run.log_every=1', '--config.run.checkpoint_every=1',
     '--config.run.compilation_cache={corpus}/programs',
-    '--config.evaluation.segment=16', '--config.evaluation.max_tokens=64']
+    '--config.perplexity.segment=16', '--config.perplexity.max_tokens=64']
 
 
 @pytest.fixture(scope='session')
@@ -213,7 +213,7 @@ FIELDS = [
      "model.layers=('rglru',)"),
     # Names.
     ('modle.num_layers=3', 'modle.num_layers: no such field (did you mean "model.num_layers"?); a '
-     'config has data, evaluation, loss'),
+     'config has data, loss, mesh'),
     ('model.num_layer=3',
      'model.num_layer: no such field (did you mean "model.num_layers"?); model '
      'has attention, dropout, dtype'),
@@ -233,7 +233,7 @@ FIELDS = [
     ('model.window=(1,', 'model.window=(1,: must be a tuple, such as'),
     ("model.window=('a',)", "model.window=('a',): must hold int alone, not str"),
     ('model.window=(1.5,)', 'model.window=(1.5,): must hold int alone, not float'),
-    ('evaluation.modes=(1,)', 'evaluation.modes=(1,): must hold str alone, not int'),
+    ('perplexity.modes=(1,)', 'perplexity.modes=(1,): must hold str alone, not int'),
     # Numbers that are none.
     ('optimizer.learning_rate=nan', 'optimizer.learning_rate=nan: must be a finite number'),
     ('optimizer.learning_rate=inf', 'optimizer.learning_rate=inf: must be a finite number'),
@@ -274,8 +274,8 @@ FIELDS = [
     ('run.eval_every=-1', 'run.eval_every=-1: must be at least 0'),
     ('run.keep_last=0', 'run.keep_last=0: must be at least 1'),
     ('run.profile_start=20', 'run.profile_start=20: must be at least -1 and at most 19'),
-    ('evaluation.batch_size=0', 'evaluation.batch_size=0: must be at least 1'),
-    ('evaluation.modes=()', 'evaluation.modes=(): must be a tuple of one or more of full, sliding'),
+    ('perplexity.batch_size=0', 'perplexity.batch_size=0: must be at least 1'),
+    ('perplexity.modes=()', 'perplexity.modes=(): must be a tuple of one or more of full, sliding'),
     # Names of choices.
     ('optimizer.name=adam', "optimizer.name='adam': must be one of adamw, adafactor, lion, muon, "
      'sgd (did you mean "adamw"?)'),
@@ -290,9 +290,9 @@ FIELDS = [
     ('data.corpus=stdlb', "data.corpus='stdlb': must be one of stdlib, files, tfds", '"stdlib"?)'),
     ('data.form=pakced', "data.form='pakced': must be one of packed, segments", '"packed"?)'),
     ('data.long_documents=spilt', 'must be one of split, trim, drop', '(did you mean "split"?)'),
-    ('evaluation.split=valid', "evaluation.split='valid': must be one of train, validation, test",
+    ('perplexity.split=valid', "perplexity.split='valid': must be one of train, validation, test",
      '(did you mean "validation"?)'),
-    ('evaluation.modes=slidng', "evaluation.modes='slidng': must be one of full, sliding"),
+    ('perplexity.modes=slidng', "perplexity.modes='slidng': must be one of full, sliding"),
     # Fields that do not go together.
     ('data.corpus=files', "data.files='': data.corpus='files' needs it"),
     ('data.files=*.txt', "data.files='*.txt': is not read with data.corpus='stdlib'; set "
@@ -309,9 +309,9 @@ FIELDS = [
      "model.position='learned' has none beyond model.max_length; set model.position='rope'"),
     ('data.length=128', 'data.length=128: must be at most model.max_length=64'),
     ('run.accumulate=3', 'run.accumulate=3: must divide data.batch_size=8'),
-    ('evaluation.length=65', 'evaluation.length=65: must be at most model.max_length=64'),
-    ('evaluation.stride=65', 'evaluation.stride=65: must be at most ', 'model.max_length=64'),
-    ('evaluation.use_ema=true', 'evaluation.use_ema=True: ', 'set optimizer.ema=0.999 or so'),
+    ('perplexity.length=65', 'perplexity.length=65: must be at most model.max_length=64'),
+    ('perplexity.stride=65', 'perplexity.stride=65: must be at most ', 'model.max_length=64'),
+    ('perplexity.use_ema=true', 'perplexity.use_ema=True: ', 'set optimizer.ema=0.999 or so'),
     # What the eight devices of the tests cannot be cut into.
     ('mesh.data=3', 'mesh.data=3 x mesh.seq=1 x mesh.model=1: 3 places for 8 device(s)'),
     ('mesh.model=16', 'mesh.model=16: 16 places for 8 device(s)'),
@@ -324,8 +324,8 @@ FIELDS = [
      'model.num_heads=4: mesh.model=8 must divide it; choose mesh.model from 1, 2, 4'),
     ('mesh.seq=8 mesh.layout=sequence data.length=60 data.form=segments model.window=(8,)',
      'data.length=60 over mesh.seq=8: ', 'a data.length that mesh.seq divides'),
-    ('evaluation.batch_size=4', 'evaluation.batch_size=4: mesh.data=8 must divide it; '
-     'choose mesh.data from 1, 2, 4, or let evaluation.batch_size be a multiple of 8'),
+    ('perplexity.batch_size=4', 'perplexity.batch_size=4: mesh.data=8 must divide it; '
+     'choose mesh.data from 1, 2, 4, or let perplexity.batch_size be a multiple of 8'),
     ('mesh.strategy=rings', "mesh.strategy='rings': must be one of auto, allgather, ring, "
      'bidirectional, ulysses, hybrid (did you mean "ring"?)'),
     ('mesh.order=stripped', "mesh.order='stripped': must be one of contiguous, zigzag, striped "
@@ -336,7 +336,7 @@ FIELDS = [
     ('mesh.ulysses=2', "mesh.ulysses=2: is read with mesh.strategy='hybrid' only, not 'ring'"),
     ('mesh.seq=8 mesh.layout=sequence mesh.strategy=ulysses',
      "mesh.strategy='ulysses' with 8 devices to share 4 query and 4 kv heads of each"),
-    ('evaluation.segment=60 mesh.seq=8 mesh.layout=sequence', 'evaluation.segment=60: mesh.seq=8 '
+    ('perplexity.segment=60 mesh.seq=8 mesh.layout=sequence', 'perplexity.segment=60: mesh.seq=8 '
      'must divide it'),
 ]
 
@@ -391,8 +391,8 @@ WORLD = [
     (['--mode=eval'], ['--workdir={tmp}/w: no such folder; give the workdir of a run']),
     (['--mode=eval', '--workdir={corpus}'], ['--workdir={corpus}: no run was started there']),
     (['--mode=eval', '--workdir={began}'], ['--workdir={began}: no checkpoint there yet; train']),
-    (['--mode=eval', '--workdir={trained}', '--config.evaluation.use_ema=true'],
-     ['evaluation.use_ema=True: ']),
+    (['--mode=eval', '--workdir={trained}', '--config.perplexity.use_ema=true'],
+     ['perplexity.use_ema=True: ']),
     (['--mode=eval', '--workdir={trained}', '--config.model.embed_dim=16'],
      ['{trained}/config.json disagrees with this config: model.embed_dim: W has 8, you gave 16. '
       'model.embed_dim cannot change in this workdir: give what W has; or give another workdir']),

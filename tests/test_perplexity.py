@@ -233,9 +233,9 @@ def test_a_window_that_the_mesh_cannot_cut_is_padded():
 def test_batch_that_the_mesh_does_not_divide_is_refused():
   layout = mesh.make_layout(mesh.Config(data=2, seq=2, layout='sequence'), jax.devices()[:4])
   documents = make_documents([9])
-  with pytest.raises(ConfigError, match=r'evaluation\.batch_size=3'):
+  with pytest.raises(ConfigError, match=r'perplexity\.batch_size=3'):
     evaluate(toy_models.CountModel(VOCAB), documents, layout, length=8, batch_size=3)
-  with pytest.raises(ConfigError, match=r'evaluation\.segment=7'):
+  with pytest.raises(ConfigError, match=r'perplexity\.segment=7'):
     evaluate(toy_models.CountModel(VOCAB), documents, layout, length=8, segment=7)
 
 
@@ -330,11 +330,11 @@ def test_position_bins():
 
 
 @pytest.mark.parametrize('settings, field', [
-    (dict(length=-1), 'evaluation.length=-1'), (dict(segment=0), 'evaluation.segment=0'),
-    (dict(batch_size=0), 'evaluation.batch_size=0'), (dict(stride=-2), 'evaluation.stride=-2'),
-    (dict(length=8, stride=9), 'evaluation.stride=9'), (dict(modes=()), 'evaluation.modes=()'),
-    (dict(modes=('slide',)), 'did you mean "sliding"'), (dict(modes='full'), 'evaluation.modes='),
-    (dict(max_tokens=-1), 'evaluation.max_tokens=-1'),
+    (dict(length=-1), 'perplexity.length=-1'), (dict(segment=0), 'perplexity.segment=0'),
+    (dict(batch_size=0), 'perplexity.batch_size=0'), (dict(stride=-2), 'perplexity.stride=-2'),
+    (dict(length=8, stride=9), 'perplexity.stride=9'), (dict(modes=()), 'perplexity.modes=()'),
+    (dict(modes=('slide',)), 'did you mean "sliding"'), (dict(modes='full'), 'perplexity.modes='),
+    (dict(max_tokens=-1), 'perplexity.max_tokens=-1'),
     (dict(split='valid'), 'did you mean "validation"'),
 ])
 def test_mistakes_in_the_config_are_named(settings, field):
@@ -346,11 +346,11 @@ def test_mistakes_in_the_config_are_named(settings, field):
 
 def test_mistakes_that_only_the_model_shows():
   documents = make_documents([9])
-  with pytest.raises(ConfigError, match=r'evaluation\.length=21.*max_length=20'):
+  with pytest.raises(ConfigError, match=r'perplexity\.length=21.*max_length=20'):
     evaluate(toy_models.CountModel(VOCAB, max_length=20), documents, length=21)
-  with pytest.raises(ConfigError, match=r'evaluation\.length=0.*grows'):
+  with pytest.raises(ConfigError, match=r'perplexity\.length=0.*grows'):
     evaluate(toy_models.TailModel(VOCAB), documents)
-  with pytest.raises(ConfigError, match=r"evaluation\.split='validation'.*no document"):
+  with pytest.raises(ConfigError, match=r"perplexity\.split='validation'.*no document"):
     evaluate(toy_models.CountModel(VOCAB), [], length=8)
 
 

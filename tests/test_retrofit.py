@@ -184,7 +184,7 @@ def test_a_run_whose_documents_begin_rows_is_read_on_elsewhere(plain, tmp_path):
   """Training reads whole segments side by side; inference takes the same parameters to any text."""
   config = memory_config(plain[1], long_term='infini')
   config.data.update(dict(form='segments', align=True))
-  config.evaluation.max_tokens = 64
+  config.perplexity.max_tokens = 64
   train.run(config, str(tmp_path / 'w'))
   loaded = assembly.load_for_inference(str(tmp_path / 'w'))
   model = nnx.merge(loaded.graphdef, loaded.params)

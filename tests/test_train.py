@@ -222,7 +222,7 @@ def test_padding_does_not_count_as_tokens(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('variant,lost,changes', [
     ('packed', 0, {'model_dropout': 0.2}),   # crashes as soon as step 8 is saved
-    ('lstm', 3, {'optimizer_ema': 0.9, 'evaluation_use_ema': True}),
+    ('lstm', 3, {'optimizer_ema': 0.9, 'perplexity_use_ema': True}),
     pytest.param('windowed', 3, {'run_accumulate': 2, 'model_dropout': 0.2},
                  marks=pytest.mark.slow),
 ])
@@ -253,10 +253,10 @@ def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost
   ours, theirs = saved(config, broken), saved(config, straight)
   assert ours[12] == theirs[12]
   assert ours.keys() == theirs.keys()
-  if config.evaluation.use_ema:
+  if config.perplexity.use_ema:
     train.run(config, broken, mode='eval')
     assert evaluation(broken) == evaluation(straight)
-    config.evaluation.use_ema = False   # and these were the averaged parameters
+    config.perplexity.use_ema = False   # and these were the averaged parameters
     train.run(config, broken, mode='eval')
     assert evaluation(broken) != evaluation(straight)
 
@@ -340,7 +340,7 @@ def test_eval_scores_with_the_config_that_was_trained(text, tmp_path, at_batch):
     train.run(other, str(tmp_path), mode='eval', allow_config_change=name)
     assert evaluation(tmp_path)['loss'] != score['loss']
   same = make_config(text, seed=5, data_prefetch=9, data_batch_size=16, loss_chunk=3,
-                     run_num_steps=99, optimizer_name='lion', evaluation_segment=8)
+                     run_num_steps=99, optimizer_name='lion', perplexity_segment=8)
   train.run(same, str(tmp_path), mode='eval')
   assert evaluation(tmp_path)['loss'] == pytest.approx(score['loss'], rel=1e-6)
   assert (tmp_path / 'config.json').read_bytes() == written

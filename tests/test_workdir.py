@@ -166,7 +166,7 @@ class TestAgree:
     assert json.loads((tmp_path / 'config.json').read_text())['mesh']['data'] == 4
     free = (*workdir_lib.FREE, *workdir_lib.NOT_SCORED)
     config.update(dict(seed=3))
-    config.optimizer.name, config.evaluation.stride, config.loss.chunk = 'lion', 3, 7
+    config.optimizer.name, config.perplexity.stride, config.loss.chunk = 'lion', 3, 7
     workdir_lib.agree(tmp_path, config, record=False, free=free)
     config.data.validation_fraction = 0.2
     with pytest.raises(ConfigError, match=r'config: data\.validation_fraction: W has 0\.05'):

@@ -23,12 +23,12 @@ import training
 from flax import nnx
 
 from experiments import shared
-from longctx.data import tasks
+from longctx.data.tasks import symbolic
 
 SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 8
 CURRICULUM = (1, 2, 4, 8, 16)   # segments; one more length each fifth of the steps
 CALL = 16                       # segments a call of the stream
-TASK = tasks.TASKS['passkey']
+TASK = symbolic.TASKS['passkey']
 CHANCE = 1 / 10                 # of the first digit
 
 

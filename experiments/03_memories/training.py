@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from longctx.data.tasks import UNSCORED
+from longctx.data.tasks.symbolic import UNSCORED
 from longctx.parallel import mesh
 from longctx.training import optim
 

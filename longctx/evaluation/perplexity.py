@@ -56,14 +56,14 @@ class Config:
     for name, low in dict(length=0, segment=1, batch_size=1, stride=0, max_tokens=0).items():
       errors.check_range(f'evaluation.{name}', getattr(self, name), low=low)
     errors.check(not self.length or self.stride <= self.length,
-                 f'evaluation.stride={self.stride}: must be at most evaluation.length='
+                 f'perplexity.stride={self.stride}: must be at most perplexity.length='
                  f'{self.length}, or tokens between two windows are never scored')
     errors.check(isinstance(self.modes, tuple) and len(self.modes) > 0,
-                 f'evaluation.modes={self.modes!r}: must be a tuple of one or more of '
+                 f'perplexity.modes={self.modes!r}: must be a tuple of one or more of '
                  f'{", ".join(MODES)}')
     for mode in self.modes:
-      errors.check_choice('evaluation.modes', mode, MODES)
-    errors.check_choice('evaluation.split', self.split, SPLITS)
+      errors.check_choice('perplexity.modes', mode, MODES)
+    errors.check_choice('perplexity.split', self.split, SPLITS)
 
 
 def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any, config: Config,
@@ -83,14 +83,14 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
   lengths = np.asarray(documents.lengths, np.int64)
   if lengths.sum() != documents.total_tokens:
     raise AssertionError(f'{lengths.sum()} tokens in documents of {documents.total_tokens}')
-  errors.check(len(lengths) > 0, f'evaluation.split={config.split!r}: it holds no document; '
+  errors.check(len(lengths) > 0, f'perplexity.split={config.split!r}: it holds no document; '
                'choose another split or a larger corpus')
   scored = windows_lib.prefix(lengths, config.max_tokens)
   plans = {'full': windows_lib.cut(scored, length, length or 1),
            'sliding': windows_lib.cut(scored, length, stride or 1)}
   if layout is not None:
-    mesh.check_divides('evaluation.batch_size', config.batch_size, 'batch', layout)
-    mesh.check_divides('evaluation.segment', config.segment, 'length', layout)
+    mesh.check_divides('perplexity.batch_size', config.batch_size, 'batch', layout)
+    mesh.check_divides('perplexity.segment', config.segment, 'length', layout)
   shape = (config.batch_size, segment_size(config, length, layout))
   carries = not length or length > shape[1]
   programs = _programs(graphdef, layout, carries, shape[0], length, loss_chunk,
@@ -111,9 +111,9 @@ def context_length(config: Config, model: Any) -> int:
   """Tokens of a window: what the config asks for, within what the model can hold; 0 = unlimited."""
   longest = model.config.max_length
   errors.check(not longest or config.length <= longest,
-               f'evaluation.length={config.length}: must be at most model.max_length={longest}')
+               f'perplexity.length={config.length}: must be at most model.max_length={longest}')
   errors.check(config.length or longest or not model.state_grows,
-               'evaluation.length=0: must be given, at least 1; this model has no max_length and '
+               'perplexity.length=0: must be given, at least 1; this model has no max_length and '
                'its state grows with every token')
   return config.length or longest
 

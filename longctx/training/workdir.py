@@ -21,10 +21,10 @@ from longctx.errors import ConfigError, check, nearest
 from longctx.files import Lock, atomic_write
 
 # Keys and sections of a config. These change no number of a run, and may differ from W's:
-FREE = ('mesh', 'run.compilation_cache', 'run.expect', 'data.cache_dir', 'data.prefetch',
+FREE = ('mesh', 'eval', 'run.compilation_cache', 'run.expect', 'data.cache_dir', 'data.prefetch',
         'data.threads')
 # nor do these change what a checkpoint scores;
-NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'evaluation', 'data.form', 'data.length',
+NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'perplexity', 'data.form', 'data.length',
               'data.batch_size', 'data.long_documents')
 # and a checkpoint, or its place in the data, cannot be carried on with others of these.
 FIXED = ('seed', 'data.form', 'data.length', 'data.batch_size', 'data.long_documents',

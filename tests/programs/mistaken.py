@@ -15,5 +15,5 @@ def get_config():
   config.run.num_steps = 20
   config.run.log_every = 5
   config.run.checkpoint_every = 10
-  config.evaluation.segment = 64
+  config.perplexity.segment = 64
   return config

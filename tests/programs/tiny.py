@@ -35,8 +35,8 @@ def get_config(variant: str = 'packed'):
   config.run.eval_every = 6
   config.run.checkpoint_every = 4
   config.run.compilation_cache = 'none'
-  config.evaluation.segment = 16
-  config.evaluation.modes = ('full',)
+  config.perplexity.segment = 16
+  config.perplexity.modes = ('full',)
   return config
 
 

@@ -1,0 +1,91 @@
+"""What a task is: prompts made from a seed, answers scored, and the score of guessing known.
+
+An example is text: a prompt, and what is right to write after it. Its length is counted in the tokens of
+the model that reads it,
+
+    length = 1 (the separator) + tokens of the prompt + new_tokens
+
+and is met exactly. Example `index` of a task, length and seed is the same whatever else is drawn, on any
+host: its numbers come from Philox with the hash of all that names it as the key.
+Held by: tests/test_tasks.py (laws of every task).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from longctx.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+  """A prompt and what is right to write after it."""
+
+  prompt: bytes                  # all that is read: context, question, the begin of the answer
+  question: int                  # first byte of the prompt that is no context
+  target: bytes                  # what a model that knows all writes next; training learns it
+  references: tuple[str, ...]    # what is looked for in the answer
+  new_tokens: int                # that an answer may take
+  depth: float | None = None     # where the first needle begins: 0 the start of the context, 1 its end
+  needles: tuple[tuple[int, int], ...] = ()   # bytes [start, stop) of the prompt that the answer needs
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # what a task's score or tests need
+
+  @property
+  def without_context(self) -> bytes:
+    """The control: the same question about nothing."""
+    return self.prompt[self.question:]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+  """What an example is made from."""
+
+  rng: np.random.Generator
+  tokenizer: Tokenizer
+  length: int                    # tokens, answer and separator too
+  index: int                     # of the example among those of its length
+  depth: float | None = None     # where the needle is to begin; None: the task draws it, uniformly
+  haystack: str = ''             # the glob of text files to hide needles in; '': the task's own text
+
+  def count(self, text: bytes) -> int:
+    """Tokens of a text in the model's own tokenizer."""
+    return len(self.tokenizer.encode(text))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """A kind of examples, and how answers to them are scored.
+
+  Attributes:
+    make: a Draw -> an Example of exactly its length; ConfigError with the least length if that is too short.
+    score: (what a model wrote, its example) -> 0 to 1.
+    floor: the mean score of one who has read the rules and not the context: chance, or the majority.
+    source: paper and section, or the file whose generator this follows.
+    published: 'model at length' -> score in percent, where there is a number to compare with.
+  """
+
+  make: Callable[[Draw], Example]
+  score: Callable[[str, Example], float]
+  floor: float
+  source: str
+  published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def generator(*names: Any) -> np.random.Generator:
+  """Numbers that depend on the names alone."""
+  key = hashlib.sha256(repr(names).encode()).digest()[:16]
+  return np.random.Generator(np.random.Philox(key=int.from_bytes(key, 'little')))
+
+
+def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: int = 0,
+            depth: float | None = None, haystack: str = '') -> Example:
+  """Example `index` of a task; the same for the same arguments, everywhere."""
+  made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer, length=length,
+                        index=index, depth=depth, haystack=haystack))
+  tokens = 1 + len(tokenizer.encode(made.prompt)) + made.new_tokens
+  if tokens != length:
+    raise AssertionError(f'{name}: example {index} has {tokens} tokens, not {length}')
+  return made

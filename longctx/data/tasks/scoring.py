@@ -1,0 +1,39 @@
+"""How an answer is scored: functions of (text, example) -> 0 to 1.
+
+The two of RULER (NVIDIA/RULER, scripts/eval/synthetic/constants.py): letters alike in both cases, and
+control characters of the answer taken as line ends. An answer that says more than is asked is not punished.
+Held by: tests/test_task_scoring.py.
+"""
+
+import re
+
+from longctx.data.tasks.example import Example
+
+CONTROL = re.compile('[\x00-\x1f]')
+
+
+def cleaned(text: str) -> str:
+  return CONTROL.sub('\n', text.strip()).strip()
+
+
+def match_all(text: str, example: Example) -> float:
+  """The share of the references that stand in the answer (RULER's string_match_all)."""
+  said = cleaned(text).lower()
+  return sum(ref.lower() in said for ref in example.references) / len(example.references)
+
+
+def match_part(text: str, example: Example) -> float:
+  """1 if any reference stands in the answer (RULER's string_match_part, for its questions)."""
+  said = cleaned(text).lower()
+  return float(any(ref.lower() in said for ref in example.references))
+
+
+def starts_with(text: str, example: Example) -> float:
+  """1 if the answer begins with the reference, spaces before it aside."""
+  return float(text.lstrip().startswith(example.references[0]))
+
+
+def first_number(text: str, example: Example) -> float:
+  """1 if the first whole number of the answer is the reference (Mohtashami & Jaggi's passkey)."""
+  found = re.search(r'\d+', text)
+  return float(found is not None and found.group() == example.references[0])
