@@ -18,7 +18,7 @@ import models
 import numpy as np
 
 from configs import books_memory
-from experiments import shared
+from experiments import shared, small_training
 from longctx import configuration
 from longctx.training import workdir
 
@@ -57,7 +57,7 @@ def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
   rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
   config = configuration.parts(workdir.load_config(folder)).model.resolved(VOCAB)
   positions = found['modes']['full']['positions']
-  return dict(parameters=config.num_parameters(), state_floats=models.state_floats(config, 0),
+  return dict(parameters=config.num_parameters(), state_floats=small_training.state_floats(config, 0),
               bits_per_byte=found['bits_per_byte'], tokens_per_second=round(statistics.median(rates)),
               read_tokens_per_second=round(found['tokens_per_second']),
               mlp_dim=config.mlp_dim, bytes=found['modes']['full']['bytes'],

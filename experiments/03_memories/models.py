@@ -1,26 +1,13 @@
 """What experiment 03 compares: a table of config fields for each part, and how a model is made of them.
 
-In recall and passkey each token's vector is its own and a map of the one before it in its segment,
-
-    x_t = e_t + W e_{t-1}        0 in place of e_{t-1} at a segment's first token
-
-so that a key stands beside its value: without it, what is measured is whether two layers find the
-induction circuit in so few steps, and full attention itself stays near chance (Olsson et al. 2022,
-arXiv:2209.11895). No model has a short convolution of its own, which would do the same beyond a segment's
-edge, except where a memory is published with one.
-
-B batch  T tokens of whole segments from the first on, or of one  D model
+In recall and passkey each token's vector has a map of the one before it added (experiments/small_training.py);
+no model has a short convolution of its own, which would do the same beyond a segment's edge, except
+where a memory is published with one.
 """
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from longctx.assembly import make_model
 from longctx.models import decoder, memory_config
-from longctx.models.layers import linear, normal, param
 
 FULL = 'full_cache'   # remembers everything: what the others are measured against
 
@@ -80,34 +67,3 @@ def small(fields: dict[str, Any], vocab_size: int, segment: int) -> Any:
   if sizes.get('name') == 'decoder':
     return decoder.Config(max_length=1 << 21, layer_loop='unrolled', **sizes)
   return memory_config.Config(segment=segment, **sizes)
-
-
-class ShiftedEmbedding(nnx.Module):
-  """An embedding and, added to each token's vector, a map of the one before it in its segment."""
-
-  def __init__(self, embedding: nnx.Module, segment: int, *, rngs: nnx.Rngs):
-    D = embedding.table.get_value().shape[1]
-    self.table, self.segment = embedding.table, segment
-    self.w_shift = param(rngs, normal(D ** -0.5), (D, D), (None, 'embed'))
-
-  def __call__(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    e_BTD = self.table.get_value().astype(dtype)[tokens_BT]
-    before_BTD = jnp.pad(e_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    first_T = jnp.arange(tokens_BT.shape[1]) % self.segment == 0
-    return e_BTD + linear(jnp.where(first_T[:, None], 0, before_BTD), self.w_shift.get_value())
-
-
-def make(config: Any, segment: int, key: jax.Array) -> nnx.Module:
-  model = make_model(config, key)
-  rngs = nnx.Rngs(jax.random.fold_in(key, 1))
-  model.embedding = ShiftedEmbedding(model.embedding, segment, rngs=rngs)
-  return model
-
-
-def state_floats(config: Any, tokens: int) -> int:
-  """Numbers that a row remembers of a document of `tokens`; token ids and counts are not numbers."""
-  model = nnx.eval_shape(lambda: make_model(config, jax.random.key(0)))
-  graphdef, params = nnx.split(model)
-  state = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_state(1, capacity=tokens),
-                         params)
-  return sum(x.size for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))

@@ -19,10 +19,8 @@ from typing import Any
 import jax
 import models
 import numpy as np
-import training
-from flax import nnx
 
-from experiments import shared
+from experiments import far_passkey, shared, small_training
 from longctx.data.tasks import symbolic
 
 SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 8
@@ -54,7 +52,7 @@ def config_of(model: str) -> Any:
 def one(model: str, learning_rate: float, seed: int, steps: int, segments: int,
         curriculum: tuple[int, ...]) -> dict:
   config = config_of(model)
-  programs = training.programs(config, SEGMENT, steps)
+  programs = small_training.programs(config, SEGMENT, steps)
   rng = np.random.default_rng(seed)
 
   def batches():
@@ -62,13 +60,13 @@ def one(model: str, learning_rate: float, seed: int, steps: int, segments: int,
       stage = step * len(curriculum) // steps + 1
       yield TASK.make(rng, TRAIN_ROWS, SEGMENT * int(rng.choice(curriculum[:stage])))
 
-  trained = training.train(programs, batches(), steps, learning_rate, seed)
-  row = dict(parameters=training.count(trained.params), loss=trained.loss,
+  trained = small_training.train(programs, batches(), steps, learning_rate, seed)
+  row = dict(parameters=small_training.count(trained.params), loss=trained.loss,
              train_seconds=round(trained.seconds, 1),
-             state_floats=models.state_floats(config, 1))
+             state_floats=small_training.state_floats(config, 1))
   held_out = np.random.default_rng(10_000)
   for count in curriculum:
-    row[f'whole_{count}'] = training.accuracy(
+    row[f'whole_{count}'] = small_training.accuracy(
         programs, trained.params, *TASK.make(held_out, 64, SEGMENT * count))
   return row | read_apart(trained.params, model, segments)
 
@@ -87,55 +85,21 @@ def read_apart(params: Any, model: str, segments: int) -> dict:
     return found | dict(same_bits=same, context_bytes=os.path.getsize(at('half.lcm')))
 
 
-class Reader:
-  """A model as two jitted calls: read a piece of a document, and answer without keeping the question."""
-
-  def __init__(self, graphdef: nnx.GraphDef, params: Any):
-    model = lambda params: nnx.merge(graphdef, params)
-
-    def ask(params, state, question):
-      hidden, _ = model(params)(question, state)
-      return model(params).logits(hidden[:, -DIGITS:])
-
-    self.params = params
-    self.fresh = jax.jit(lambda params, rows: model(params).init_state(rows), static_argnums=1)
-    self._read = jax.jit(lambda params, state, tokens: model(params)(tokens, state)[1],
-                         donate_argnums=1)
-    self._ask = jax.jit(ask)
-
-  def read(self, state: Any, tokens: np.ndarray) -> Any:
-    return self._read(self.params, state, tokens)
-
-  def ask(self, state: Any, question: np.ndarray) -> np.ndarray:
-    return np.asarray(self._ask(self.params, state, question))
+def document(rows: int) -> far_passkey.Document:
+  return far_passkey.Document(TASK, rows, segment=SEGMENT, call=CALL, digits=DIGITS)
 
 
-class Document:
-  """Rows of a passkey and noise without an end: pieces of CALL segments, the question, the answer."""
-
-  def __init__(self, rows: int):
-    tokens, targets = TASK.make(np.random.default_rng(20_000), rows, SEGMENT * (CALL + 1))
-    self.first, self.question = tokens[:, :-SEGMENT], tokens[:, -SEGMENT:]
-    self.answer = targets[:, -DIGITS:]
-
-  def piece(self, i: int) -> np.ndarray:
-    if i == 0:
-      return self.first
-    noise = np.random.default_rng((30_000, i)).integers(10, TASK.vocab_size - 1, self.first.shape)
-    return noise.astype(np.int32)
-
-
-def stream(reader: Reader, segments: int) -> dict:
+def stream(reader: far_passkey.Reader, segments: int) -> dict:
   """Accuracy of the digits after so many segments, and resident memory on the way."""
-  document, found, sizes = Document(ROWS), {}, []
-  state, begin = reader.fresh(reader.params, ROWS), time.perf_counter()
+  text, found, sizes = document(ROWS), {}, []
+  state, begin = reader.fresh(reader.params, ROWS, 0), time.perf_counter()
   for i in range(segments // CALL):
-    state = jax.block_until_ready(reader.read(state, document.piece(i)))
+    state = jax.block_until_ready(reader.read(state, text.piece(i)))
     if (i + 1) * CALL in lengths(segments):
-      logits = reader.ask(state, document.question)
+      logits = reader.ask(state, text.question)
       if not np.isfinite(logits).all():
         raise FloatingPointError(f'logits after {i + 1} calls are not finite')
-      right = logits.argmax(-1) == document.answer
+      right = logits.argmax(-1) == text.answer
       found[f'accuracy_{(i + 1) * CALL}'] = float(right.mean())
       found[f'keys_{(i + 1) * CALL}'] = float(right.all(1).mean())
     sizes.append(shared.resident())

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 
 import models
 import numpy as np
-import training
 
-from experiments import shared
+from experiments import shared, small_training
 from longctx.data.tasks.symbolic import TASKS
 
 TIMES = {'segment_recall': 1, 'segment_rewrite': 2}   # that each key is written
@@ -45,7 +44,7 @@ def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
         tested: tuple[int, ...]) -> dict:
   kind = TASKS[task]
   config = models.small(models.RECALL[model], kind.vocab_size, SEGMENT)
-  programs = training.programs(config, SEGMENT, steps)
+  programs = small_training.programs(config, SEGMENT, steps)
   rng = np.random.default_rng(seed)
 
   def batches():
@@ -53,14 +52,14 @@ def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
       pairs = TRAINED[0] if step < steps // 5 else int(rng.choice(TRAINED))
       yield kind.make(rng, ROWS, length(task, pairs))
 
-  trained = training.train(programs, batches(), steps, learning_rate, seed)
+  trained = small_training.train(programs, batches(), steps, learning_rate, seed)
   held_out = np.random.default_rng(10_000)   # the same for all
-  found = {f'accuracy_{pairs}': training.accuracy(
+  found = {f'accuracy_{pairs}': small_training.accuracy(
       programs, trained.params, *kind.make(held_out, TEST_ROWS, length(task, pairs)))
            for pairs in tested}
   most = length(task, tested[-1])
-  return dict(parameters=training.count(trained.params), loss=trained.loss,
-              seconds=round(trained.seconds, 1), state_floats=models.state_floats(config, most),
+  return dict(parameters=small_training.count(trained.params), loss=trained.loss,
+              seconds=round(trained.seconds, 1), state_floats=small_training.state_floats(config, most),
               flops_per_token=config.flops_per_token(length(task, TRAINED[-1])), **found)
 
 
