@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
 from longctx.attention.blockwise import Blockwise
 from longctx.attention.intervals import Intervals, Options
 from longctx.attention.reference import Reference
@@ -67,6 +68,7 @@ def _attend(q, k, v, mask, *, scale=None, softcap=0.0, bias=None, sink_N=None,
   options = Options(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap,
                     bias=bias)
   q, k, v, mask, options = jax.tree.map(jnp.asarray, (q, k, v, mask, options))
+  watch.tell('attention', q=q, k=k, mask=mask, options=options, sink_N=sink_N)
   kernel = choose(implementation, q, k, v, mask, options, lse_gradient, cached)
   layout = mesh.current()
   if layout is None or layout.mesh.size == 1:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
 from longctx.recurrence.affine import product
 
 NU = 3
@@ -59,7 +60,9 @@ def _look_up(state: State, phi_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def read(state: State, q_BTA: jax.Array) -> jax.Array:
   """[B, T, D] float32."""
-  return _look_up(state, dpfp(q_BTA))[0]
+  said_BTD, known_BT1 = _look_up(state, dpfp(q_BTA))
+  watch.tell('armt', known_BC1=known_BT1)
+  return said_BTD
 
 
 def write(state: State, k_BMA: jax.Array, v_BMD: jax.Array, beta_BM1: jax.Array) -> State:

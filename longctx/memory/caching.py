@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
 from longctx.recurrence.affine import product
 
 
@@ -58,7 +59,9 @@ def gates(state: State, u_BCD: jax.Array, mean_BCD: jax.Array, top: int = 0) -> 
     least_BC1 = jax.lax.top_k(jax.lax.stop_gradient(cached_BCS), top)[0][..., -1:]
     cached_BCS = jnp.where(cached_BCS >= least_BC1, cached_BCS, -jnp.inf)
   own_BC1 = (u_BCD.astype(jnp.float32) * mean_BCD).sum(-1, keepdims=True)
-  return jax.nn.softmax(jnp.concatenate([cached_BCS, own_BC1], axis=-1))
+  gates_BCS = jax.nn.softmax(jnp.concatenate([cached_BCS, own_BC1], axis=-1))
+  watch.tell('memory_caching', gates_BCS=gates_BCS)
+  return gates_BCS
 
 
 def read(state: State, q_BCNH: jax.Array, gates_BCS: jax.Array | None) -> jax.Array:

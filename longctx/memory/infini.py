@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
 from longctx.recurrence.affine import carry, product
 
 
@@ -50,7 +51,9 @@ def read(state: State, q_BCNH: jax.Array) -> jax.Array:
   B, C, N, H = q_BCNH.shape
   q = feature(q_BCNH).reshape(B, C, state.z.shape[1], -1, H)
   out = product('bckgh,bkhv->bckgv', q, state.M)
-  out *= inverse(product('bckgh,bkh->bckg', q, state.z))[..., None]
+  known = product('bckgh,bkh->bckg', q, state.z)
+  watch.tell('infini', known_BCKG=known)
+  out *= inverse(known)[..., None]
   return out.reshape(B, C, N, H)
 
 

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
+
 NEG_INF = -1e30   # finite: a query that finds nothing gives 0, not NaN
 BLOCK = 1024      # keys that are met at once
 
@@ -144,7 +146,9 @@ def weigh(k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BKQP: jax.Array, there_BKQ
   scores = jnp.where(there_BKQP, scores, NEG_INF)
   weights = jnp.where(there_BKQP, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
   total = weights.sum(-1, keepdims=True)
-  return jnp.einsum('bkqp,bkqph->bkqh', weights / jnp.where(total > 0, total, 1.0), v)
+  weights /= jnp.where(total > 0, total, 1.0)
+  watch.tell('memorizing', slots_BKQP=slots_BKQP, weights_BKQP=weights)
+  return jnp.einsum('bkqp,bkqph->bkqh', weights, v)
 
 
 def read(memory: State | Windows, q_BCNH: jax.Array, scale_N: jax.Array, top: int, *,

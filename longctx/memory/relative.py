@@ -14,6 +14,7 @@ H head dim  D model
 import jax
 import jax.numpy as jnp
 
+from longctx import watch
 from longctx.attention.intervals import Intervals, sees
 
 NEG_INF = -1e30   # finite: a query that sees nothing gives 0, not NaN
@@ -51,4 +52,5 @@ def attention(q_BCNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Int
   weights = jnp.where(seen, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
   total = weights.sum(-1, keepdims=True)
   weights /= jnp.where(total > 0, total, 1.0)
+  watch.tell('weights', weights_BNCS=weights, mask=mask)
   return jnp.einsum('bncs,bsnh->bcnh', weights, heads(v_BSKH)).astype(q_BCNH.dtype)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.errors import check
 from longctx.models import schedules, segments
 from longctx.models.decoder_config import REMAT
@@ -110,6 +111,7 @@ class MemoryDecoder(nnx.Module):
       x_BCD, cell = model.enter(tokens_BC, cell, memory.tokens, key)
       layers = []
       for i, (block, before) in enumerate(zip(model.blocks, memory.layers)):
+        watch.tell('layer', index=i)
         x_BCD, after = block(x_BCD, before, cell, None if key is None else jax.random.fold_in(key, i))
         layers.append(after)
       hidden_BCD, tokens = model.leave(x_BCD)

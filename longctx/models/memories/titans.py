@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.attention import Intervals
 from longctx.errors import check, check_choice
 from longctx.memory import titans
@@ -125,6 +126,7 @@ class NeuralMemory(nnx.Module):
         unit(by_head(q)), unit(by_head(k)), by_head(v).astype(jnp.float32), by_head(alpha), by_head(eta),
         self.rate * by_head(theta), jnp.broadcast_to(valid_BC[:, None], by_head(alpha).shape))
     said_BNCH, memory = titans.segment(state.memory, tokens, self.chunk)
+    watch.tell('titans', said_BNCH=said_BNCH)
     return self._merge(said_BNCH, u_BCD), state._replace(memory=memory, tail=tail)
 
   def recall(self, u_BCD: jax.Array, state: State) -> tuple[jax.Array, State]:

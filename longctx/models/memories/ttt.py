@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.memory import ttt
 from longctx.models.layers import constant, linear, normal, param
 from longctx.models.memories.base import Block, Cell, Cost, Memory, Settings
@@ -69,6 +70,7 @@ class TTT(Block):
     tokens = ttt.Tokens(q, k, v, jnp.moveaxis(eta_BCN, 2, 1))
     norm = ttt.Norm(self.norm_scale.get_value(), self.norm_bias.get_value())
     y_BNCH, store = ttt.segment(memory.store, tokens, norm, self.chunk)
+    watch.tell('ttt', said_BNCH=y_BNCH, asked_BNCH=q)
     y_BCE = jnp.moveaxis(y_BNCH, 1, 2).reshape(B, C, -1)
     y_BCE = ttt.standard(y_BCE)[0] * self.out_scale.get_value().reshape(-1)
     y_BCE += self.out_bias.get_value().reshape(-1)
