@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import context, decoder
+from longctx.models import context, decoder, stack
 from longctx.models.layers import rotary_angles
 from tests import oracles
 
@@ -50,7 +50,7 @@ def as_scan(params):
   """The parameters of an unrolled decoder, stacked as the scanned one has them."""
   blocks = [params['blocks'][i] for i in range(CONFIG.num_layers)]
   period = len(CONFIG.window)
-  stacked = {p: decoder.stack(blocks[p::period]) for p in range(period)}
+  stacked = {p: stack.stack(blocks[p::period]) for p in range(period)}
   return nnx.State({**{k: v for k, v in params.items() if k != 'blocks'}, 'blocks': stacked})
 
 

@@ -48,7 +48,7 @@ TIERS = {
 }
 TIERS['hour'] = TIERS['cpu'] | dict(
     seeds=(0,), rates=(3e-3,), passkey=('infini', 'gated_delta', 'armt', 'titans_mag'),
-    passkey_rates=(3e-3,), books_steps=300)
+    passkey_rates=(3e-3,), books_steps=200)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from longctx.attention.whole import Whole
 NEG_INF = -1e30  # finite: a row that sees nothing gives 0, not NaN
 
 
-def _scores(q_BTNH, k_BSKH, mask, options):
+def scores(q_BTNH, k_BSKH, mask, options):
   """(scores_BKGTS with mask and bias, d scores / d (scale q k), q_BTKGH)."""
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
@@ -51,7 +51,7 @@ class Reference(Whole):
   def forward(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Intervals,
               options: Options) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH, lse_BTN), both float32 at least; a query that sees nothing gives 0 and -1e30."""
-    scores_BKGTS, _, _ = _scores(q_BTNH, k_BSKH, mask, options)
+    scores_BKGTS, _, _ = scores(q_BTNH, k_BSKH, mask, options)
     max_BKGT = scores_BKGTS.max(axis=-1)
     some_BKGT = max_BKGT > NEG_INF / 2
     p_BKGTS = jnp.where(some_BKGT[..., None], jnp.exp(scores_BKGTS - max_BKGT[..., None]), 0.0)
@@ -67,7 +67,7 @@ class Reference(Whole):
                dlse_BTN: jax.Array | None = None
                ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """(dq, dk, dv, dbias), float32 at least. (out, lse) may be those over more keys than these."""
-    scores_BKGTS, slope_BKGTS, q_BTKGH = _scores(q_BTNH, k_BSKH, mask, options)
+    scores_BKGTS, slope_BKGTS, q_BTKGH = scores(q_BTNH, k_BSKH, mask, options)
     wide = scores_BKGTS.dtype
     heads = lambda x_BTN: jnp.moveaxis(x_BTN.reshape(q_BTKGH.shape[:4]), 1, 3)   # to BKGT
     delta_BTN = (out_BTNH.astype(wide) * dout_BTNH.astype(wide)).sum(-1)

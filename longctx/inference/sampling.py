@@ -108,8 +108,13 @@ class Memory:
 
 @functools.lru_cache(maxsize=8)
 def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned: tuple[int, ...],
-             layout: mesh.Layout | None) -> Programs:
-  """Shared by all calls with the same model and settings."""
+             layout: mesh.Layout | None, state: Any = None) -> Programs:
+  """Shared by all calls with the same model and settings.
+
+  `state`: the shardings that the model's state keeps from call to call, and all else is whole on every
+  device, so that every process of a run can fetch it; None: as the compiler likes.
+  """
+  whole = layout.sharding() if layout and state is not None else None
   wrap = functools.partial(mesh.under, layout) if layout else lambda function: function
 
   def choose(model, hidden_BD, alive_B, key):
@@ -140,8 +145,11 @@ def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned
     token_B, alive_B = choose(model, hidden_B1D[:, 0], alive_B, jax.random.fold_in(key, index))
     return token_B, alive_B, state
 
-  return Programs(jax.jit(wrap(fresh), static_argnums=(0, 1)), jax.jit(wrap(read), donate_argnums=1),
-                  jax.jit(wrap(first)), jax.jit(wrap(step), donate_argnums=1))
+  return Programs(
+      jax.jit(wrap(fresh), static_argnums=(0, 1), out_shardings=state),
+      jax.jit(wrap(read), donate_argnums=1, out_shardings=(whole, state)),
+      jax.jit(wrap(first), out_shardings=whole),
+      jax.jit(wrap(step), donate_argnums=1, out_shardings=(whole, whole, state)))
 
 
 def read_chunk(run: Programs, params: Any, memory: Memory, chunk: int

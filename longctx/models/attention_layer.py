@@ -40,6 +40,11 @@ LANES = 64   # into so many hands are slots dealt, whatever the mesh: a saved ca
 TURNS = np.array([int(f'{i:06b}'[::-1], 2) for i in range(LANES)])
 
 
+def even_slots(slots: int) -> int:
+  """So many, or, of a large cache, a little more, so that devices can share it evenly."""
+  return slots if slots < 16 * LANES else -(-slots // LANES) * LANES
+
+
 def empty_cache(batch_size: int, slots: int, num_kv_heads: int, head_dim: int,
                 dtype: jnp.dtype) -> Cache:
   shape = (batch_size, slots, num_kv_heads, head_dim)
@@ -119,13 +124,17 @@ class Attention(nnx.Module):
 
   def heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v of each head, normed where the config says so, not yet turned by their positions."""
-    split = lambda w_DNH: linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1)).reshape(
-        *x_BTD.shape[:2], *w_DNH.shape[1:])
+    return self.queries(x_BTD), *self.keys(x_BTD)
+
+  def queries(self, x_BTD: jax.Array) -> jax.Array:
+    q_BTNH = split_heads(x_BTD, self.w_q.get_value())
+    return q_BTNH if self.q_norm is None else self.q_norm(q_BTNH)
+
+  def keys(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """k and v, of the same tokens or of others: what is attended to."""
     w_kv = self.w_kv.get_value()
-    q_BTNH, k_BTKH, v_BTKH = split(self.w_q.get_value()), split(w_kv[:, 0]), split(w_kv[:, 1])
-    if self.q_norm is not None:
-      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    return q_BTNH, k_BTKH, v_BTKH
+    k_BSKH, v_BSKH = split_heads(x_BSD, w_kv[:, 0]), split_heads(x_BSD, w_kv[:, 1])
+    return k_BSKH if self.k_norm is None else self.k_norm(k_BSKH), v_BSKH
 
   def merged(self, out_BTNH: jax.Array) -> jax.Array:
     """What all heads say, back in the residual's width."""
@@ -142,7 +151,8 @@ class Attention(nnx.Module):
     q_BTNH, k_BTKH, v_BTKH = cut_heads(q_BTNH, k_BTKH, v_BTKH)
 
     mask = context.mask(window)
-    settings = dict(scale=self.head_dim ** -0.5, implementation=self.implementation)
+    settings = dict(scale=self.head_dim ** -0.5, implementation=self.implementation,
+                    bias=context.bias)
     if cache is None:
       out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, mask, **settings)
     else:
@@ -153,6 +163,11 @@ class Attention(nnx.Module):
       cache = write(cache, k_BTKH, v_BTKH, context.index_BT)
       out_BTNH = here[0]
     return self.merged(out_BTNH), cache
+
+
+def split_heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+  y = linear(x_BTD, w_DNH.reshape(w_DNH.shape[0], -1))
+  return y.reshape(*x_BTD.shape[:2], *w_DNH.shape[1:])
 
 
 def cut_heads(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array

@@ -8,7 +8,7 @@ Held by: tests/test_models.py.
 B batch  T tokens
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,25 @@ class Context(NamedTuple):
   dense: bool                  # static: index == arange(T) (documents may begin anywhere)
   order: str = ''              # static: of tokens that were laid out over devices; '': as they come
   angles: tuple[jax.Array, jax.Array] | None = None   # of rotary positions, made once a call
+  bias: Any = None             # of the scores of every layer, see attention/biases.py
+  end_BT: jax.Array | None = None   # index after its document's last token, if that is seen; see both_ways
+
+  def both_ways(self) -> 'Context':
+    """The same tokens, of a layer that sees what follows too: the whole document."""
+    if self.order:
+      raise ValueError('tokens that do not stand in their order cannot see both ways: where their '
+                       'document ends is not known')
+    count_B1 = self.index_BT.max(axis=1, keepdims=True) + 1
+    if self.reset_BT is None:
+      return self._replace(end_BT=jnp.broadcast_to(count_B1, self.index_BT.shape))
+    begins_BT = jnp.where(self.reset_BT, self.index_BT, count_B1)
+    after_BT = jnp.concatenate([begins_BT[:, 1:], count_B1], axis=1)
+    return self._replace(end_BT=jax.lax.cummin(after_BT, axis=1, reverse=True))
 
   def mask(self, window: int = 0) -> Intervals:
     """Which of the call's tokens, and of those before, each of them sees: its document so far."""
+    if self.end_BT is not None:
+      return self._mask_both_ways(window)
     start_BT, end_BT = self.start_BT, self.index_BT + 1
     if window:
       start_BT = jnp.maximum(start_BT, end_BT - window)
@@ -73,6 +89,15 @@ class Context(NamedTuple):
     padded = self.valid_BT is not None and not self.order
     return Intervals(start_BT=start_BT, end_BT=end_BT, index_BT=self.index_BT, kind=kind,
                      reach=0 if padded else window, order=self.order or 'contiguous')
+
+  def _mask_both_ways(self, window: int) -> Intervals:
+    if window:
+      raise ValueError(f'window={window}: layers that see both ways see the whole document; give 0')
+    end_BT = self.end_BT
+    if self.valid_BT is not None:
+      end_BT = jnp.where(self.valid_BT, end_BT, self.start_BT)
+    return Intervals(start_BT=self.start_BT, end_BT=end_BT, index_BT=self.index_BT,
+                     kind='full' if self.whole else 'any')
 
 
 def place_tokens(tokens_BT: jax.Array, clock: Clock | None, positions_BT: jax.Array | None,

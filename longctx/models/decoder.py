@@ -12,23 +12,21 @@ tests/test_decoder.py (counts, scan == unrolled, remat).
 B batch  T tokens  S slots  D model  L layers  V vocab  P period of the pattern of layers
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from longctx.errors import check
-from longctx.models.attention_layer import LANES, Attention, Cache, empty_cache
+from longctx.models import stack
+from longctx.models.attention_layer import Cache, empty_cache, even_slots
 from longctx.models.attention_layer import rebase as rebase_cache
-from longctx.models.context import Clock, Context, new_clock, place_tokens, rebase
-from longctx.models.decoder_config import LAYER_INPUT, REMAT, Config
+from longctx.models.context import Clock, new_clock, place_tokens, rebase
+from longctx.models.decoder_config import Config
 from longctx.models.layers import (
   DTYPES,
-  MLP,
   Embedding,
   RMSNorm,
   dropout,
@@ -46,49 +44,6 @@ class State(NamedTuple):
   layers: tuple[Any, ...]
 
 
-class Block(nnx.Module):
-  """One layer: a mixer and an MLP (or none), each behind a norm and beside the residual."""
-
-  def __init__(self, config: Config, mixer: str = 'attention', *, rngs: nnx.Rngs):
-    self.rate = config.dropout
-    self.mixer_norm = RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
-    if mixer == 'attention':
-      self.mixer = Attention(
-          dim=config.embed_dim, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-          head_dim=config.head_dim, qk_norm=config.qk_norm, norm_epsilon=config.norm_epsilon,
-          implementation=config.attention, std=config.init_std, out_std=config.out_std, rngs=rngs)
-    else:
-      self.mixer = MIXERS[mixer](config.mixer_settings(), rngs=rngs)
-    without = config.mlp == 'none'
-    self.mlp_norm = None if without else RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
-    self.mlp = None if without else MLP(
-        config.embed_dim, config.mlp_dim, config.mlp, config.init_std, config.out_std,
-        block=config.mlp_block, rngs=rngs)
-
-  def __call__(self, x_BTD: jax.Array, state: Any, context: Context, window: int,
-               key: jax.Array | None) -> tuple[jax.Array, Any]:
-    """`state`: what the layer remembers, or None where nothing was before and nothing is kept."""
-    keys = (None, None) if key is None else jax.random.split(key)
-    y_BTD = self.mixer_norm(x_BTD)
-    if isinstance(self.mixer, Attention):
-      y_BTD, after = self.mixer(y_BTD, state, context, window)
-    else:
-      before = self.mixer.init_state(x_BTD.shape[0]) if state is None else state
-      y_BTD, after = self.mixer(y_BTD, before, context)
-    x_BTD += dropout(y_BTD, self.rate, keys[0])
-    if self.mlp is not None:
-      x_BTD += dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, keys[1])
-    return x_BTD, None if state is None else after
-
-
-def stack(trees: list[Any]) -> Any:
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def unstack(tree: Any, count: int) -> list[Any]:
-  return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
-
-
 class Decoder(nnx.Module):
   """hidden, state = decoder(tokens, state, ...); logits = decoder.logits(hidden)."""
 
@@ -98,15 +53,7 @@ class Decoder(nnx.Module):
     self.embedding = Embedding(config.vocab_size, config.embed_dim, config.init_std, rngs=rngs)
     self.positions = (param(rngs, normal(config.init_std), (config.max_length, config.embed_dim),
                             (None, 'embed')) if config.position == 'learned' else None)
-    new_block = lambda mixer: lambda key: Block(config, mixer, rngs=nnx.Rngs(key))
-    if config.layer_loop == 'scan':
-      # One stack for each place in the pattern: layers p, p + P, p + 2P, ...
-      repeats = config.num_layers // config.period
-      blocks = [nnx.vmap(new_block(mixer))(jax.random.split(rngs.params(), repeats))
-                for mixer, _ in config.pattern(config.period)]
-    else:
-      blocks = [new_block(mixer)(rngs.params()) for mixer, _ in config.pattern()]
-    self.blocks = nnx.List(blocks)
+    self.blocks = stack.new_blocks(config, stack.Block, rngs)
     self.norm = RMSNorm(config.embed_dim, config.norm_epsilon, rngs=rngs)
     self.head = (None if config.tied else
                  Embedding(config.vocab_size, config.embed_dim, config.init_std, rngs=rngs))
@@ -123,14 +70,12 @@ class Decoder(nnx.Module):
     """
     config = self.config
     capacity = capacity or config.max_length
-    even = lambda slots: slots if slots < 16 * LANES else -(-slots // LANES) * LANES
     dtype = DTYPES[config.dtype]
     def layer(i, mixer, window):
       if mixer == 'attention':
-        slots = even(min(window - 1, capacity) if window else capacity)
+        slots = even_slots(min(window - 1, capacity) if window else capacity)
         return empty_cache(batch_size, slots, config.num_kv_heads, config.head_dim, dtype)
-      scanned = config.layer_loop == 'scan'
-      return self.blocks[i % config.period if scanned else i].mixer.init_state(batch_size)
+      return stack.layer(config, self.blocks, i).mixer.init_state(batch_size)
     return State(new_clock(batch_size), tuple(
         layer(i, mixer, window) for i, (mixer, window) in enumerate(config.pattern())))
 
@@ -160,7 +105,7 @@ class Decoder(nnx.Module):
     if dropout_key is not None and config.dropout:
       first, key = jax.random.split(dropout_key)
       x_BTD = dropout(x_BTD, config.dropout, first)
-    x_BTD, layers = self._layers(x_BTD, state and state.layers, context, key)
+    x_BTD, layers = stack.run(config, self.blocks, x_BTD, state and state.layers, context, key)
     hidden_BTD = self.norm(x_BTD)
     if state is None:
       return hidden_BTD, None
@@ -174,46 +119,6 @@ class Decoder(nnx.Module):
       layers = tuple(rebase_cache(layer, less_B, shift) if isinstance(layer, Cache) else layer
                      for layer in layers)
     return hidden_BTD, State(clock, layers)
-
-  def _layers(self, x_BTD, states, context, key):
-    config = self.config
-    keys = None if key is None else jax.random.split(key, config.num_layers)
-    apply = functools.partial(_apply_block, context=context, remat=config.remat)
-    period, depth = config.period, config.num_layers
-    windows = [window for _, window in config.pattern()]
-    one_by_one = config.layer_loop == 'unrolled'
-    if one_by_one or (states is not None and x_BTD.shape[1] == 1):
-      # One token: stacking and unstacking the states would cost more than the layers.
-      parts = [nnx.split(block) for block in self.blocks]
-      after = []
-      for i in range(depth):
-        graphdef, params = parts[i if one_by_one else i % period]
-        if not one_by_one:
-          params = jax.tree.map(lambda x, i=i: x[i // period], params)
-        x_BTD, state = apply(graphdef, params, x_BTD, states and states[i],
-                             None if keys is None else keys[i], window=windows[i])
-        after.append(state)
-      return x_BTD, tuple(after) if states is not None else None
-
-    repeats = depth // period
-    graphdefs, params = zip(*(nnx.split(block) for block in self.blocks))
-    stacked = None if states is None else tuple(stack(states[p::period]) for p in range(period))
-    keys = None if keys is None else keys.reshape(repeats, period)
-
-    def one_period(x_BTD, inputs):
-      params, states, keys = inputs
-      after = []
-      for p in range(period):
-        x_BTD, state = apply(graphdefs[p], params[p], x_BTD, states and states[p],
-                             None if keys is None else keys[p], window=windows[p])
-        after.append(state)
-      return x_BTD, tuple(after)
-
-    x_BTD, stacked = jax.lax.scan(one_period, x_BTD, (params, stacked, keys))
-    if states is None:
-      return x_BTD, None
-    by_place = [unstack(s, repeats) for s in stacked]
-    return x_BTD, tuple(by_place[i % period][i // period] for i in range(depth))
 
   def check_merge(self, *tokens: int) -> None:
     """ConfigError where `merge_states` would be no sum, however many tokens the texts have."""
@@ -245,13 +150,3 @@ class Decoder(nnx.Module):
     """float32 logits [B, T, V]."""
     table = self.output_embedding_VD().astype(hidden_BTD.dtype)
     return jnp.einsum('BTD,VD->BTV', hidden_BTD, table, preferred_element_type=jnp.float32)
-
-
-def _apply_block(graphdef, params, x_BTD, state, key, *, context: Context, window: int,
-                 remat: str):
-  def run(params, x_BTD, state, key):
-    x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-    return nnx.merge(graphdef, params)(x_BTD, state, context, window, key)
-  if remat != 'none':
-    run = jax.checkpoint(run, policy=REMAT[remat])
-  return run(params, x_BTD, state, key)

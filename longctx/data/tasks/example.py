@@ -29,7 +29,7 @@ class Example:
   target: bytes                  # what a model that knows all writes next; training learns it
   references: tuple[str, ...]    # what is looked for in the answer
   new_tokens: int                # that an answer may take
-  depth: float | None = None     # where the first needle begins: 0 the start of the context, 1 its end
+  depth: float | None = None     # where needles[0] begins: 0 the start of the context, 1 its end
   needles: tuple[tuple[int, int], ...] = ()   # bytes [start, stop) of the prompt that the answer needs
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # what a task's score or tests need
 
@@ -48,7 +48,7 @@ class Draw:
   length: int                    # tokens, answer and separator too
   index: int                     # of the example among those of its length
   depth: float | None = None     # where the needle is to begin; None: the task draws it, uniformly
-  haystack: str = ''             # the glob of text files to hide needles in; '': the task's own text
+  haystack: str = ''             # what needles are hidden in, see haystack.of; '': the task's own text
 
   def count(self, text: bytes) -> int:
     """Tokens of a text in the model's own tokenizer."""

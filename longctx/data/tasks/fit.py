@@ -2,16 +2,23 @@
 
 A prompt is `build(filler)` for some text that may be cut anywhere. Tokens of subwords do not add up: where
 a cut goes through a word, its rest is other tokens. So the cut is found by trying: by the rate of tokens a
-byte so far, then byte by byte about the place, and at last with a few full stops, each of its own token.
-Held by: tests/test_tasks.py.
+byte so far, then byte by byte about the place, and at last with a few full stops in place of what is there.
+Held by: tests/test_task_fit.py.
 """
 
+import functools
 from collections.abc import Callable
 
+import numpy as np
+
 from longctx.data.tasks.example import Draw
+from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
-NEAR, STOPS = 48, 8   # bytes tried on either side of the cut; full stops
+NEAR = 48          # bytes tried on either side of the cut
+STOPS = 8          # full stops at the end, at most
+BYTES = 8          # a token of running text, at most, on average; with fewer an example is refused, not short
+RATE_BYTES = 4096  # of the text, by which tokens a byte are guessed
 
 
 def between(text: bytes, cut: int) -> int:
@@ -21,6 +28,17 @@ def between(text: bytes, cut: int) -> int:
   return cut
 
 
+def bytes_for(draw: Draw) -> int:
+  """Bytes of running text that are enough for a prompt of the length drawn."""
+  return draw.length * min(_longest(draw.tokenizer), BYTES) + NEAR
+
+
+@functools.lru_cache(maxsize=8)
+def _longest(tokenizer: Tokenizer) -> int:
+  """Bytes of the longest token."""
+  return int(tokenizer.num_bytes(np.arange(tokenizer.vocab_size)).max())
+
+
 def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens: int,
            name: str) -> tuple[bytes, bytes]:
   """(build(filler), filler) with the prompt of exactly the length that is drawn.
@@ -28,43 +46,43 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
   Args:
     draw: the length and the tokenizer.
     build: the prompt with the filler in it; more filler never makes it shorter.
-    text: what the filler is the beginning of; at least as much as is needed.
+    text: what the filler is the beginning of; at least as much as is needed, see `bytes_for`.
     new_tokens: of the answer, which count too.
     name: of the task, for the error.
   """
   want = draw.length - 1 - new_tokens
-  tokens = lambda cut: draw.count(build(text[:cut]))
-  least = tokens(0)
+  least = draw.count(build(b''))
   if least > want:
     raise ConfigError(f'{name}: length={draw.length}: must be at least {least + 1 + new_tokens} in this '
                       f"model's tokens ({new_tokens} of them for the answer)")
-  cut, rate = 0, len(text) / max(1, draw.count(text[:4096])) * min(1, 4096 / max(1, len(text)))
-  best, seen = 0, {0: least}
+  seen = {0: least}
+
+  def exact(cut: int) -> bool:
+    if cut not in seen:
+      seen[cut] = draw.count(build(text[:cut]))
+    return seen[cut] == want
+
+  begin = text[:between(text, min(RATE_BYTES, len(text)))]
+  rate, cut = len(begin) / max(1, draw.count(begin)), 0
   for _ in range(24):
-    found = seen[cut]
-    if found == want:
+    if exact(cut):
       return build(text[:cut]), text[:cut]
-    if found < want:
-      best = max(best, cut)
-    step = int((want - found) * rate) or (1 if found < want else -1)
+    step = int((want - seen[cut]) * rate) or (1 if seen[cut] < want else -1)
     cut = between(text, min(max(cut + step, 0), len(text)))
     if cut in seen:
       break
-    seen[cut] = tokens(cut)
-  for near in range(max(0, best - NEAR), min(len(text), best + NEAR) + 1):
-    near = between(text, near)
-    if near not in seen:
-      seen[near] = tokens(near)
-  best = max((cut for cut, found in seen.items() if found <= want), default=0)
-  exact = [cut for cut, found in seen.items() if found == want]
-  if exact:
-    return build(text[:exact[0]]), text[:exact[0]]
-  for stops in range(1, STOPS + 1):
+  best = max(cut for cut, found in seen.items() if found <= want)
+  if best == len(text) and seen[best] < want:
+    raise AssertionError(f'{name}: {len(text)} bytes of filler are too few for {draw.length} tokens')
+  for away in range(1, NEAR + 1):   # the nearest first, and on: seldom more than a few
+    for cut in (between(text, max(0, best - away)), between(text, min(best + away, len(text)))):
+      if exact(cut):
+        return build(text[:cut]), text[:cut]
+  best = max(cut for cut, found in seen.items() if found <= want)
+  for stops in (*(b' .' * n for n in range(1, STOPS + 1)), *(b'.' * n for n in range(1, STOPS + 1))):
     for back in range(NEAR):
-      filler = text[:between(text, max(0, best - back))] + b' .' * stops
+      filler = text[:between(text, max(0, best - back))] + stops
       if draw.count(build(filler)) == want:
         return build(filler), filler
-  if tokens(len(text)) < want:
-    raise AssertionError(f'{name}: {len(text)} bytes of filler are too few for {draw.length} tokens')
   raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many tokens with '
                     f'this tokenizer; try {draw.length + 1}')

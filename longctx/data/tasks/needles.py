@@ -11,6 +11,8 @@ Held by: tests/test_tasks.py, tests/test_task_needles.py.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from longctx.data.tasks import fit, haystack, scoring
 from longctx.data.tasks.example import Draw, Example, Task
 
@@ -34,16 +36,16 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
     needed: which needles the answer needs; None: all.
     text: size in bytes -> so many bytes of text.
   """
-  filler = (lambda size: haystack.real(draw.haystack, draw.rng, size)) if draw.haystack else text
-  most = filler(draw.length * 8 + 4096)   # no tokenizer here has tokens of more than 8 bytes on average
+  most = haystack.of(draw, text)(fit.bytes_for(draw))
+  starts = haystack.sentence_starts(most)
   order = sorted(range(len(needles)), key=lambda i: (depths[i], i))
 
   def laid(part: bytes) -> tuple[bytes, dict[int, int]]:
     """The prompt with this filler, and where each needle begins in it."""
-    starts = haystack.sentence_starts(part)
+    inside = starts[:max(1, np.searchsorted(starts, len(part) - 2 * fit.STOPS))]   # not among the full stops
     pieces, begins, at, size = [head], {}, 0, len(head)
     for i in order:
-      place = haystack.near(starts, depths[i] * len(part))
+      place = haystack.near(inside, depths[i] * len(part))
       pieces += [part[at:place], needles[i]]
       size += place - at
       begins[i] = size
@@ -63,10 +65,11 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
 def passkey(draw: Draw) -> Example:
   key = str(draw.rng.integers(10_000, 100_000))
   depth = draw.rng.random() if draw.depth is None else draw.depth
+  target = f' {key}'.encode()
   needle = f'The pass key is {key}. Remember it. {key} is the pass key. '.encode()
   return hidden(draw, 'passkey', head=PASSKEY_HEAD, needles=[needle], depths=[depth],
-                question=PASSKEY_QUESTION, target=f' {key}'.encode(), references=[key],
-                new_tokens=draw.count(b' 00000'))
+                question=PASSKEY_QUESTION, target=target, references=[key],
+                new_tokens=len(target))   # no token is of less than a byte
 
 
 TASKS = {

@@ -33,6 +33,11 @@ def starts_with(text: str, example: Example) -> float:
   return float(text.lstrip().startswith(example.references[0]))
 
 
+def exact(text: str, example: Example) -> float:
+  """1 if the answer's first line is the reference and no more, spaces around it aside."""
+  return float(text.strip().split('\n')[0].strip() == example.references[0])
+
+
 def first_number(text: str, example: Example) -> float:
   """1 if the first whole number of the answer is the reference (Mohtashami & Jaggi's passkey)."""
   found = re.search(r'\d+', text)
