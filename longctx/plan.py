@@ -27,6 +27,7 @@ from longctx.configuration import parts
 from longctx.models.layers import DTYPES
 from longctx.parallel import aot, mesh
 from longctx.parallel.chips import Chip
+from longctx.training import step
 
 FLOAT = 4   # bytes of parameters, moments, gradients, logits
 # What a layer would keep without remat is so many times alive while it is turned back. A TPU's
@@ -234,10 +235,7 @@ class Saved(NamedTuple):
 def residuals(a: assembly.Assembly, times: int = 1) -> list[jax.ShapeDtypeStruct]:
   """What the model's forward pass keeps for its backward pass, of `times` the whole batch."""
   def hidden(params, batch):
-    placed = dict(places=(batch['index'], batch['start'])) if 'index' in batch else {}
-    return nnx.merge(a.graphdef, params)(
-        batch['tokens'], None, positions_BT=batch['positions'],
-        segment_ids_BT=batch['segment_ids'], **placed)[0]
+    return nnx.merge(a.graphdef, params)(batch['tokens'], None, **step.model_inputs(batch))[0]
 
   def pull(params, batch):
     return jax.vjp(functools.partial(hidden, batch=batch), params)[1]

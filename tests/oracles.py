@@ -363,6 +363,66 @@ def decoder_block(x, p, *, num_heads, num_kv_heads, positions, base, epsilon, wi
   return x + (silu(h @ p['w_in'][:, 0]) * (h @ p['w_in'][:, 1])) @ p['w_out']
 
 
+def sinusoid(length, width):
+  """Vaswani et al. 2017, section 3.5: [T, D]."""
+  table = np.empty((length, width))
+  for p in range(length):
+    for i in range(width // 2):
+      table[p, 2 * i] = np.sin(p / 10_000 ** (2 * i / width))
+      table[p, 2 * i + 1] = np.cos(p / 10_000 ** (2 * i / width))
+  return table
+
+
+def heads_of(x, given, p, sees, base=None, epsilon=1e-6):
+  """Attention of x [T, D] to `given` [S, D] by loops; rotary positions with `base`. `p`: w_q, w_kv, w_out."""
+  q = np.einsum('td,dnh->nth', x, p['w_q'])
+  k, v = (np.einsum('sd,dkh->ksh', given, p['w_kv'][:, i]) for i in range(2))
+  if 'q_norm' in p:
+    q, k = rms_norm(q, p['q_norm']['scale'], epsilon), rms_norm(k, p['k_norm']['scale'], epsilon)
+  out = np.zeros_like(x)
+  for n in range(len(q)):
+    group = n // (len(q) // len(k))
+    queries, keys = q[n], k[group]
+    if base:
+      queries, keys = rope(queries, range(len(x)), base), rope(keys, range(len(given)), base)
+    for t in range(len(x)):
+      which = [s for s in range(len(given)) if sees(t, s)]
+      if which:
+        scores = keys[which] @ queries[t] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[t] += (weights / weights.sum()) @ v[group][which] @ p['w_out'][n]
+  return out
+
+
+def encoder_decoder(p, source, target, *, position, base=1e4, epsilon=1e-6):
+  """Hidden states of the target; `p`: nested dicts of float64. Tokens are lists, without padding."""
+  silu = lambda z: z / (1 + np.exp(-z))
+  norm = lambda x, of: rms_norm(x, of['scale'], epsilon)
+  turned = base if position == 'rope' else None
+  def mlp(x, of):
+    return (silu(x @ of['w_in'][:, 0]) * (x @ of['w_in'][:, 1])) @ of['w_out']
+  def embedded(tokens, table):
+    x = p['embedding']['table'][tokens]
+    if position == 'sinusoidal':
+      return x * np.sqrt(x.shape[1]) + sinusoid(len(tokens), x.shape[1])
+    return x + table[:len(tokens)] if position == 'learned' else x
+
+  x = embedded(source, p['encoder'].get('positions', {}).get('table'))
+  for layer in p['encoder']['blocks']:
+    h = norm(x, layer['mixer_norm'])
+    x = x + heads_of(h, h, layer['mixer'], lambda t, s: True, turned, epsilon)
+    x = x + mlp(norm(x, layer['mlp_norm']), layer['mlp'])
+  encoded = norm(x, p['encoder']['norm'])
+  y = embedded(target, p.get('positions', {}).get('table'))
+  for layer in p['blocks']:
+    h = norm(y, layer['mixer_norm'])
+    y = y + heads_of(h, h, layer['mixer'], lambda t, s: s <= t, turned, epsilon)
+    y = y + heads_of(norm(y, layer['source_norm']), encoded, layer['source'], lambda t, s: True,
+                     None, epsilon)
+    y = y + mlp(norm(y, layer['mlp_norm']), layer['mlp'])
+  return norm(y, p['norm'])
+
+
 # Recurrences, element-wise and with a decayed matrix state. One row, one head, one token at a time.
 
 

@@ -54,6 +54,16 @@ def init_state(model_init: Callable[[jax.Array], nnx.Module], tx: Callable, *, s
       bad_in_a_row=zero(), skipped=zero(), dropout_key=dropout_key)
 
 
+def model_inputs(batch: dict[str, jax.Array]) -> dict[str, Any]:
+  """What a model is told of a batch's tokens, by the names of its arguments."""
+  given = dict(positions_BT=batch['positions'], segment_ids_BT=batch['segment_ids'])
+  if 'index' in batch:
+    given['places'] = (batch['index'], batch['start'])
+  if 'source' in batch:
+    given |= dict(source_BS=batch['source'], source_valid_BS=batch['source_valid'])
+  return given
+
+
 def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: loss_lib.Config,
                accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array], *,
                aligned: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -70,11 +80,8 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
 
   def loss_fn(params, batch, weights_BT, memory, key):
     model = nnx.merge(graphdef, params)
-    placed = dict(places=(batch['index'], batch['start'])) if 'index' in batch else {}
-    if aligned:
-      placed['aligned'] = True
-    hidden_BTD, memory = model(batch['tokens'], memory, positions_BT=batch['positions'],
-                               segment_ids_BT=batch['segment_ids'], dropout_key=key, **placed)
+    given = dict(model_inputs(batch), **(dict(aligned=True) if aligned else {}))
+    hidden_BTD, memory = model(batch['tokens'], memory, dropout_key=key, **given)
     layout = mesh.current()
     # Whole along D before the loss: cut along it, it would be gathered for every chunk.
     table_VD = mesh.gathered(model.output_embedding_VD().astype(hidden_BTD.dtype),
