@@ -21,17 +21,18 @@ from longctx.errors import ConfigError, check
 # RULER's noise, Mohtashami & Jaggi's before it.
 GRASS = (b'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ')
 # Words of `noise`: common ones of one or two syllables, no name and no number among them.
-WORDS = ('about above again along apple ask away back ball bank begin bell below bird boat bone book bread '
-         'bridge bring brown build call carry chair clean climb close cloud coat cold come corner count cover '
-         'dance day deep door draw dream drink dry early earth empty every face fall farm fast field find fire '
-         'fish floor flower follow garden gate gather gentle give glass grow hand happy hear heavy hill hold '
-         'home hope horse house keep kind ladder lake lamp laugh leaf learn leave letter light listen little '
-         'long look lost make map meadow meet milk moon morning mountain move never night old open orange over '
-         'paint paper path picture plain plant play quick quiet rain reach read rest return ride river road '
-         'roof root rope round run salt sand sea season send shadow shape shelf ship shore short silver simple '
-         'sing slow small smoke snow soft song sound spoon spring stand star stone storm street summer sweet '
-         'table talk tall tell thin throw tired tower town travel tree turn under valley wait walk wall warm '
-         'wash watch water wheel wild wind window winter wood work write yard year young').split()
+COMMON = ('about above again along apple ask away back ball bank begin bell below bird boat bone book bread '
+          'bridge bring brown build call carry chair clean climb close cloud coat cold come corner count cover '
+          'dance day deep door draw dream drink dry early earth empty every face fall farm fast field find fire '
+          'fish floor flower follow garden gate gather gentle give glass grow hand happy hear heavy hill hold '
+          'home hope horse house keep kind ladder lake lamp laugh leaf learn leave letter light listen little '
+          'long look lost make map meadow meet milk moon morning mountain move never night old open orange over '
+          'paint paper path picture plain plant play quick quiet rain reach read rest return ride river road '
+          'roof root rope round run salt sand sea season send shadow shape shelf ship shore short silver simple '
+          'sing slow small smoke snow soft song sound spoon spring stand star stone storm street summer sweet '
+          'table talk tall tell thin throw tired tower town travel tree turn under valley wait walk wall warm '
+          'wash watch water wheel wild wind window winter wood work write yard year young')
+WORDS = COMMON.split()
 # The end of a sentence in Latin, Greek, Cyrillic, Arabic and Indic scripts, with what closes after it, and
 # in Chinese and Japanese, where no space follows.
 SENTENCE_END = re.compile(
