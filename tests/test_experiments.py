@@ -80,3 +80,40 @@ def test_memories(tmp_path):
     assert (tmp_path / f'{part}.png').stat().st_size > 10_000
   again = subprocess.run([*run, '--part=recall'], capture_output=True, text=True, timeout=900)
   assert again.returncode == 0 and '"task"' not in again.stdout   # nothing was done twice
+
+
+def test_arena(tmp_path):
+  """A model on four trials, text by path; a line that is there is not run again; the table has all."""
+  for i in range(4):
+    (tmp_path / f'{i}.txt').write_bytes(bytes(range(256)) * 40)
+  run = [sys.executable, ROOT / 'experiments' / '04_arena' / 'run.py', '--tier=smoke', '--models=gru',
+         '--trials=rewrite,parity,passkey,books', f'--books={tmp_path}/*.txt', f'--out={tmp_path}/out',
+         '--workers=1']
+  done = subprocess.run(run, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  lines = (tmp_path / 'out' / 'runs.jsonl').read_text().splitlines()
+  found = {row['trial']: row for row in map(json.loads, lines)}
+  assert set(found) == {'rewrite', 'parity', 'passkey', 'books'}
+  assert 0.35 < found['parity']['parity_256'] < 0.65   # two steps teach nothing
+  assert 7 < found['books']['books_far'] < 9           # bits of a byte that may be any
+  assert abs(found['passkey']['parameters'] / 150_000 - 1) < 0.02
+  assert (tmp_path / 'out' / 'leaderboard.png').stat().st_size > 10_000
+  assert '| gru | 1.0 |' in done.stdout
+  again = subprocess.run(run, capture_output=True, text=True, timeout=900)
+  assert again.returncode == 0 and (tmp_path / 'out' / 'runs.jsonl').read_text().splitlines() == lines
+
+
+def test_the_places_of_the_arena_share_what_is_equal():
+  sys.path.insert(0, str(ROOT / 'experiments' / '04_arena'))
+  try:
+    import leaderboard
+  finally:
+    sys.path.remove(str(ROOT / 'experiments' / '04_arena'))
+  line = lambda model, trial, **found: dict(model=model, trial=trial, seconds=6.0, state_floats=8, best=True,
+                                            learning_rate=1e-3, **found)
+  rows = [line('gru', 'mqar', mqar=0.5), line('lstm', 'mqar', mqar=0.5), line('rglru', 'mqar', mqar=0.9),
+          line('gru', 'books', books=3.0, books_far=3.0), line('lstm', 'books', books=2.0, books_far=2.0),
+          line('rglru', 'books', books=4.0, books_far=4.0), dict(line('gru', 'mqar', mqar=1.0), best=False)]
+  places = leaderboard.ranks(leaderboard.best_lines(rows))
+  assert places == {'rglru': (1 + 3) / 2, 'gru': (2.5 + 2) / 2, 'lstm': (2.5 + 1) / 2}
+  assert '| rglru | 2.0 | 0.900 |' in leaderboard.table(rows)
