@@ -44,9 +44,9 @@ def ranks(found: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     sign = -1 if field in LESS_IS_MORE else 1
     value = {name: sign * round(float(np.mean(fields[field])), 3) for name, fields in found.items()}
     for name in found:
-      below = sum(v < value[name] for v in value.values())
+      better = sum(v > value[name] for v in value.values())
       equal = sum(v == value[name] for v in value.values())
-      places[name].append(below + (equal + 1) / 2)
+      places[name].append(better + (equal + 1) / 2)
   return {name: float(np.mean(p)) if p else float('nan') for name, p in places.items()}
 
 

@@ -10,7 +10,9 @@ A batch is a dict of arrays [B, T] (this host's rows of the global batch):
 
 form='packed': rows are independent. form='segments': row b of a batch carries on where row b of the
 batch before ended, and so does the state; with `align` a document begins a row, and the rest of its last row
-is padding, so that models read whole segments of memory in any order of theirs. Grain reads batches ahead in threads; its state is the
+is padding, so that models read whole segments of memory in any order of theirs. form='masked': rows as
+packed, some of whose tokens are hidden and are the targets (masking.py). form='pairs' and 'labels': one
+example a row, with a source and with a class (examples.py). Grain reads batches ahead in threads; its state is the
 index of the next batch, whatever the number of hosts.
 Held by: tests/test_data_stream.py.
 
@@ -20,33 +22,44 @@ B batch  T tokens of a row
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from longctx.data import cache, corpus, packing
+from longctx.data import cache, corpus, examples, generators, packing
+from longctx.data.masking import MaskedRows
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import ConfigError, check, check_choice, check_range
 
 Batch = dict[str, np.ndarray]
 DTYPES = {'tokens': np.int32, 'targets': np.int32, 'loss_mask': np.float32,
           'positions': np.int32, 'segment_ids': np.int32, 'document_start': np.bool_}
+SOURCE_DTYPES = {'source': np.int32, 'source_valid': np.bool_}   # of form='pairs', besides
+EXAMPLES = ('pairs', 'labels')   # forms of one example a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  corpus: str = 'stdlib'             # 'stdlib', 'files' or 'tfds'
+  corpus: str = 'stdlib'             # 'stdlib', 'files', 'tfds' or 'generated'
   files: str = ''                    # a glob, for corpus='files'; ** goes through folders
+  generator: str = ''                # one of generators.py, for corpus='generated'
   tfds_name: str = ''                # as TensorFlow Datasets has it, for corpus='tfds'
   tfds_dir: str = ''                 # '' is TFDS's own folder
   tfds_splits: tuple[str, ...] = ()  # three, such as ('train[:90%]', 'train[90%:]', 'test')
   text_feature: str = 'text'         # the feature of a TFDS example that holds the text
+  tasks: tuple[str, ...] = ()        # for corpus='tasks': names of data/tasks/table.py
+  task_loss: str = 'answer'          # what of an example is learned: 'answer' or 'all'
+  task_lengths: tuple[int, ...] = () # of the examples, drawn at random; (): data.length
+  task_haystack: str = ''            # what needles are hidden in; see data/tasks/haystack.py
   split: str = 'hash'                # 'hash': whole documents; 'contiguous': a part of each
   validation_fraction: float = 0.05
   test_fraction: float = 0.05
   tokenizer: str = 'bytes'           # or the path of a SentencePiece .model file
-  form: str = 'packed'               # or 'segments'
+  form: str = 'packed'               # 'segments', 'masked', 'pairs' or 'labels'
   align: bool = False                # form='segments': each document begins a row of its own
   length: int = 256                  # tokens of a row
+  source_length: int = 0             # form='pairs': tokens of a row's source
+  mask_rate: float = 0.15            # form='masked': of the tokens so many are to be guessed
   batch_size: int = 8                # rows of all hosts together
   long_documents: str = 'split'      # longer than a row: 'split', 'trim' or 'drop'
   cache_dir: str = ''                # '' is $XDG_CACHE_HOME/longctx or ~/.cache/longctx
@@ -54,11 +67,11 @@ class Config:
   threads: int = 1                   # 0 reads in the calling thread
 
   def __post_init__(self):
-    check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds'))
-    for field, owner in (('files', 'files'), ('tfds_name', 'tfds')):
+    check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds', 'generated'))
+    for field, owner in (('files', 'files'), ('tfds_name', 'tfds'), ('generator', 'generated')):
       value = getattr(self, field)
       check(bool(value) or self.corpus != owner,
-            f"data.{field}='': data.corpus={owner!r} needs it")
+            f"data.{field}={value!r}: data.corpus={owner!r} needs it")
       check(not value or self.corpus == owner, f'data.{field}={value!r}: is not read with '
             f'data.corpus={self.corpus!r}; set data.corpus={owner!r}')
     check(len(self.tfds_splits) in (0, 3), f'data.tfds_splits={self.tfds_splits}: must be empty '
@@ -67,15 +80,17 @@ class Config:
       value = getattr(self, field)
       check(value == unset or self.corpus == 'tfds', f'data.{field}={value!r}: is not read with '
             f"data.corpus={self.corpus!r}; set data.corpus='tfds'")
+    self._check_tasks()
     check_choice('data.split', self.split, ('hash', 'contiguous'))
     check_range('data.validation_fraction', self.validation_fraction, 0, 1)
     check_range('data.test_fraction', self.test_fraction, 0, 1)
     held_out = self.validation_fraction + self.test_fraction
     check(held_out < 1, f'data.validation_fraction + data.test_fraction = {held_out}: must be '
           'below 1, the rest is the train split')
-    check_choice('data.form', self.form, ('packed', 'segments'))
+    check_choice('data.form', self.form, ('packed', 'segments', 'masked', *EXAMPLES))
     check_choice('data.long_documents', self.long_documents, ('split', 'trim', 'drop'))
-    check(self.form == 'packed' or self.long_documents == 'split',
+    self._check_examples()
+    check(self.form != 'segments' or self.long_documents == 'split',
           f"data.long_documents={self.long_documents!r}: must be 'split' with "
           "data.form='segments', whose rows carry a document on")
     check(self.form == 'segments' or not self.align, "data.align=True: is read with "
@@ -86,6 +101,50 @@ class Config:
     check_range('data.threads', self.threads, 0)
     check(self.prefetch == 0 or self.prefetch >= self.threads, f'data.prefetch={self.prefetch}: '
           f'must be 0 or at least data.threads={self.threads}, or threads would idle')
+
+  def _check_tasks(self) -> None:
+    check_choice('data.task_loss', self.task_loss, ('answer', 'all'))
+    for field, unset in (('task_loss', 'answer'), ('task_lengths', ()), ('task_haystack', '')):
+      value = getattr(self, field)
+      check(value == unset or self.corpus == 'tasks', f'data.{field}={value!r}: is not read with '
+            f"data.corpus={self.corpus!r}; set data.corpus='tasks'")
+    for length in self.task_lengths:
+      check_range('data.task_lengths', length, 1, self.length)
+    check(self.corpus != 'tasks' or (self.form == 'packed' and self.long_documents == 'split'),
+          f'data.form={self.form!r}, data.long_documents={self.long_documents!r}: with '
+          "data.corpus='tasks' each row is one example of at most data.length tokens; set "
+          "data.form='packed' and data.long_documents='split'")
+
+  def _check_examples(self) -> None:
+    """What forms of one example a row, and masked rows, need or do not read."""
+    given = {'pairs': ('files', 'generated'), 'labels': ('files', 'generated')}.get(
+        self.form, ('stdlib', 'files', 'tfds'))
+    check_choice(f'data.corpus (with data.form={self.form!r})', self.corpus, given)
+    if self.corpus == 'generated':
+      table = {'pairs': generators.PAIRS, 'labels': generators.LABELS}[self.form]
+      check_choice(f'data.generator (with data.form={self.form!r})', self.generator, table)
+    if self.form in EXAMPLES:
+      check(self.long_documents != 'split', "data.long_documents='split': with data.form="
+            f"{self.form!r} a row is one example; set 'drop', or 'trim' to cut what is too long")
+      check(self.split == 'hash', f'data.split={self.split!r}: examples of data.form={self.form!r} '
+            "are not cut; set data.split='hash'")
+    check(self.source_length >= 2 or self.form != 'pairs', f'data.source_length={self.source_length}: '
+          "must be at least 2 with data.form='pairs', the separator counted")
+    check(self.source_length == 0 or self.form == 'pairs', f'data.source_length={self.source_length}: '
+          f"is read with data.form='pairs' only, not {self.form!r}; set data.source_length=0")
+    default = type(self).__dataclass_fields__['mask_rate'].default
+    check(self.mask_rate == default or self.form == 'masked', f'data.mask_rate={self.mask_rate}: is '
+          f"read with data.form='masked' only, not {self.form!r}; set data.mask_rate={default}")
+    check(0 < self.mask_rate <= 1, f'data.mask_rate={self.mask_rate}: must be above 0 and at most 1')
+
+
+def shapes(config: Config) -> dict[str, tuple[tuple[int, int], type]]:
+  """Name -> (shape, dtype) of what a batch of all hosts holds."""
+  rows = config.batch_size
+  found = {name: ((rows, config.length), dtype) for name, dtype in DTYPES.items()}
+  if config.form == 'pairs':
+    found |= {name: ((rows, config.source_length), dtype) for name, dtype in SOURCE_DTYPES.items()}
+  return found
 
 
 class Documents:
@@ -121,7 +180,17 @@ def _open(config: Config, split: str) -> tuple[cache.Cache, Tokenizer]:
   return cache.open_cache(source, split, tokenizer, config.cache_dir), tokenizer
 
 
-def open_documents(config: Config, split: str) -> Documents:
+def _task_examples(config: Config, split: str, seed: int) -> Any:
+  from longctx.data import task_stream   # not before: the tasks are many
+  check_choice('split', split, corpus.SPLITS)
+  return task_stream.Examples(config, load_tokenizer(config.tokenizer), split, seed)
+
+
+def open_documents(config: Config, split: str) -> Any:
+  """The documents of a split; of tasks, some examples of a seed that is not trained on."""
+  if config.corpus == 'tasks':
+    from longctx.data import task_stream
+    return task_stream.TaskDocuments(_task_examples(config, split, 0))
   return Documents(*_open(config, split))
 
 
@@ -131,7 +200,7 @@ class BatchSource:
   def __init__(self, config: Config, store: cache.Cache, *, seed: int, host_index: int,
                num_hosts: int):
     share = config.batch_size // num_hosts
-    self._rows = range(host_index * share, (host_index + 1) * share)
+    self.rows = range(host_index * share, (host_index + 1) * share)
     self._config = config
     self._store = store
     lengths = np.diff(store.offsets)
@@ -144,16 +213,16 @@ class BatchSource:
     else:
       self._layout = packing.WholeRows(lengths, config.length, seed,
                                        trim=config.long_documents == 'trim')
-    num_rows = self._layout.num_rows
+    num_rows = self.num_rows = self._layout.num_rows   # of an epoch
     self._order = packing.PerEpoch(lambda epoch: packing.shuffled(num_rows, seed, 1 + epoch))
 
   def __len__(self) -> int:
     return sys.maxsize  # epochs follow one another without end
 
   def __getitem__(self, i: int) -> Batch:
-    shape = (len(self._rows), self._config.length)
+    shape = (len(self.rows), self._config.length)
     batch = {name: np.zeros(shape, dtype) for name, dtype in DTYPES.items()}
-    for local, row in enumerate(self._rows):
+    for local, row in enumerate(self.rows):
       self._fill({k: v[local] for k, v in batch.items()}, self._pieces(i, row))
     return batch
 
@@ -188,7 +257,7 @@ class BatchSource:
 class Stream:
   """An endless iterator over batches, with a state that a checkpoint can hold."""
 
-  def __init__(self, config: Config, source: BatchSource, identity: dict, tokenizer: Tokenizer):
+  def __init__(self, config: Config, source: Any, identity: dict, tokenizer: Tokenizer):
     import grain
     self.config = config
     self.tokenizer = tokenizer
@@ -233,11 +302,32 @@ def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: 
         f'multiple of the number of hosts, {num_hosts}; each reads an equal share of the rows')
   if not 0 <= host_index < num_hosts:
     raise ConfigError(f'host_index={host_index}: must be in 0..{num_hosts - 1}')
-  store, tokenizer = _open(config, split)
-  source = BatchSource(config, store, seed=seed, host_index=host_index, num_hosts=num_hosts)
-  identity = {'content': store.content, 'tokenizer': tokenizer.fingerprint, 'split': split,
+  source, content, tokenizer = open_rows(config, split=split, seed=seed, host_index=host_index,
+                                         num_hosts=num_hosts)
+  identity = {'content': content, 'tokenizer': tokenizer.fingerprint, 'split': split,
               'seed': seed, 'form': config.form, 'length': config.length,
               'batch_size': config.batch_size, 'long_documents': config.long_documents}
   if config.align:
     identity['align'] = True
+  if config.form == 'masked':
+    identity['mask_rate'] = config.mask_rate
+  if config.form == 'pairs':
+    identity['source_length'] = config.source_length
   return Stream(config, source, identity, tokenizer)
+
+
+def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num_hosts: int = 1
+              ) -> tuple[Any, str, Tokenizer]:
+  """(batches by their index, what identifies their content, the tokenizer) of a split."""
+  hosts = dict(host_index=host_index, num_hosts=num_hosts)
+  if config.form in EXAMPLES:
+    check_choice('split', split, corpus.SPLITS)
+    tokenizer = load_tokenizer(config.tokenizer)
+    found = examples.open_examples(config, tokenizer, split, seed)
+    dtypes = {name: dtype for name, (_, dtype) in shapes(config).items()}
+    return examples.ExampleRows(config, found, dtypes=dtypes, **hosts), found.content, tokenizer
+  store, tokenizer = _open(config, split)
+  rows = BatchSource(config, store, seed=seed, **hosts)
+  if config.form == 'masked':
+    rows = MaskedRows(rows, tokenizer, config.mask_rate, seed)
+  return rows, store.content, tokenizer

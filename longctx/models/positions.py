@@ -32,12 +32,10 @@ class Positions(nnx.Module):
   def __init__(self, config: Any, *, length: int, both_ways: bool, rngs: nnx.Rngs):
     """`config`: of models/encoder_config; `length`: positions that a learned table has."""
     self.config, self.both_ways = config, both_ways
-    make = lambda shape, dims: param(rngs, normal(config.init_std), shape, dims)
-    self.table = None
-    if config.position == 'learned':
-      self.table = make((length, config.embed_dim), (None, 'embed'))
-    elif config.position == 't5':
-      self.table = make((config.num_heads, config.position_buckets), ('heads', None))
+    shape, dims = {'learned': ((length, config.embed_dim), (None, 'embed')),
+                   't5': ((config.num_heads, config.position_buckets), ('heads', None)),
+                   }.get(config.position, (None, ()))
+    self.table = param(rngs, normal(config.init_std), shape, dims) if shape else None
 
   def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
     c = self.config
