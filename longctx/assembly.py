@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 
 from longctx.configuration import MODELS, Parts, parts
-from longctx.data import stream
+from longctx.data import examples, masking, stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
-from longctx.evaluation import perplexity
+from longctx.evaluation import held_out, perplexity
 from longctx.models import attention_layer
 from longctx.parallel import chips, costs, layouts, mesh, sequence
 from longctx.training import optim, step, workdir
@@ -43,13 +43,13 @@ class Assembly(NamedTuple):
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """What the stream yields, as shapes with shardings."""
     rows, length = self.parts.data.batch_size, self.parts.data.length
-    dtypes, layout = stream.DTYPES, self.layout
+    shapes, layout = stream.shapes(self.parts.data), self.layout
     if layout.lays_out(length):
       length = layouts.padded_length(length, layout.order, layout.size('length'), layout.unit)
-      dtypes = dtypes | layouts.DTYPES
-    return {name: jax.ShapeDtypeStruct((rows, length), dtype,
-                                       sharding=layout.sharding('batch', 'length'))
-            for name, dtype in dtypes.items()}
+      shapes = {name: ((rows, length), dtype)
+                for name, dtype in (stream.DTYPES | layouts.DTYPES).items()}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding('batch', 'length'))
+            for name, (shape, dtype) in shapes.items()}
 
 
 def make_model(config: Any, key: jax.Array) -> nnx.Module:
@@ -75,6 +75,7 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   model = nnx.eval_shape(lambda: new_model(jax.random.key(0)))
   graphdef, abstract_params = nnx.split(model, nnx.Param)
   _check_shapes(p, model_config, model.state_grows, layout)
+  _check_examples(p, model_config, tokenizer, layout)
   _check_evaluation(p, model, layout)
   layout.params_sharding(abstract_params)   # refuses a mesh that does not divide a parameter
 
@@ -151,7 +152,7 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
           f"mesh.order={layout.order!r}: layers of {', '.join(recurrent)} read the tokens in their "
           "order; set mesh.order='contiguous'")
     check(p.data.form == 'packed', f"mesh.order={layout.order!r} with data.length={p.data.length} "
-          f"over mesh.seq={layout.size('length')}: rows of data.form='segments' carry a state on in "
+          f"over mesh.seq={layout.size('length')}: rows of data.form={p.data.form!r} are read in "
           "their order; set mesh.order='contiguous' and a data.length that mesh.seq divides")
   check(getattr(model, 'remat', '') != 'offload' or mesh.has_host_memory(layout),
         "model.remat='offload': layer inputs go to the memory of the host, and these devices have "
@@ -166,6 +167,23 @@ def _check_shapes(p: Parts, model: Any, state_grows: bool, layout: mesh.Layout) 
           f'model.num_kv_heads={model.num_kv_heads}: mesh.model={cuts} must divide it, or be a '
           'multiple of it (each device then has the kv head of its query heads)')
     sequence.check_heads(layout, model.num_heads // cuts, max(1, model.num_kv_heads // cuts))
+
+
+def _check_examples(p: Parts, model: Any, tokenizer: Tokenizer, layout: mesh.Layout) -> None:
+  """What rows of examples, and hidden tokens, ask of a model."""
+  form = p.data.form
+  if form == 'pairs':
+    check(p.data.source_length <= model.source_length, f'data.source_length={p.data.source_length}: must '
+          f'be at most model.source_length={model.source_length}, the longest source it is made for')
+    mesh.check_divides('data.source_length', p.data.source_length, 'length', layout)
+  if form == 'masked':
+    check(model.vocab_size > masking.mask_symbol(tokenizer), f'model.vocab_size={model.vocab_size}: must '
+          f'be at least {tokenizer.vocab_size + 1}, the {tokenizer.vocab_size} symbols of the tokenizer '
+          'and the mask; or 0 for as many')
+  if form == 'labels':
+    found = examples.num_classes(p.data)
+    check(model.num_classes == found, f'model.num_classes={model.num_classes}: the data has {found} '
+          f'classes; set model.num_classes={found}')
 
 
 def _check_curriculum(p: Parts, segment: int) -> None:
@@ -275,7 +293,8 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
   config.mesh.update(dict(data=1, seq=seq, model=1, layout='single' if seq == 1 else 'sequence',
                           strategy='ring', ulysses=1, order='contiguous'))
   # Of training and evaluation, which do not happen here: what any mesh can do.
-  config.data.update(dict(batch_size=1, form='packed', align=False))
+  form = 'packed' if config.data.form == 'segments' else config.data.form
+  config.data.update(dict(batch_size=1, form=form, align=False))
   config.run.accumulate, config.perplexity.segment = 1, seq
   a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
@@ -287,7 +306,10 @@ def host_share(a: Assembly) -> tuple[int, int]:
   return a.layout.host_rows(a.parts.data.batch_size)
 
 
-def open_documents(a: Assembly) -> stream.Documents:
+def open_documents(a: Assembly) -> Any:
+  """What a run is evaluated on: documents of a split, or rows where examples are learned."""
+  if a.parts.data.form in held_out.FORMS:
+    return held_out.open_rows(a.parts.data, a.parts.perplexity, a.layout)
   return stream.open_documents(a.parts.data, a.parts.perplexity.split)
 
 

@@ -17,7 +17,15 @@ import ml_collections
 from longctx.data import stream
 from longctx.errors import ConfigError, check, check_range, nearest
 from longctx.evaluation import perplexity
-from longctx.models import decoder, memory_config, memory_decoder, recurrent
+from longctx.models import (
+  decoder,
+  encoder,
+  encoder_config,
+  encoder_decoder,
+  memory_config,
+  memory_decoder,
+  recurrent,
+)
 from longctx.parallel import mesh
 from longctx.training import loss, optim
 
@@ -57,7 +65,12 @@ MODELS = {
     'lstm': (recurrent.Config, recurrent.Recurrent),
     'gru': (recurrent.Config, recurrent.Recurrent),
     'slstm': (recurrent.Config, recurrent.Recurrent),
+    'encoder': (encoder_config.Config, encoder.Encoder),
+    'encoder_decoder': (encoder_config.PairConfig, encoder_decoder.EncoderDecoder),
 }
+# The forms of data that a model can learn from, where it is not a language model.
+FORMS = {'encoder': ('masked', 'labels'), 'encoder_decoder': ('pairs',)}
+LANGUAGE = ('packed', 'segments')
 
 SECTIONS = {
     'data': stream.Config,
@@ -123,7 +136,19 @@ def parts(config: ml_collections.ConfigDict) -> Parts:
   _check_dependency(model, config.get('mesh', {}).get('seq', 1))
   built = {section: build(section, part, dict(config.get(section, {})))
            for section, part in SECTIONS.items()}
+  _check_form(model, built['data'].form)
   return Parts(seed=seed, model=model, **built)
+
+
+def _check_form(model: Any, form: str) -> None:
+  able = FORMS.get(model.name, LANGUAGE)
+  check(form in able, f'data.form={form!r}: model.name={model.name!r} learns from {" or ".join(able)}; '
+        f'set data.form to it, or model.name to '
+        f'{" or ".join(n for n in MODELS if form in FORMS.get(n, LANGUAGE))}')
+  classes = getattr(model, 'num_classes', 0)
+  check(bool(classes) == (form == 'labels'), f'model.num_classes={classes}: with data.form={form!r} '
+        + ('must be the number of classes, such as 2' if form == 'labels' else 'must be 0: it guesses '
+           'tokens'))
 
 
 def _check_dependency(model: Any, cuts: Any) -> None:

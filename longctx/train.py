@@ -26,7 +26,7 @@ from longctx import assembly, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
-from longctx.evaluation import perplexity, result
+from longctx.evaluation import held_out, perplexity, result
 from longctx.parallel import mesh
 from longctx.training import metrics as metrics_lib
 from longctx.training import optim, processes, step, workdir
@@ -62,15 +62,21 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
   return 0 if publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
 
 
-def evaluate(a: Assembly, params: Any, documents: stream.Documents) -> result.Result:
-  """Bits per byte of the held-out split by context position."""
+def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_out.Result:
+  """Bits per byte of the held-out split by context position; of examples, how many are right."""
+  if a.parts.data.form in held_out.FORMS:
+    return held_out.evaluate(a.graphdef, params, documents, a.parts.data, a.tokenizer,
+                             a.parts.perplexity, layout=a.layout, loss_chunk=a.parts.loss.chunk)
   return perplexity.evaluate(
       a.graphdef, params, documents, a.tokenizer, a.parts.perplexity,
       layout=a.layout, loss_chunk=a.parts.loss.chunk)
 
 
-def publish(found: result.Result, folder: str, at: int) -> bool:
-  """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all."""
+def publish(found: result.Result | held_out.Result, folder: str, at: int) -> bool:
+  """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all.
+
+  How many examples are right is a number without a figure.
+  """
   if jax.process_index() != 0:
     return True
   from longctx.draw import position
@@ -81,6 +87,8 @@ def publish(found: result.Result, folder: str, at: int) -> bool:
     workdir.atomic_write(values, (json.dumps(
         dict(step=at, **found.to_json()), indent=2) + '\n').encode())
     written.append(values)
+  if isinstance(found, held_out.Result):
+    return len(written) == 1
   with metrics_lib.refusal_is_told(figure):
     os.makedirs(os.path.dirname(figure), exist_ok=True)
     drawn = io.BytesIO()
@@ -157,11 +165,11 @@ class Trainer:
     self.say(f'resumed at step {restored.step} from {self.folder}/checkpoints')
     return restored.state
 
-  def save(self, at: int, state: step.TrainState, found: result.Result | None = None) -> None:
+  def save(self, at: int, state: step.TrainState, found: Any = None) -> None:
     import longctx
     meta = dict(tokenizer=self.a.tokenizer.fingerprint, seed=self.a.parts.seed,
                 versions=dict(longctx=longctx.__version__, jax=jax.__version__))
-    scores = {} if found is None else {'validation_loss': found.first.total.loss}
+    scores = {} if found is None else {'validation_loss': found.loss}
     # A checkpoint of this step without a score gives way to one with it.
     self.checkpoints.save(at, state, stream_state=self.stream.state(), meta=meta, metrics=scores,
                           force=found is not None)
@@ -312,19 +320,15 @@ class Trainer:
       return {}
     return dict(model_flops_utilization=full, model_flops_utilization_masked=masked)
 
-  def evaluate(self, state: step.TrainState) -> result.Result:
+  def evaluate(self, state: step.TrainState) -> result.Result | held_out.Result:
     use_ema = self.a.parts.perplexity.use_ema
     check(not use_ema or state.ema is not None,
           'perplexity.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
     return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
 
-  def log_evaluation(self, at: int, found: result.Result) -> None:
-    total = found.first.total
-    self.writer.write(at, dict(validation_loss=total.loss,
-                               validation_bits_per_byte=total.bits_per_byte,
-                               validation_perplexity=total.perplexity))
-    self.say(f'step {at}: validation {total.bits_per_byte:.4f} bits per byte, '
-             f'{total.loss:.4f} nats per token, over {total.tokens:,} tokens')
+  def log_evaluation(self, at: int, found: Any) -> None:
+    self.writer.write(at, found.scalars())
+    self.say(f'step {at}: validation {found.line()}')
 
   # What a reader wants to know at the start.
 

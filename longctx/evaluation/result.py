@@ -101,6 +101,17 @@ class Result:
         peak_memory_bytes=self.peak_memory_bytes,
         modes={mode: one.to_json(self.few(mode)) for mode, one in self.passes.items()})
 
+  def scalars(self) -> dict[str, float]:
+    """For metrics.jsonl."""
+    total = self.first.total
+    return dict(validation_loss=total.loss, validation_bits_per_byte=total.bits_per_byte,
+                validation_perplexity=total.perplexity)
+
+  def line(self) -> str:
+    total = self.first.total
+    return (f'{total.bits_per_byte:.4f} bits per byte, {total.loss:.4f} nats per token, over '
+            f'{total.tokens:,} tokens')
+
   def few(self, mode: str) -> set[int]:
     """Bins of a pass that tell of the starts of documents alone."""
     slides = mode == 'sliding' and self.passes[mode] is not self.passes.get('full')
