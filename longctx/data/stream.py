@@ -40,7 +40,7 @@ EXAMPLES = ('pairs', 'labels')   # forms of one example a row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  corpus: str = 'stdlib'             # 'stdlib', 'files', 'tfds' or 'generated'
+  corpus: str = 'stdlib'             # 'stdlib', 'files', 'tfds', 'tasks' or 'generated'
   files: str = ''                    # a glob, for corpus='files'; ** goes through folders
   generator: str = ''                # one of generators.py, for corpus='generated'
   tfds_name: str = ''                # as TensorFlow Datasets has it, for corpus='tfds'
@@ -49,7 +49,7 @@ class Config:
   text_feature: str = 'text'         # the feature of a TFDS example that holds the text
   tasks: tuple[str, ...] = ()        # for corpus='tasks': names of data/tasks/table.py
   task_loss: str = 'answer'          # what of an example is learned: 'answer' or 'all'
-  task_lengths: tuple[int, ...] = () # of the examples, drawn at random; (): data.length
+  task_lengths: tuple[int, ...] = ()   # of the examples, drawn at random; (): data.length
   task_haystack: str = ''            # what needles are hidden in; see data/tasks/haystack.py
   split: str = 'hash'                # 'hash': whole documents; 'contiguous': a part of each
   validation_fraction: float = 0.05
@@ -67,8 +67,9 @@ class Config:
   threads: int = 1                   # 0 reads in the calling thread
 
   def __post_init__(self):
-    check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds', 'generated'))
-    for field, owner in (('files', 'files'), ('tfds_name', 'tfds'), ('generator', 'generated')):
+    check_choice('data.corpus', self.corpus, ('stdlib', 'files', 'tfds', 'tasks', 'generated'))
+    for field, owner in (('files', 'files'), ('tfds_name', 'tfds'), ('tasks', 'tasks'),
+                         ('generator', 'generated')):
       value = getattr(self, field)
       check(bool(value) or self.corpus != owner,
             f"data.{field}={value!r}: data.corpus={owner!r} needs it")
@@ -110,15 +111,14 @@ class Config:
             f"data.corpus={self.corpus!r}; set data.corpus='tasks'")
     for length in self.task_lengths:
       check_range('data.task_lengths', length, 1, self.length)
-    check(self.corpus != 'tasks' or (self.form == 'packed' and self.long_documents == 'split'),
-          f'data.form={self.form!r}, data.long_documents={self.long_documents!r}: with '
-          "data.corpus='tasks' each row is one example of at most data.length tokens; set "
-          "data.form='packed' and data.long_documents='split'")
+    check(self.corpus != 'tasks' or self.long_documents == 'split',
+          f'data.long_documents={self.long_documents!r}: does nothing with '
+          "data.corpus='tasks', whose examples fit; set data.long_documents='split'")
 
   def _check_examples(self) -> None:
     """What forms of one example a row, and masked rows, need or do not read."""
     given = {'pairs': ('files', 'generated'), 'labels': ('files', 'generated')}.get(
-        self.form, ('stdlib', 'files', 'tfds'))
+        self.form, ('stdlib', 'files', 'tfds', *['tasks'] * (self.form == 'packed')))
     check_choice(f'data.corpus (with data.form={self.form!r})', self.corpus, given)
     if self.corpus == 'generated':
       table = {'pairs': generators.PAIRS, 'labels': generators.LABELS}[self.form]
@@ -326,6 +326,10 @@ def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num
     found = examples.open_examples(config, tokenizer, split, seed)
     dtypes = {name: dtype for name, (_, dtype) in shapes(config).items()}
     return examples.ExampleRows(config, found, dtypes=dtypes, **hosts), found.content, tokenizer
+  if config.corpus == 'tasks':
+    from longctx.data import task_stream
+    found = _task_examples(config, split, seed)
+    return task_stream.TaskSource(config, found, **hosts), found.content, found.tokenizer
   store, tokenizer = _open(config, split)
   rows = BatchSource(config, store, seed=seed, **hosts)
   if config.form == 'masked':

@@ -80,9 +80,9 @@ def generator(*names: Any) -> np.random.Generator:
   return np.random.Generator(np.random.Philox(key=int.from_bytes(key, 'little')))
 
 
-def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: int = 0,
+def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: Any = 0,
             depth: float | None = None, haystack: str = '') -> Example:
-  """Example `index` of a task; the same for the same arguments, everywhere."""
+  """Example `index` of a task; the same for the same arguments, everywhere. `seed`: a number, or names."""
   made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer, length=length,
                         index=index, depth=depth, haystack=haystack))
   tokens = 1 + len(tokenizer.encode(made.prompt)) + made.new_tokens
