@@ -181,7 +181,7 @@ def _open(config: Config, split: str) -> tuple[cache.Cache, Tokenizer]:
 
 
 def _task_examples(config: Config, split: str, seed: int) -> Any:
-  from longctx.data import task_stream   # not before: the tasks are many
+  from longctx.data import task_stream
   check_choice('split', split, corpus.SPLITS)
   return task_stream.Examples(config, load_tokenizer(config.tokenizer), split, seed)
 
