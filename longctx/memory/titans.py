@@ -54,7 +54,7 @@ class State(NamedTuple):
 class Tokens(NamedTuple):
   """What tokens ask and teach; float32."""
 
-  q: jax.Array       # [..., C, H]
+  q: jax.Array | None   # [..., C, H]; None: they only teach
   k: jax.Array       # [..., C, H]
   v: jax.Array       # [..., C, H]
   alpha: jax.Array   # [..., C] forgetting, 0 to 1
@@ -107,8 +107,9 @@ def _between(factor: jax.Array) -> jax.Array:
   return jnp.tril(jnp.cumprod(jnp.where(after, factor[..., :, None], 1.0), axis=-2))
 
 
-def chunk(state: State, tokens: Tokens, max_norm: float = MAX_NORM) -> tuple[jax.Array, State]:
-  """(y [..., C, H] of each token after its own step, the state after the chunk)."""
+def chunk(state: State, tokens: Tokens, max_norm: float = MAX_NORM
+          ) -> tuple[jax.Array | None, State]:
+  """(y [..., C, H] of each token after its own step, or None; the state after the chunk)."""
   q, k, v, *gates, valid = tokens
   alpha, eta, theta = (jnp.where(valid, x, rest) for x, rest in zip(gates, (0.0, 1.0, 0.0)))
   inputs, d = gradients(state.weights, k, v, max_norm)
@@ -121,11 +122,12 @@ def chunk(state: State, tokens: Tokens, max_norm: float = MAX_NORM) -> tuple[jax
   last = lasting[..., -1, :] * theta
   h, weights, momenta = q, [], []
   for i, (W, S, a, x) in enumerate(zip(state.weights, state.momenta, inputs, d)):
-    h = act(h) if i else h
-    pairs = product('...tp,...ip->...ti', h, a) * coef
-    h = (keep[..., None] * product('...tp,...pf->...tf', h, W)
-         + push[..., None] * product('...tp,...pf->...tf', h, S)
-         - product('...ti,...if->...tf', pairs, x))
+    if q is not None:
+      h = act(h) if i else h
+      pairs = product('...tp,...ip->...ti', h, a) * coef
+      h = (keep[..., None] * product('...tp,...pf->...tf', h, W)
+           + push[..., None] * product('...tp,...pf->...tf', h, S)
+           - product('...ti,...if->...tf', pairs, x))
     step = lambda weight, a=a, x=x: product('...ip,...if->...pf', a * weight[..., None], x)
     end = lambda y: y[..., -1, None, None]
     weights.append(end(keep) * W + end(push) * S - step(coef[..., -1, :]))
@@ -133,8 +135,8 @@ def chunk(state: State, tokens: Tokens, max_norm: float = MAX_NORM) -> tuple[jax
   return h, State(tuple(weights), tuple(momenta))
 
 
-def segment(state: State, tokens: Tokens, size: int) -> tuple[jax.Array, State]:
-  """(y [B, N, T, H], the state after) of a segment [B, N, T, ...] in chunks of `size` tokens."""
+def segment(state: State, tokens: Tokens, size: int) -> tuple[jax.Array | None, State]:
+  """(y [B, N, T, H] or None, the state after) of a segment [B, N, T, ...] in chunks of `size` tokens."""
   B, N, T = tokens.alpha.shape
   if size == T:
     return chunk(state, tokens)
@@ -143,7 +145,7 @@ def segment(state: State, tokens: Tokens, size: int) -> tuple[jax.Array, State]:
     y, state = chunk(state, tokens)
     return state, y
   state, y = jax.lax.scan(one, state, jax.tree.map(cut, tokens))
-  return jnp.moveaxis(y, 0, 2).reshape(B, N, T, -1), state
+  return None if y is None else jnp.moveaxis(y, 0, 2).reshape(B, N, T, -1), state
 
 
 def shapes(head_dim: int, width: int, depth: int) -> list[tuple[int, int]]:
@@ -152,9 +154,10 @@ def shapes(head_dim: int, width: int, depth: int) -> list[tuple[int, int]]:
   return list(itertools.pairwise(dims))
 
 
-def flops(head_dim: int, width: int, depth: int, size: int) -> float:
-  """Of a token and head, forward, 2 a multiply-add."""
+def flops(head_dim: int, width: int, depth: int, size: int, *, apart: bool = False) -> float:
+  """Of a token and head, forward, 2 a multiply-add. `apart`: read by weights that stand still."""
   count = float(size * size)   # coef
   for i, (p, f) in enumerate(shapes(head_dim, width, depth)):
-    count += (5 + (i > 0)) * p * f + size * (p + f)   # gradients, reads of W and S, their ends; pairs
+    # Gradients, the ends of W and S; reads of W, or of both and of pairs.
+    count += (4 + (i > 0)) * p * f if apart else (5 + (i > 0)) * p * f + size * (p + f)
   return 2 * count

@@ -35,7 +35,7 @@ class State(NamedTuple):
 class Tokens(NamedTuple):
   """float32. eta is 0 for padding, which then changes nothing."""
 
-  q: jax.Array     # [..., C, H]
+  q: jax.Array | None   # [..., C, H]; None: they only teach
   k: jax.Array     # [..., C, H]
   v: jax.Array     # [..., C, H]
   eta: jax.Array   # [..., C]
@@ -62,31 +62,41 @@ def gradient(z: jax.Array, target: jax.Array, norm: Norm) -> jax.Array:
   return (d - mean(d) - unit * mean(d * unit)) * inverse
 
 
-def minibatch(state: State, tokens: Tokens, norm: Norm) -> tuple[jax.Array, State]:
-  """(y [..., N, C, H] of each token after its own step, the state after)."""
+def read(state: State, q: jax.Array, norm: Norm) -> jax.Array:
+  """M(q) [B, N, C, H] of a model that stands still."""
+  return _said(q, product('...tp,...pf->...tf', q, state.W) + state.b[..., None, :], norm)
+
+
+def _said(q: jax.Array, z: jax.Array, norm: Norm) -> jax.Array:
+  return q + norm.scale[:, None] * standard(z)[0] + norm.bias[:, None]
+
+
+def minibatch(state: State, tokens: Tokens, norm: Norm) -> tuple[jax.Array | None, State]:
+  """(y [..., N, C, H] of each token after its own step, or None; the state after)."""
   (W, b), (q, k, v, eta) = state, tokens
   b = b[..., None, :]
   g = gradient(product('...tp,...pf->...tf', k, W) + b, v - k, norm)
-  C = eta.shape[-1]
-  steps = jnp.tril(jnp.broadcast_to(eta[..., None, :], (*eta.shape, C)))
-  pairs = (product('...tp,...ip->...ti', q, k) + 1) * steps   # 1: the bias
-  z = product('...tp,...pf->...tf', q, W) + b - product('...ti,...if->...tf', pairs, g)
+  C, y = eta.shape[-1], None
+  if q is not None:
+    steps = jnp.tril(jnp.broadcast_to(eta[..., None, :], (*eta.shape, C)))
+    pairs = (product('...tp,...ip->...ti', q, k) + 1) * steps   # 1: the bias
+    z = product('...tp,...pf->...tf', q, W) + b - product('...ti,...if->...tf', pairs, g)
+    y = _said(q, z, norm)
   g *= eta[..., None]
-  after = State(W - product('...tp,...tf->...pf', k, g), state.b - g.sum(-2))
-  return q + norm.scale[:, None] * standard(z)[0] + norm.bias[:, None], after
+  return y, State(W - product('...tp,...tf->...pf', k, g), state.b - g.sum(-2))
 
 
-def segment(state: State, tokens: Tokens, norm: Norm, size: int) -> tuple[jax.Array, State]:
-  """(y [B, N, T, H], the state after) of a segment [B, N, T, ...] in mini-batches of `size` tokens."""
+def segment(state: State, tokens: Tokens, norm: Norm, size: int) -> tuple[jax.Array | None, State]:
+  """(y [B, N, T, H] or None, the state after) of a segment [B, N, T, ...] in mini-batches of `size`."""
   B, N, T = tokens.eta.shape
   cut = lambda x: jnp.moveaxis(x.reshape(B, N, T // size, size, *x.shape[3:]), 2, 0)
   def one(state, tokens):
     y, state = minibatch(state, tokens, norm)
     return state, y
   state, y = jax.lax.scan(one, state, jax.tree.map(cut, tokens))
-  return jnp.moveaxis(y, 0, 2).reshape(B, N, T, -1), state
+  return None if y is None else jnp.moveaxis(y, 0, 2).reshape(B, N, T, -1), state
 
 
-def flops(head_dim: int, size: int) -> float:
-  """Of a token and head, forward, 2 a multiply-add."""
-  return 2.0 * (3 * head_dim * head_dim + 2 * size * head_dim)
+def flops(head_dim: int, size: int, *, apart: bool = False) -> float:
+  """Of a token and head, forward, 2 a multiply-add. `apart`: read while it stands still."""
+  return 2.0 * (3 * head_dim * head_dim + (0 if apart else 2 * size * head_dim))

@@ -18,7 +18,9 @@ long-term memory is a subclass, or a `Store` that the attention's heads read and
     out_BCNH  = store.read(q_BCNH, memory)              q: normed, not turned by positions
     memory    = store.write(memory, k_BSKH, v_BSKH, valid_BS)
 
-What is written is what falls out of the short-term memory, or, without one, the segment itself.
+What is written is what falls out of the short-term memory, or, without one, the segment itself. So it is
+for every long-term memory whose class says `falls`: with a window each token is in one of both stores, a
+segment reads what the long-term memory knew before it, and no gradient enters through what the window held.
 Sources: Transformer-XL arXiv:1901.02860; the gate of a store: Memorizing Transformer arXiv:2203.08913,
 Infini-attention arXiv:2404.07143.
 Differs: pre-norm, RMSNorm, gated MLP; rotary positions are the default, the paper's relative bias is
@@ -134,6 +136,7 @@ class Block(nnx.Module):
   dependency: ClassVar[str] = 'P0'
   reads: ClassVar[tuple[str, ...]] = ()
   identity: ClassVar[bool] = True    # whether it can begin as the plain transformer's layer
+  falls: ClassVar[bool] = True       # with short_term, is written what falls out; else each segment
 
   @staticmethod
   def extra_tokens(settings: Settings) -> tuple[int, int]:
@@ -205,7 +208,7 @@ class Block(nnx.Module):
     B, S, C, _ = x_BSCD.shape
     past = memory.past
     x_BTD, valid_BT = x_BSCD.reshape(B, S * C, -1), valid_BSC.reshape(B, S * C)
-    pasts, after, k_from = None, None, x_BTD
+    pasts, after = None, None
     if past is not None:
       M = past.hidden.shape[1]
       all_BTD = jnp.concatenate([past.hidden, x_BTD.astype(past.hidden.dtype)], axis=1)
@@ -213,15 +216,10 @@ class Block(nnx.Module):
       pasts = Past(all_BTD[:, starts_S[:, None] + np.arange(M)],
                    jnp.minimum(past.count[:, None] + starts_S, M))
       after = Past(all_BTD[:, S * C:], jnp.minimum(past.count + S * C, M))
-      # What falls out of the short-term memory is the row, M tokens late.
-      k_from = jnp.concatenate([past.hidden.astype(x_BTD.dtype), x_BTD], axis=1)[:, :S * C]
-      # What passed through it has no gradient, as in `project`; the rest is of the segment itself.
-      passed_T1 = (np.arange(S * C) % C < M)[:, None]
-      k_from = jnp.where(passed_T1, jax.lax.stop_gradient(k_from), k_from)
-      valid_BT = jnp.concatenate([there(past), valid_BT], axis=1)[:, :S * C]
     if self.store is None:
       return Memory(pasts, ()), Memory(after, ())
     segments = lambda x: x.reshape(B, S, C, *x.shape[2:])
+    k_from, valid_BT = falling_of_all(x_BTD, valid_BT, past, C)
     _, k, v = self.mixer.heads(self.mixer_norm(k_from))
     stores, store = self.store.before(memory.store, segments(k), segments(v), segments(valid_BT))
     return Memory(pasts, stores), Memory(after, store)
@@ -270,6 +268,15 @@ class Block(nnx.Module):
     M, own = past.hidden.shape[1], x_BS[:, past.hidden.shape[1]:][:, middle]
     return jnp.concatenate([x_BS[:, :M], own], axis=1)[:, :self.settings.segment]
 
+  def leaving(self, x_BCD: jax.Array, past: Past | None, cell: Cell) -> tuple[jax.Array, jax.Array]:
+    """`falling` of hidden states, and which of them there are. 0 where there is none; what the
+    short-term memory held has no gradient, as in `project`."""
+    if past is not None:
+      old_BMD = jax.lax.stop_gradient(past.hidden).astype(x_BCD.dtype)
+      x_BCD = jnp.concatenate([old_BMD, x_BCD], axis=1)
+    valid_BC = self.falling(None, past, cell)
+    return jnp.where(valid_BC[..., None], self.falling(x_BCD, past, cell), 0), valid_BC
+
   def remember(self, x_BCD: jax.Array, past: Past | None, cell: Cell) -> Past | None:
     """The short-term memory after this segment."""
     if past is None:
@@ -284,6 +291,21 @@ def there(past: Past) -> jax.Array:
   """[B, M] bool: which slots of a short-term memory hold a token."""
   M = past.hidden.shape[1]
   return jnp.arange(M) >= M - past.count[:, None]
+
+
+def falling_of_all(x_BTD: jax.Array, valid_BT: jax.Array, past: Past | None, segment: int
+                   ) -> tuple[jax.Array, jax.Array]:
+  """What falls out of the short-term memory during segments that follow each other, as many tokens as
+  they have, and which of them there are; without one the segments themselves."""
+  if past is None:
+    return x_BTD, valid_BT
+  T, M = valid_BT.shape[1], past.hidden.shape[1]
+  # It is the row, M tokens late.
+  old_BTD = jnp.concatenate([past.hidden.astype(x_BTD.dtype), x_BTD], axis=1)[:, :T]
+  # What passed through the memory has no gradient, as in `project`; the rest is of the segment itself.
+  passed_T1 = (np.arange(T) % segment < M)[:, None]
+  old_BTD = jnp.where(passed_T1, jax.lax.stop_gradient(old_BTD), old_BTD)
+  return old_BTD, jnp.concatenate([there(past), valid_BT], axis=1)[:, :T]
 
 
 def attention_mask(past: Past | None, cell: Cell) -> Intervals:
