@@ -31,7 +31,8 @@ class Example:
   new_tokens: int                # that an answer may take
   depth: float | None = None     # where needles[0] begins: 0 the start of the context, 1 its end
   needles: tuple[tuple[int, int], ...] = ()   # bytes [start, stop) of the prompt that the answer needs
-  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # what a task's score or tests need
+  # What a task's score needs, and 'choices' where a guesser picks among answers: see Task.floor.
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def without_context(self) -> bytes:
@@ -62,7 +63,8 @@ class Task:
   Attributes:
     make: a Draw -> an Example of exactly its length; ConfigError with the least length if that is too short.
     score: (what a model wrote, its example) -> 0 to 1.
-    floor: the mean score of one who has read the rules and not the context: chance, or the majority.
+    floor: the mean score of guessing: of one who has read the rules and not the context, and says what is most
+      often right; where examples have info['choices'], of one who says any of these.
     source: paper and section, or the file whose generator this follows.
     published: 'model at length' -> score in percent, where there is a number to compare with.
   """

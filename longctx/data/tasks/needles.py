@@ -60,7 +60,7 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
       in place of which the haystack drawn is read.
     places: bytes of `text` between which its parts stand, where it is made of such; needles stand between
       two of them, and no part is cut. None: sentences.
-    rest: with places, what a part that would be cut gives way to: something about as long that can be cut.
+    rest: with places, what becomes of a part that is cut: something well formed, of as many tokens as it.
   """
   most = text if isinstance(text, bytes) else haystack.of(draw, text)(fit.bytes_for(draw))
   starts = haystack.sentence_starts(most) if places is None else places

@@ -5,6 +5,7 @@ control characters of the answer taken as line ends. An answer that says more th
 Held by: tests/test_task_scoring.py.
 """
 
+import difflib
 import re
 
 from longctx.data.tasks.example import Example
@@ -42,3 +43,24 @@ def first_number(text: str, example: Example) -> float:
   """1 if the first whole number of the answer is the reference (Mohtashami & Jaggi's passkey)."""
   found = re.search(r'\d+', text)
   return float(found is not None and found.group() == example.references[0])
+
+
+def first_choice(text: str, example: Example) -> float:
+  """1 if of the example's choices the reference is named first; a choice counts where it is a whole word."""
+  named = re.search('|'.join(rf'\b{re.escape(choice)}\b' for choice in example.info['choices']), text)
+  return float(named is not None and named.group() == example.references[0])
+
+
+def after_mark(text: str, example: Example) -> float:
+  """How much of the reference follows the last place where the answer has the example's mark; 0 without it.
+
+  MRCR's (google-deepmind/eval_hub, mrcr_v2): difflib's ratio, 2 M / T with M letters in matching runs and T of both texts.
+  From 200 letters on, difflib takes letters that are common in the answer for no begin of a run (autojunk): two
+  unlike English texts share about 3 % then, shorter ones about 40 %, and the ratio of a and b is not that of b and a. To be
+  comparable it stays so; references that are longer than 200 letters keep answers on one side of it.
+  """
+  before, mark, answer = text.strip().rpartition(example.info['mark'])
+  del before
+  if not mark:
+    return 0.0
+  return difflib.SequenceMatcher(None, example.references[0].strip(), answer.strip()).ratio()

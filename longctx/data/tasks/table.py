@@ -1,6 +1,8 @@
 """Every task that a config may name, by its name."""
 
-from longctx.data.tasks import listops, needles, symbols
+from longctx.data.tasks import associations, coreference, listops, needles, retrieval, symbols
 from longctx.data.tasks.example import Task
 
-TASKS: dict[str, Task] = {**needles.TASKS, **symbols.TASKS, **listops.TASKS}
+TASKS: dict[str, Task] = {
+    **needles.TASKS, **associations.TASKS, **retrieval.TASKS, **coreference.TASKS, **symbols.TASKS,
+    **listops.TASKS}
