@@ -210,6 +210,9 @@ def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:
         'kept with optimizer.ema=0.0; set optimizer.ema=0.999 or so, or perplexity.use_ema=False')
   mesh.check_divides('perplexity.batch_size', e.batch_size, 'batch', layout)
   mesh.check_divides('perplexity.segment', e.segment, 'length', layout)
+  if p.eval.tasks:
+    mesh.check_divides('eval.batch_size', p.eval.batch_size, 'batch', layout)
+    mesh.check_divides('eval.segment', p.eval.segment, 'length', layout)
 
 
 def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainState:
@@ -299,6 +302,14 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
   a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
   return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout)
+
+
+def check_writes(model: Any, alone: bool = False) -> None:
+  """ConfigError where a model cannot carry a text on; `alone`: without a source."""
+  check(model.name != 'encoder', "model.name='encoder': sees what follows a token and writes no text; give "
+        'the workdir of another model')
+  check(not alone or model.name != 'encoder_decoder', "model.name='encoder_decoder': writes what follows "
+        'from a source and keeps no conversation; use python -m longctx.generate --source=TEXT')
 
 
 def host_share(a: Assembly) -> tuple[int, int]:

@@ -400,6 +400,7 @@ def run(f: flags.FlagValues) -> int:
     from longctx.store import identify
     graphdef, params, tokenizer, config, layout = assembly.load_for_inference(
         f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint, seq=f.seq)
+    assembly.check_writes(config, alone=True)
     reader = r.Reader(
         graphdef, params, identify(config, params, tokenizer.fingerprint), layout=layout,
         first_token=tokenizer.separator, capacity=f.capacity,

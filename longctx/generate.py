@@ -30,6 +30,8 @@ def define_flags() -> flags.FlagValues:
   text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
   text('prompt', '', 'Text to continue; - reads it from stdin; empty starts a new document.')
   text('prompt_file', '', 'File with the text to continue, every byte of it.')
+  text('source', '', 'Of an encoder-decoder: the text to translate or to summarise; - reads it from stdin.')
+  text('source_file', '', 'File with that text, every byte of it.')
   flags.DEFINE_bool('echo', True, 'Write the prompt before the text that continues it.',
                     flag_values=table)
   flags.DEFINE_bool('help', False, 'Show this help.', flag_values=table)
@@ -63,7 +65,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def check_flags(f: flags.FlagValues) -> Any:
   """The checks that need no checkpoint; returns the Sampling."""
   settings = check_model_flags(f)
-  check(not (f.prompt and f.prompt_file), '--prompt, --prompt_file: give one of them, not both')
+  for name in ('prompt', 'source'):
+    check(not (f[name].value and f[f'{name}_file'].value),
+          f'--{name}, --{name}_file: give one of them, not both')
+  check('-' not in (f.prompt, f.source) or f.prompt != f.source,
+        '--prompt=- --source=-: stdin can be one of them; give the other by a file')
   return settings
 
 
@@ -83,23 +89,41 @@ def check_model_flags(f: flags.FlagValues) -> Any:
     raise ConfigError(f'--{e}') from None
 
 
-def read_prompt(f: flags.FlagValues) -> tuple[bytes, str]:
-  """The prompt's bytes, and what to call it in an error."""
-  if f.prompt_file:
+def read_text(f: flags.FlagValues, flag: str) -> tuple[bytes, str]:
+  """The bytes of --prompt or --source, or of its file, and what to call them in an error."""
+  text, path = f[flag].value, f[f'{flag}_file'].value
+  if path:
     try:
-      with open(f.prompt_file, 'rb') as file:
-        return file.read(), f'--prompt_file={f.prompt_file}'
+      with open(path, 'rb') as file:
+        return file.read(), f'--{flag}_file={path}'
     except OSError as e:
-      raise ConfigError(f'--prompt_file={f.prompt_file}: cannot be read: {e.strerror}') from e
-  if f.prompt == '-':
-    return sys.stdin.buffer.read(), '--prompt=- (stdin)'
-  data = os.fsencode(f.prompt)  # the bytes of the command line, whatever they are
+      raise ConfigError(f'--{flag}_file={path}: cannot be read: {e.strerror}') from e
+  if text == '-':
+    return sys.stdin.buffer.read(), f'--{flag}=- (stdin)'
+  data = os.fsencode(text)  # the bytes of the command line, whatever they are
   try:
     data.decode('utf-8')
   except UnicodeDecodeError as e:
-    raise ConfigError(f'--prompt: byte {e.start} ({data[e.start]:#04x}) is not UTF-8; to continue '
-                      'text in another encoding give --prompt_file=FILE') from None
-  return data, '--prompt'
+    raise ConfigError(f'--{flag}: byte {e.start} ({data[e.start]:#04x}) is not UTF-8; to read text in '
+                      f'another encoding give --{flag}_file=FILE') from None
+  return data, f'--{flag}'
+
+
+def read_source(f: flags.FlagValues, tokenizer: Any, model_config: Any) -> list[int] | None:
+  """Token ids of the source as training has it, the separator last; None for a language model."""
+  longest = getattr(model_config, 'source_length', 0)
+  given = bool(f.source or f.source_file)
+  check(given or not longest, f'--source: missing; model.name={model_config.name!r} writes what follows '
+        'from a source: give --source=TEXT or --source_file=FILE')
+  if not given:
+    return None
+  check(longest > 0, f'--source: model.name={model_config.name!r} reads a text and carries it on; give '
+        '--prompt, or the workdir of an encoder_decoder')
+  data, name = read_text(f, 'source')
+  ids = [*tokenizer.encode(data, name).tolist(), tokenizer.separator]
+  check(len(ids) <= longest, f'{name}: has {len(ids)} tokens (its separator counted); must be at most '
+        f'model.source_length={longest}')
+  return ids
 
 
 def write_text(prompt: bytes, tokens: Iterable[int], decode: Callable[[list[int]], bytes],
@@ -136,13 +160,15 @@ class Terminal:
 def run(f: flags.FlagValues) -> None:
   """Loads, generates, writes."""
   settings = check_flags(f)
-  prompt, name = read_prompt(f)
+  prompt, name = read_text(f, 'prompt')
   check_devices()
   set_compilation_cache('')
   from longctx import assembly
   from longctx.inference import sampling
   graphdef, params, tokenizer, model_config, layout = assembly.load_for_inference(
       f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint, seq=f.seq)
+  assembly.check_writes(model_config)
+  source = read_source(f, tokenizer, model_config)
   prompt_ids = [tokenizer.separator, *tokenizer.encode(prompt, name).tolist()]
   total = len(prompt_ids) + f.max_new_tokens
   check(not model_config.max_length or total <= model_config.max_length,
@@ -152,6 +178,7 @@ def run(f: flags.FlagValues) -> None:
   tokens = sampling.generate(
       graphdef, params, prompt_ids, max_new_tokens=f.max_new_tokens, sampling=settings,
       stop_token=tokenizer.separator, seed=f.seed, layout=layout,
+      sources=None if source is None else [source],
       banned=range(tokenizer.vocab_size, model_config.vocab_size))   # no text stands for these
   terminal = Terminal(f.echo)
   try:

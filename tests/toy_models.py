@@ -20,6 +20,7 @@ from flax import nnx
 class Config:
   vocab_size: int
   max_length: int = 0
+  name: str = 'toy'
 
 
 class CountModel(nnx.Module):

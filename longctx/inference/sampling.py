@@ -93,6 +93,7 @@ class Programs(NamedTuple):
   """The compiled parts of `generate`."""
 
   fresh: Callable[..., Any]   # (batch, capacity, params) -> an empty state
+  encode: Callable[..., Any]  # (capacity, params, source_BS, valid_BS) -> the state after sources
   read: Callable[..., Any]    # (params, state, tokens_BT, valid_BT) -> hidden of each last token, state
   first: Callable[..., Any]   # (params, hidden_BD, key) -> token_B, alive_B
   step: Callable[..., Any]    # (params, state, token_B, alive_B, key, index) -> token_B, alive_B, state
@@ -130,6 +131,9 @@ def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned
   def fresh(batch, capacity, params):
     return nnx.merge(graphdef, params).init_state(batch, capacity=capacity)
 
+  def encode(capacity, params, source_BS, valid_BS):
+    return nnx.merge(graphdef, params).encode(source_BS, valid_BS, capacity=capacity)
+
   def read(params, state, tokens_BT, valid_BT):
     hidden_BTD, state = nnx.merge(graphdef, params)(tokens_BT, state, valid_BT=valid_BT)
     last_B = jnp.maximum(jnp.sum(valid_BT, 1) - 1, 0)
@@ -147,6 +151,7 @@ def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned
 
   return Programs(
       jax.jit(wrap(fresh), static_argnums=(0, 1), out_shardings=state),
+      jax.jit(wrap(encode), static_argnums=0, out_shardings=state),
       jax.jit(wrap(read), donate_argnums=1, out_shardings=(whole, state)),
       jax.jit(wrap(first), out_shardings=whole),
       jax.jit(wrap(step), donate_argnums=1, out_shardings=(whole, whole, state)))
@@ -206,7 +211,8 @@ def decode(run: Programs, params: Any, hidden_BD: jax.Array, memory: Memory, *, 
 def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *,
                    max_new_tokens: int, sampling: Sampling = Sampling(), capacity: int = 0,
                    chunk: int = 256, stop_token: int = -1, banned: Sequence[int] = (),
-                   seed: int = 0, layout: mesh.Layout | None = None) -> Iterator[np.ndarray]:
+                   seed: int = 0, layout: mesh.Layout | None = None,
+                   sources: Sequence[Sequence[int]] | None = None) -> Iterator[np.ndarray]:
   """Carries on several prompts of any lengths at once; one [B] array of token ids a step.
 
   Args:
@@ -221,6 +227,7 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
     banned: ids that are never chosen, such as the separator where it does not stop the text.
     seed: the draw; token n of the same call with the same seed is the same token.
     layout: the mesh that `params` are on, whose `seq` shares caches and prompts; None: one device.
+    sources: of an encoder-decoder, token ids of what each row is to be made from.
   """
   lengths = [len(prompt) for prompt in prompts]
   if not lengths or min(lengths) < 1:
@@ -231,11 +238,21 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
     raise ValueError(f'capacity={capacity}: the prompt and max_new_tokens={max_new_tokens} need '
                      f'{needed}')
   run = programs(graphdef, sampling, stop_token, tuple(banned), layout)
-  memory = Memory(run.fresh(len(prompts), capacity, params),
-                  [np.asarray(prompt, np.int32) for prompt in prompts])
+  state = (run.fresh(len(prompts), capacity, params) if sources is None else
+           run.encode(capacity, params, *padded(sources, chunk)))
+  memory = Memory(state, [np.asarray(prompt, np.int32) for prompt in prompts])
   hidden_BD = read_tail(run, params, memory, chunk)
   yield from decode(run, params, hidden_BD, memory, max_new_tokens=max_new_tokens,
                     stop_token=stop_token, seed=seed)
+
+
+def padded(rows: Sequence[Sequence[int]], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+  """(ids, which are there) [B, S]; S in whole chunks, so that sources of like length share programs."""
+  size = -(-max(map(len, rows)) // chunk) * chunk
+  ids_BS = np.zeros((len(rows), size), np.int32)
+  for row, ids in enumerate(rows):
+    ids_BS[row, :len(ids)] = ids
+  return ids_BS, np.arange(size) < np.array([len(ids) for ids in rows])[:, None]
 
 
 def generate(graphdef: nnx.GraphDef, params: Any, prompt_ids: Sequence[int],
