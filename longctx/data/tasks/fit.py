@@ -2,7 +2,8 @@
 
 A prompt is `build(filler)` for some text that may be cut anywhere. Tokens of subwords do not add up: where
 a cut goes through a word, its rest is other tokens. So the cut is found by trying: by the rate of tokens a
-byte so far, then byte by byte about the place, and at last with a few full stops in place of what is there.
+byte so far, then byte by byte about the place, and at last with a few full stops, or words of one token in
+most tokenizers, in place of what is there.
 Held by: tests/test_task_fit.py.
 """
 
@@ -16,8 +17,9 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
 NEAR = 48          # bytes tried on either side of the cut
-STOPS = 8          # full stops at the end, at most
+ENDS, STOPS = (b' .', b' the', b'.'), 8   # of many and of few tokens a byte; so many at the end, at most
 BYTES = 8          # a token of running text, at most, on average; with fewer an example is refused, not short
+ENDING = STOPS * max(map(len, ENDS))   # bytes of it
 RATE_BYTES = 4096  # of the text, by which tokens a byte are guessed
 
 
@@ -79,10 +81,11 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
       if exact(cut):
         return build(text[:cut]), text[:cut]
   best = max(cut for cut, found in seen.items() if found <= want)
-  for stops in (*(b' .' * n for n in range(1, STOPS + 1)), *(b'.' * n for n in range(1, STOPS + 1))):
-    for back in range(NEAR):
-      filler = text[:between(text, max(0, best - back))] + stops
-      if draw.count(build(filler)) == want:
-        return build(filler), filler
+  for count in range(1, STOPS + 1):
+    for stop in ENDS:
+      for back in range(NEAR):
+        filler = text[:between(text, max(0, best - back))] + count * stop
+        if draw.count(build(filler)) == want:
+          return build(filler), filler
   raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many tokens with '
                     f'this tokenizer; try {draw.length + 1}')

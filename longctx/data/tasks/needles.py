@@ -64,8 +64,8 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
   """
   most = text if isinstance(text, bytes) else haystack.of(draw, text)(fit.bytes_for(draw))
   starts = haystack.sentence_starts(most) if places is None else places
-  # Not among the full stops that end a text; where there are parts, nor in the one that is cut.
-  spare = 2 * fit.STOPS if places is None else -1
+  # Not among what ends a text for its length's sake; where there are parts, nor in the one that is cut.
+  spare = fit.ENDING if places is None else -1
   order = sorted(range(len(needles)), key=lambda i: (depths[i], i))
 
   def laid(part: bytes) -> tuple[bytes, dict[int, int]]:

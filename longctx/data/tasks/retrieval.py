@@ -95,15 +95,16 @@ def passages(draw: Draw, size: int) -> tuple[list[tuple[str, str]], str]:
   for start in starts.tolist():
     if start - cuts[-1] >= PASSAGE:
       cuts.append(start)
-  for i in draw.rng.permutation(len(cuts) - 1).tolist():
+  parts = [text[low:high].strip() for low, high in itertools.pairwise(cuts)]
+  for i in draw.rng.permutation(len(parts)).tolist():
     inside = starts[(starts >= cuts[i]) & (starts <= cuts[i + 1])]
-    for low, high in itertools.pairwise(inside):
-      sentence = text[low:high].strip()
-      if len(sentence) >= SENTENCE and text.count(sentence) == 1:
-        parts = [text[low:high].strip().decode() for low, high in itertools.pairwise(cuts)]
-        return [('Passage', one) for one in [parts[i], *parts[:i], *parts[i + 1:]]], sentence.decode()
-  raise ConfigError(f'eval.haystack={draw.haystack!r}: no sentence of it is of {SENTENCE} bytes and there once '
-                    'only, so that none tells one passage from another; give another text')
+    said = [text[low:high].strip() for low, high in itertools.pairwise(inside)]
+    sentence = min(said, key=lambda one: (len(one) < SENTENCE, sum(one in part for part in parts)))
+    others = [one for one in parts if sentence not in one]
+    if len(sentence) >= SENTENCE and len(others) > len(parts) // 2:
+      return [('Passage', one.decode()) for one in [parts[i], *others]], sentence.decode()
+  raise ConfigError(f'eval.haystack={draw.haystack!r}: no sentence of it is of {SENTENCE} bytes and seldom enough '
+                    'to tell one passage from another; give another text')
 
 
 def corpus_in_context(draw: Draw) -> Example:
