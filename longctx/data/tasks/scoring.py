@@ -2,13 +2,18 @@
 
 The two of RULER (NVIDIA/RULER, scripts/eval/synthetic/constants.py): letters alike in both cases, and
 control characters of the answer taken as line ends. An answer that says more than is asked is not punished.
+This file runs without the rest of longctx: evaluation/harness_tasks.py writes it beside the tasks it exports.
 Held by: tests/test_task_scoring.py.
 """
 
+from __future__ import annotations
+
 import difflib
 import re
+from typing import TYPE_CHECKING
 
-from longctx.data.tasks.example import Example
+if TYPE_CHECKING:
+  from longctx.data.tasks.example import Example
 
 CONTROL = re.compile('[\x00-\x1f]')
 

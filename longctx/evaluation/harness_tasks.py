@@ -1,0 +1,111 @@
+"""Tasks of this library as files that lm_eval runs on anybody's model; its tokenizer as Hugging Face's.
+
+For each task and length, NAME_LENGTH.yaml and .jsonl, an example a line; beside them the Python that reads and
+scores them, which needs nothing of longctx. All lengths of a task run by the tag longctx_NAME. The folder can be
+moved. Lengths are counted with the tokenizer that is given here; another model's may need more or fewer tokens.
+Held by: tests/test_lm_eval.py.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longctx.data.tasks import scoring
+from longctx.data.tasks.example import Example, Task, example
+from longctx.data.tasks.table import TASKS
+from longctx.data.tokenizer import Bytes, Tokenizer
+from longctx.errors import ConfigError, check_choice
+from longctx.evaluation import exported
+from longctx.files import atomic_write
+
+YAML = """\
+task: {name}
+tag: [{tag}]
+dataset_path: ""
+dataset_name: ""
+custom_dataset: !function longctx_tasks.load
+dataset_kwargs: {{longctx_file: {file}}}
+output_type: generate_until
+test_split: test
+num_fewshot: 0
+doc_to_text: prompt
+doc_to_target: target
+target_delimiter: ""
+process_results: !function longctx_tasks.process_results
+metric_list: [{{metric: score, aggregation: mean, higher_is_better: true}}]
+generation_kwargs: {{do_sample: false, max_gen_toks: {new_tokens}, until: []}}
+metadata: {metadata}
+"""
+
+
+def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples: int, tokenizer: Tokenizer,
+           seed: int, depths: int, haystack: str, paragraphs: str) -> list[str]:
+  """Writes tasks into a folder; returns the names that lm_eval knows them by."""
+  for name in names:
+    check_choice('--tasks', name, TASKS)
+  made = {(name, length): _examples(name, length, samples, tokenizer, seed, depths, haystack, paragraphs)
+          for name in names for length in lengths}   # all before any is written: a length may be too short
+  try:
+    os.makedirs(folder, exist_ok=True)
+    for file, source in (('longctx_tasks.py', exported), ('scoring.py', scoring)):
+      shutil.copyfile(source.__file__, os.path.join(folder, file))
+    for (name, length), examples in made.items():
+      about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint, seed=seed, depths=depths,
+                   haystack=haystack, paragraphs=paragraphs, floor=TASKS[name].floor, source=TASKS[name].source)
+      _write(pathlib.Path(folder), name, length, examples, about)
+  except OSError as e:
+    raise ConfigError(f'--export={folder}: cannot be written: {e.strerror}; give another folder') from e
+  return [f'longctx_{name}_{length}' for name, length in made]
+
+
+def _examples(name: str, length: int, samples: int, tokenizer: Tokenizer, seed: int, depths: int, haystack: str,
+              paragraphs: str) -> list[Example]:
+  where = np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5 if depths else None]
+  return [example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
+                  depth=where[index % len(where)], haystack=haystack, paragraphs=paragraphs)
+          for index in range(samples)]
+
+
+def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Example], about: dict[str, Any]) -> None:
+  file = f'{name}_{length}.jsonl'
+  lines = [json.dumps(_line(index, TASKS[name], one), ensure_ascii=False) for index, one in enumerate(examples)]
+  atomic_write(folder / file, '\n'.join([*lines, '']).encode())
+  text = YAML.format(name=f'longctx_{name}_{length}', tag=f'longctx_{name}', file=file, metadata=json.dumps(about),
+                     new_tokens=max(one.new_tokens for one in examples))   # of a data set lm_eval takes one number
+  atomic_write(folder / f'{name}_{length}.yaml', text.encode())
+
+
+def _line(index: int, task: Task, one: Example) -> dict[str, Any]:
+  if getattr(scoring, task.score.__name__, None) is not task.score:
+    raise AssertionError(f'{task.score}: must be a function of data/tasks/scoring.py, which is what is exported')
+  return dict(index=index, prompt=one.prompt.decode(), question=one.question, target=one.target.decode(),
+              references=list(one.references), new_tokens=one.new_tokens, depth=one.depth,
+              needles=[list(span) for span in one.needles], scorer=task.score.__name__,
+              info=json.dumps(dict(one.info)))   # a string: data sets want the same fields in every line
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str) -> bool:
+  """Files of a Hugging Face tokenizer with the same tokens; False where it has none.
+
+  lm_eval's tasks that make text to a length count with it; it is not what a model of longctx reads.
+  """
+  if not isinstance(tokenizer, Bytes):
+    return False
+  # GPT-2's spelling of bytes: itself where it can be seen, else a letter from 256 on.
+  seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  hidden = iter(range(256, 512))
+  vocab = {chr(byte if byte in seen else next(hidden)): byte for byte in range(256)}
+  level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=False)
+  files = {
+      'tokenizer.json': dict(version='1.0', added_tokens=[], normalizer=None, pre_tokenizer=level, decoder=level,
+                             post_processor=None, truncation=None, padding=None,
+                             model=dict(type='BPE', vocab=vocab, merges=[])),
+      'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)}
+  for name, content in files.items():
+    (pathlib.Path(folder) / name).write_text(json.dumps(content), encoding='utf-8')
+  return True

@@ -1,0 +1,224 @@
+"""python -m longctx.lm_eval --model longctx --model_args workdir=W[,checkpoint=best,...] --tasks T [...]
+python -m longctx.lm_eval --export=DIR --tasks=passkey --lengths=1024,4096 --samples=100 --tokenizer=bytes
+
+The first runs EleutherAI's lm-evaluation-harness, with all of its own flags, on a checkpoint of a
+workdir; --model_args takes
+
+  workdir       folder of a run; nothing is written there
+  checkpoint    newest (that can be read), best (of the lowest validation loss), or a step
+  use_ema       True: the averaged parameters
+  seq           devices that share what the model remembers, for contexts larger than one holds
+  segment       tokens of a text that are read in one call (512)
+  max_length    tokens of a text at most; 0 (the default): the model's own, which may be any number
+  max_gen_toks  tokens to write where a task does not say (256)
+  truncate      error (the default), or left: cut the beginning of a text that is too long, and count it
+
+and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make their text to
+a length in tokens (RULER's) are given the checkpoint's tokenizer, unless --metadata names another.
+
+The second writes tasks of this library as files that lm_eval runs on anybody's model: one data set for each
+length, its length counted in the tokens of --tokenizer.
+"""
+
+# A user's mistake ends in one line on stderr and exit status 2.
+# Held by: tests/test_lm_eval.py.
+
+import contextlib
+import functools
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from longctx import command_line
+from longctx.command_line import complain
+from longctx.errors import ConfigError, check, check_range, nearest
+from longctx.main import check_devices, set_compilation_cache
+
+INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
+MODEL = 'longctx'
+# Where lm_eval itself checks what its user gave; a ValueError from elsewhere is a fault.
+CHECKS = (os.path.join('config', 'evaluate_config.py'), os.path.join('api', 'registry.py'))
+
+
+def check_installed() -> None:
+  try:
+    import lm_eval.api.model  # noqa: F401
+  except ImportError as e:
+    raise ConfigError(f'lm_eval: cannot be imported ({e}); {INSTALL}') from e
+
+
+@functools.cache
+def model_class() -> type:
+  """What lm_eval makes from --model longctx; named to lm_eval once."""
+  import lm_eval.models  # noqa: F401  before ours: lm_eval names its own only while there is none
+  from lm_eval.api.registry import register_model
+
+  from longctx.evaluation import harness
+
+  @register_model(MODEL)
+  class Longctx(harness.Harness):
+    """A checkpoint. lm_eval gives batch_size, device and trust_remote_code besides --model_args."""
+
+    def __init__(self, *, workdir: str = '', checkpoint: str | int = 'newest', use_ema: bool = False, seq: int = 1,
+                 segment: int = 512, max_length: int = 0, max_gen_toks: int = 256, truncate: str = 'error',
+                 batch_size: str | int = 1, device: str | None = None, trust_remote_code: bool = False, **unknown: Any):
+      del device, trust_remote_code   # JAX_PLATFORMS has the first; the second is of data sets
+      known = ('workdir', 'checkpoint', 'use_ema', 'seq', 'segment', 'max_length', 'max_gen_toks', 'truncate')
+      for name in unknown:
+        check(name == 'max_batch_size', f'--model_args: {name}: unknown{nearest(name, known)}; a model of longctx has '
+              f'{", ".join(known)}')
+        raise ConfigError("--max_batch_size: does nothing here; give --batch_size, and no 'auto'")
+      check(str(batch_size).isdigit(), f'--batch_size={batch_size}: must be a whole number, such as 8')
+      check(isinstance(use_ema, bool), f'--model_args use_ema={use_ema}: must be True or False')
+      for name, value in dict(seq=seq, segment=segment, max_length=max_length, max_gen_toks=max_gen_toks).items():
+        check(type(value) is int, f'--model_args {name}={value}: must be a whole number')
+      told = dict(workdir=workdir, checkpoint=checkpoint, use_ema=use_ema, seq=seq, segment=segment)
+      super().__init__(
+          open_subject(workdir, str(checkpoint), use_ema, seq, int(batch_size), segment), batch_size=int(batch_size),
+          max_length=max_length, max_gen_toks=max_gen_toks, truncate=truncate, told=told)
+
+  return Longctx
+
+
+def open_subject(workdir: str, checkpoint: str, use_ema: bool, seq: int, batch_size: int, segment: int) -> Any:
+  """The model of a checkpoint."""
+  check(bool(workdir), '--model_args: workdir is missing; give the folder of a trained run: --model_args '
+        'workdir=runs/quickstart')
+  command_line.check_checkpoint(checkpoint)
+  check_range('--model_args seq', seq, low=1)
+  from longctx import assembly
+  from longctx.evaluation.subject import ModelSubject
+  graphdef, params, tokenizer, _, layout = assembly.load_for_inference(
+      workdir, use_ema=use_ema, checkpoint=checkpoint, seq=seq)
+  return ModelSubject(graphdef, params, tokenizer, layout=layout, batch_size=batch_size, segment=segment)
+
+
+# Running lm_eval.
+
+
+def run(words: list[str]) -> None:
+  """lm_eval's own command line."""
+  check_installed()
+  from lm_eval._cli import HarnessCLI
+  from lm_eval.utils import setup_logging
+  model_class()
+  setup_logging()
+  with _command_line(words):
+    parser = HarnessCLI()
+    args = parser.parse_args()
+  if args.command != 'run':
+    return parser.execute(args)
+  check_flags(args)
+  if args.model == MODEL:
+    check_devices()
+    set_compilation_cache('')
+  try:
+    with given_tokenizer(args):
+      parser.execute(args)
+  except FloatingPointError as e:
+    raise ConfigError(str(e)) from e
+  except ValueError as e:
+    if traceback.extract_tb(e.__traceback__)[-1].filename.endswith(CHECKS):
+      raise ConfigError(f'lm_eval: {e}') from e
+    raise
+
+
+@contextlib.contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+  """lm_eval reads sys.argv, and writes into it."""
+  before, sys.argv = sys.argv, ['lm_eval', *words]
+  try:
+    yield
+  finally:
+    sys.argv = before
+
+
+def check_flags(args: Any) -> None:
+  """What lm_eval would fill in, or take and do nothing with."""
+  check(bool(args.model or args.config), f'--model: missing; give --model {MODEL} --model_args workdir=W')
+  check(bool(args.tasks or args.config), '--tasks: missing; python -m longctx.lm_eval ls tasks tells them')
+  check(args.model != MODEL or args.device is None, f'--device={args.device}: does nothing with --model {MODEL}; set '
+        'JAX_PLATFORMS')
+
+
+@contextlib.contextmanager
+def given_tokenizer(args: Any) -> Iterator[None]:
+  """Tells tasks that count tokens of the checkpoint's tokenizer, as files that Hugging Face's library reads."""
+  metadata, workdir = args.metadata or {}, (args.model_args or {}).get('workdir')
+  if args.model != MODEL or not workdir or {'tokenizer', 'pretrained', 'model'} & set(metadata):
+    yield
+    return
+  from longctx.data import tokenizer
+  from longctx.evaluation import harness_tasks
+  from longctx.training import workdir as workdir_lib
+  own = tokenizer.load_tokenizer(workdir_lib.load_config(workdir).data.tokenizer)
+  with tempfile.TemporaryDirectory() as folder:
+    if harness_tasks.write_tokenizer(own, folder):
+      args.metadata = dict(metadata, tokenizer=folder)
+    yield
+
+
+# Writing tasks for lm_eval.
+
+
+def define_export_flags() -> flags.FlagValues:
+  table = flags.FlagValues()
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
+  whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
+  text('export', '', 'Folder to write into.')
+  text('tasks', '', 'Tasks of this library, with commas between.')
+  text('lengths', '', 'Tokens of a prompt and its answer, with commas between.')
+  whole('samples', 100, 'Examples of each task and length.')
+  text('tokenizer', '', "What counts the tokens: 'bytes', or the path of a SentencePiece .model file.")
+  whole('seed', 0, 'The same seed makes the same examples.')
+  whole('depths', 0, 'Where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly drawn.')
+  text('haystack', '', "What needles are hidden in: '' is each task's own, 'repeated', 'noise', or a glob of "
+       'text files.')
+  text('paragraphs', '', "What is asked about: '' is invented documents; or a glob of SQuAD or HotpotQA files.")
+  return table
+
+
+def export(argv: list[str]) -> None:
+  f = define_export_flags()
+  command_line.parse_flags(f, argv)
+  for name, such in (('export', 'runs/tasks'), ('tasks', 'passkey'), ('lengths', '1024,4096'), ('tokenizer', 'bytes')):
+    check(bool(f[name].value), f'--{name}: missing; give --{name}={such} or so')
+  lengths = f.lengths.split(',')
+  check(all(length.strip().isdigit() for length in lengths), f'--lengths={f.lengths}: must be whole numbers with '
+        'commas between, such as 1024,4096')
+  for name, low in dict(samples=1, seed=0, depths=0).items():
+    check_range(f'--{name}', f[name].value, low=low)
+  from longctx.data.tokenizer import load_tokenizer
+  from longctx.evaluation import harness_tasks
+  names = harness_tasks.export(
+      f.export, [name.strip() for name in f.tasks.split(',')], lengths=[int(length) for length in lengths],
+      samples=f.samples, tokenizer=load_tokenizer(f.tokenizer), seed=f.seed, depths=f.depths,
+      haystack=f.haystack, paragraphs=f.paragraphs)
+  print(f'wrote {", ".join(names)}\nlm_eval --include_path {f.export} --tasks {",".join(names)} --model ...')
+
+
+def main(argv: list[str]) -> int:
+  try:
+    words = argv[1:]
+    if not words or (command_line.HELP & set(words) and len(words) == 1):
+      print(command_line.help_text(__doc__, define_export_flags()))
+      print(f'\nThe flags of lm_eval ({INSTALL}): python -m longctx.lm_eval run --help')
+    elif any(word.lstrip('-').partition('=')[0] == 'export' for word in words if word.startswith('-')):
+      export(argv)
+    else:
+      run(words)
+  except ConfigError as e:
+    return complain(e)
+  except KeyboardInterrupt:
+    complain(KeyboardInterrupt('interrupted; with --use_cache PATH the same command carries on'))
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
