@@ -1,0 +1,229 @@
+"""Rows of examples and hidden tokens: written-out rows, splits, lengths, counts, seeds and hosts."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from longctx.data import examples, generators, masking, stream
+from longctx.data.tokenizer import Bytes
+from longctx.errors import ConfigError
+
+SEP = 256
+pairs = functools.partial(stream.Config, form='pairs', corpus='generated', generator='translate',
+                          long_documents='drop', length=64, source_length=64, batch_size=4, threads=0,
+                          prefetch=0)
+labels = functools.partial(pairs, form='labels', generator='sentiment', source_length=0, length=340)
+
+
+def rows(config, split='train', seed=0, **hosts):
+  return stream.open_rows(config, split=split, seed=seed, **hosts)[0]
+
+
+def text(ids):
+  return Bytes().decode(np.asarray(ids))
+
+
+# --- The generators: their rules, by hand.
+
+
+class Script:
+  """In place of a generator of numbers: gives what is written, in turn."""
+
+  def __init__(self, integers, randoms):
+    self.numbers, self.randoms = iter(integers), iter(randoms)
+
+  def integers(self, *bounds):
+    del bounds
+    return next(self.numbers)
+
+  def random(self):
+    return next(self.randoms)
+
+
+@pytest.mark.parametrize('subject,thing,verb,denied,source,target', [
+    # noun, number, how many adjectives, which
+    ((10, 2, 1, 2), (3, 0, 0), 0, 0.9, b'three small horses see one river',
+     b'tri kavalos mikos un fluman videm'),
+    ((11, 2, 0), (4, 3, 1, 0), 6, 0.1, b'three songs do not fear four red houses',
+     b'tri kantas kar domiosn rusosn ne timem'),
+    ((0, 0, 0), (8, 1, 2, 1, 3), 5, 0.9, b'one fox carries two old dark stars',
+     b'un vulo du stelasn vetulasn noktasn porte')])
+def test_translations_by_hand(subject, thing, verb, denied, source, target):
+  assert generators.translate(Script([*subject, *thing, verb], [denied])) == (source, target)
+
+
+def test_summaries_name_what_was_announced():
+  rng = np.random.default_rng(1)
+  for _ in range(50):
+    source, target = generators.summarise(rng)
+    said = [f'{s.split()[0]}: {s.split()[4]}' for s in source.decode().split('. ')
+            if s.split()[1] == 'announced']
+    assert target.decode() == '; '.join(said) and 1 <= len(said) <= 3
+
+
+def test_sentiments_are_what_most_opinions_are():
+  rng, seen = np.random.default_rng(1), []
+  for _ in range(300):
+    source, label = generators.sentiment(rng)
+    good = bad = 0
+    for sentence in source.decode().rstrip('.').split('. '):
+      words = sentence.split(' was ')
+      if len(words) == 2 and sentence.startswith('The ') and words[1] != 'half full':
+        denied = words[1].startswith('not ')
+        is_good = (words[1].removeprefix('not ') in generators.GOOD) != denied
+        good, bad = good + is_good, bad + (not is_good)
+    assert good + bad in (3, 5, 7) and label == (good > bad)
+    seen.append(label)
+  assert 0.4 < np.mean(seen) < 0.6
+
+
+# --- Rows.
+
+
+def test_a_row_of_a_pair_by_hand(tmp_path):
+  (tmp_path / 'a.tsv').write_bytes(b'ab\txyz\n')
+  config = pairs(corpus='files', generator='', files=f'{tmp_path}/*.tsv', length=6, source_length=5,
+                 batch_size=1, validation_fraction=0.0, test_fraction=0.0)
+  row = {k: v[0].tolist() for k, v in rows(config)[0].items()}
+  a, b, x, y, z = b'abxyz'
+  assert row == dict(
+      tokens=[SEP, x, y, z, 0, 0], targets=[x, y, z, SEP, 0, 0], loss_mask=[1, 1, 1, 1, 0, 0],
+      positions=[0, 1, 2, 3, 0, 0], segment_ids=[1, 1, 1, 1, 0, 0],
+      document_start=[True] + [False] * 5, source=[a, b, SEP, 0, 0],
+      source_valid=[True, True, True, False, False])
+
+
+def test_a_row_of_a_class_by_hand(tmp_path):
+  for name, content in (('train/bad/0', 'no'), ('test/bad/0', 'n'), ('train/good/0', 'yes'),
+                        ('test/good/0', 'y'), ('train/unsup/0', 'so')):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / f'{name}.txt').write_text(content)
+  config = labels(corpus='files', generator='', files=str(tmp_path), length=4, batch_size=2,
+                  validation_fraction=0.0, test_fraction=0.0)
+  found = rows(config)[0]
+  by_class = sorted(zip(found['targets'][:, 0].tolist(), found['tokens'].tolist()))
+  assert by_class == [(0, [SEP, *b'no', 0]), (1, [SEP, *b'yes'])]
+  np.testing.assert_array_equal(found['loss_mask'], [[1, 0, 0, 0]] * 2)
+  assert rows(config, 'test').num_rows == 2 and examples.num_classes(config) == 2
+  with pytest.raises(ConfigError, match='validation split is empty'):
+    rows(config, 'validation')
+
+
+def test_no_source_is_in_two_splits():
+  sources = {}
+  for split in ('train', 'validation', 'test'):
+    found = rows(pairs(batch_size=64), split)
+    sources[split] = {text(s[:v.sum()]) for i in range(8)
+                      for s, v in zip(found[i]['source'], found[i]['source_valid'])}
+    assert len(sources[split]) > 500
+  assert not sources['train'] & (sources['validation'] | sources['test'])
+  assert not sources['validation'] & sources['test']
+
+
+def test_rows_are_of_their_seed_and_of_any_number_of_hosts():
+  config = pairs()
+  whole = rows(config)[3]
+  parts = [rows(config, host_index=i, num_hosts=2)[3] for i in range(2)]
+  for name, x in whole.items():
+    np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), x)
+  assert (rows(config, seed=1)[3]['source'] != whole['source']).any()
+  stream_ = stream.open_stream(config, seed=0)
+  first, state = [next(stream_) for _ in range(4)], stream_.state()
+  again = stream.open_stream(config, seed=0)
+  again.restore(state | {'next_index': 3})
+  np.testing.assert_array_equal(next(again)['tokens'], first[3]['tokens'])
+  with pytest.raises(ConfigError, match='content'):
+    stream.open_stream(dataclasses.replace(config, generator='summarise', length=64,
+                                           source_length=460), seed=0).restore(state)
+
+
+def test_every_example_of_files_is_read_once_an_epoch(tmp_path):
+  lines = [f's{i}\tt{i}' for i in range(10)]
+  (tmp_path / 'a.tsv').write_text('\n'.join(lines))
+  config = pairs(corpus='files', generator='', files=f'{tmp_path}/a.tsv', batch_size=5,
+                 validation_fraction=0.0, test_fraction=0.0)
+  found = rows(config)
+  epochs = [[text(row[:m.sum()]) for i in (j, j + 1) for row, m in
+             zip(found[i]['tokens'], found[i]['loss_mask'] > 0)] for j in (0, 2)]
+  assert sorted(epochs[0]) == sorted(epochs[1]) == [f't{i}'.encode() for i in range(10)]
+  assert epochs[0] != epochs[1]
+
+
+def test_what_is_too_long_is_left_out_or_cut_and_counted(tmp_path):
+  (tmp_path / 'a.tsv').write_text('abcd\txy\nabcde\txyzw\nab\tx\n')
+  config = pairs(corpus='files', generator='', files=f'{tmp_path}/a.tsv', length=4, source_length=5,
+                 batch_size=1, validation_fraction=0.0, test_fraction=0.0)
+  assert rows(config).accounting()['dropped_documents'] == 1
+  cut = rows(dataclasses.replace(config, long_documents='trim'))
+  counts = cut.accounting()
+  assert (counts['trimmed_tokens'], counts['documents_cut'], counts['dropped_documents']) == (2, 1, 0)
+  assert counts['tokens'] == 3 + 4 + 2 and counts['bytes'] == 2 + 3 + 1
+  sources = {text(cut[i]['source'][0][:cut[i]['source_valid'][0].sum()]) for i in range(3)}
+  assert sources == {b'abcd', b'ab'}
+  with pytest.raises(ConfigError, match=r'all 3 examples .* are longer than a row'):
+    rows(dataclasses.replace(config, length=1))
+  with pytest.raises(ConfigError, match=r'none of \d+ examples .* fits data.length=12'):
+    rows(pairs(length=12))[0]
+
+
+@pytest.mark.parametrize('settings,message', [
+    (dict(long_documents='split'), "long_documents='split': with data.form='pairs' a row is one example"),
+    (dict(source_length=0), 'data.source_length=0: must be at least 2'),
+    (dict(generator='sentiment'), r"data.generator .*='sentiment': must be one of translate, summarise"),
+    (dict(form='labels'), "data.generator .*='translate': must be one of sentiment"),
+    (dict(corpus='stdlib', generator=''), r"data.corpus .*='stdlib': must be one of files, generated"),
+    (dict(split='contiguous'), "data.split='contiguous': examples .* are not cut"),
+    (dict(mask_rate=0.3), "data.mask_rate=0.3: is read with data.form='masked' only"),
+    (dict(form='masked', corpus='stdlib', generator=''), "data.source_length=64: is read with")])
+def test_mistakes_are_refused_by_name(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    pairs(**settings)
+
+
+@pytest.mark.parametrize('content,message', [
+    ('a\tb\nc\n', r'a.tsv:2: has 0 tabs; must have one'), ('a\tb\tc', r'a.tsv:1: has 2 tabs')])
+def test_lines_that_are_no_pair_are_refused_by_their_number(tmp_path, content, message):
+  (tmp_path / 'a.tsv').write_text(content)
+  with pytest.raises(ConfigError, match=message):
+    rows(pairs(corpus='files', generator='', files=f'{tmp_path}/a.tsv'))
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match='of at least two classes'):
+    rows(labels(corpus='files', generator='', files=str(tmp_path)))
+
+
+# --- Hidden tokens.
+
+
+def test_hidden_tokens_are_80_10_10_of_15_percent_of_the_text():
+  rng, count = np.random.default_rng(0), 200_000
+  tokens = rng.integers(0, 257, count).astype(np.int32)
+  is_text = np.arange(count) % 10 < 8
+  hidden, chosen = masking.masked(tokens, is_text, 0.15, Bytes(), rng)
+  assert not (chosen & (~is_text | (tokens == SEP))).any()
+  np.testing.assert_array_equal(hidden[~chosen], tokens[~chosen])
+  assert abs(chosen.sum() / (is_text & (tokens != SEP)).sum() - 0.15) < 0.004
+  masks, same = hidden[chosen] == 257, hidden[chosen] == tokens[chosen]
+  assert abs(masks.mean() - 0.8) < 0.01 and abs(same.mean() - 0.1) < 0.01
+  others = hidden[chosen][~masks & ~same]
+  assert SEP not in others and set(others.tolist()) == set(range(256))
+
+
+def test_masked_rows_guess_their_own_tokens_and_are_of_their_seed(tmp_path):
+  for i in range(8):
+    (tmp_path / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog ' * 9)
+  config = stream.Config(form='masked', corpus='files', files=f'{tmp_path}/*.txt', length=64,
+                         batch_size=4, cache_dir=f'{tmp_path}/cache', threads=0, prefetch=0,
+                         split='contiguous')
+  plain = rows(dataclasses.replace(config, form='packed'))[2]
+  found = rows(config)[2]
+  np.testing.assert_array_equal(found['targets'], plain['tokens'])
+  moved = found['tokens'] != plain['tokens']
+  assert 0 < moved.sum() < 60 and not (moved & (found['loss_mask'] == 0)).any()
+  np.testing.assert_array_equal(found['segment_ids'], plain['segment_ids'])
+  np.testing.assert_array_equal(rows(config, host_index=1, num_hosts=2)[2]['tokens'],
+                                found['tokens'][2:])
+  assert (rows(config)[3]['loss_mask'] != found['loss_mask']).any()
