@@ -16,7 +16,7 @@ import ml_collections
 
 from longctx.data import stream
 from longctx.errors import ConfigError, check, check_range, nearest
-from longctx.evaluation import perplexity
+from longctx.evaluation import perplexity, tasks
 from longctx.models import (
   decoder,
   encoder,
@@ -79,6 +79,7 @@ SECTIONS = {
     'mesh': mesh.Config,
     'run': Run,
     'perplexity': perplexity.Config,
+    'eval': tasks.Config,
 }
 
 
@@ -93,6 +94,7 @@ class Parts(NamedTuple):
   mesh: mesh.Config
   run: Run
   perplexity: perplexity.Config
+  eval: tasks.Config
 
 
 def check_variant(variant: str, variants: tuple[str, ...] = ('', 'debug')) -> None:

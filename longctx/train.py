@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from longctx import assembly, retrofit
+from longctx import assembly, examine, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
@@ -51,12 +51,15 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
 
 def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
                      checkpoint: str = 'newest') -> int:
-  """--mode=eval: scores a checkpoint and writes evaluation.json and the figure."""
+  """--mode=eval: puts a checkpoint to tasks, or else scores held-out text; see examine, publish."""
   workdir.load_config(folder)   # a workdir without a run is refused by name
   a = assembly.assemble(config)
   # Another window, base or split of the text would be scored without an error.
   workdir.agree(folder, config, allow_config_change, record=False,
                 free=(*workdir.FREE, *workdir.NOT_SCORED))
+  if a.parts.eval.tasks:
+    examine.run(a, config, folder, checkpoint)
+    return 0
   at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                         checkpoint=checkpoint)
   return 0 if publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1

@@ -1,0 +1,163 @@
+"""What was asked and answered, a JSON line an example, and the table that comes of it.
+
+W/tasks.jsonl grows a batch at a time, each written in one call: after a kill at most its last line is torn,
+and the same evaluation carries on behind it. A line's `key` is the hash of all that its answer depends on but
+the example itself (checkpoint, seed, haystack, ...): lines of another key stay where they are and are not
+counted, so that one file may hold several evaluations.
+Held by: tests/test_eval_records.py.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from longctx.errors import ConfigError
+from longctx.files import atomic_write, sync_folder
+
+Z = 1.959964   # of a normal distribution, 95 % lie within
+
+
+class Interval(NamedTuple):
+  mean: float
+  low: float
+  high: float
+
+
+def interval(scores: Sequence[float]) -> Interval:
+  """The mean of scores from 0 to 1 and its 95 % confidence interval.
+
+  Of scores that are all 0 or 1 Wilson's (1927), which holds at the ends too; of others the mean's, by
+  Student's t for so many.
+  """
+  n, mean = len(scores), math.fsum(scores) / len(scores)
+  if set(scores) <= {0, 1}:
+    middle = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
+  elif n == 1:
+    return Interval(mean, 0.0, 1.0)   # one says nothing of how far they spread
+  else:
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1))
+    middle, half = mean, _student(n - 1) * deviation / math.sqrt(n)
+  return Interval(mean, max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)))
+
+
+def _student(freedom: int) -> float:
+  """The 97.5 % point of Student's t: Cornish and Fisher's series, exact tables where it is not."""
+  exact = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058)
+  if freedom <= len(exact):
+    return exact[freedom - 1]
+  z, v = Z, freedom
+  return (z + (z ** 3 + z) / (4 * v) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * v * v)
+          + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * v ** 3))
+
+
+class Cell(NamedTuple):
+  """One task at one length. Scores are parts of 1."""
+
+  task: str
+  length: int
+  score: Interval | None      # None: no example was asked
+  control: float | None       # mean score of the same questions without their context; None: not asked
+  logprob: float | None       # mean log-probability of the right answers, natural; None: not asked
+  count: int                  # examples that were asked
+  too_long: int               # and those that were not, being longer than the model takes
+
+
+def cells(lines: Iterable[dict]) -> list[Cell]:
+  """In the order in which tasks and lengths come up first."""
+  groups: dict[tuple[str, int], list[dict]] = {}
+  for line in lines:
+    groups.setdefault((line['task'], line['length']), []).append(line)
+  made = []
+  for (task, length), group in groups.items():
+    asked = [line for line in group if not line['too_long']]
+    of = lambda field, asked=asked: [line[field] for line in asked if line.get(field) is not None]
+    mean = lambda values: math.fsum(values) / len(values) if values else None
+    made.append(Cell(task, length, interval(of('score')) if asked else None, mean(of('control_score')),
+                     mean(of('answer_logprob')), len(asked), len(group) - len(asked)))
+  return made
+
+
+def table(found: Sequence[Cell], floors: dict[str, float]) -> str:
+  """Markdown, in percent; the columns of what was asked of no cell are left out."""
+  percent = lambda x: '-' if x is None else f'{100 * x:.1f}' if x == 0 or x >= 5e-4 else f'{100 * x:.1g}'
+  columns = [
+      ('task', '---', lambda c: c.task),
+      ('length', '---:', lambda c: f'{c.length:,}'),
+      ('score, %', '---:', lambda c: percent(c.score and c.score.mean)),
+      ('95 % interval', '---', lambda c: '-' if c.score is None else
+       f'{percent(c.score.low)} to {percent(c.score.high)}'),
+      ('guessing', '---:', lambda c: percent(floors[c.task])),
+      ('without context', '---:', lambda c: percent(c.control)),
+      ('nats of the answer', '---:', lambda c: '-' if c.logprob is None else f'{-c.logprob:.3f}'),
+      ('n', '---:', lambda c: f'{c.count:,}'),
+      ('too long', '---:', lambda c: f'{c.too_long:,}')]
+  unused = {'without context': all(c.control is None for c in found),
+            'nats of the answer': all(c.logprob is None for c in found),
+            'too long': not any(c.too_long for c in found)}
+  columns = [column for column in columns if not unused.get(column[0])]
+  row = lambda values: '| ' + ' | '.join(values) + ' |'
+  return '\n'.join([row([name for name, _, _ in columns]), row([rule for _, rule, _ in columns]),
+                    *(row([cell(c) for _, _, cell in columns]) for c in found)])
+
+
+class Records:
+  """The lines of one key in W/tasks.jsonl. `enabled`: False on all processes but one, which write nothing."""
+
+  def __init__(self, folder: str | os.PathLike, key: str, enabled: bool = True):
+    """Reads the file; a torn last line is dropped. ConfigError names any other that is not ours."""
+    self.path, self.key, self.enabled = Path(folder) / 'tasks.jsonl', key, enabled
+    self.lines: dict[tuple, dict] = {}
+    if not enabled or not self.path.exists():
+      return
+    data = self.path.read_bytes()
+    whole = data[:data.rfind(b'\n') + 1]
+    for number, line in enumerate(whole.splitlines(), start=1):
+      try:
+        value = json.loads(line)
+        if value['key'] == key:
+          self.lines[identity(value)] = value
+      except (ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f'{self.path}: line {number} is no line of an evaluation; remove it, or the '
+                          'file, to have its examples asked again') from e
+    if len(whole) < len(data):
+      try:
+        os.truncate(self.path, len(whole))
+      except OSError as e:
+        raise ConfigError(f'{self.path}: cannot drop its torn last line ({e.strerror}); let yourself '
+                          'write there, or give another workdir') from e
+
+  def append(self, lines: Sequence[dict]) -> None:
+    """In one call, and on the disk when it returns."""
+    for line in lines:
+      self.lines[identity(line)] = line
+    if not self.enabled:
+      return
+    data = b''.join(json.dumps(line, allow_nan=False).encode() + b'\n' for line in lines)
+    try:
+      new = not self.path.exists()
+      with open(self.path, 'ab', buffering=0) as file:
+        end = file.tell()
+        if file.write(data) < len(data):
+          file.truncate(end)
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+      if new:
+        sync_folder(self.path.parent)
+    except OSError as e:
+      raise ConfigError(f'{self.path}: cannot be written ({e.strerror}); make room, and the same command '
+                        'carries on from there') from e
+
+  def write_table(self, text: str) -> None:
+    """W/tasks.md."""
+    if self.enabled:
+      atomic_write(self.path.with_suffix('.md'), text.encode())
+
+
+def identity(line: dict) -> tuple:
+  """Which example a line is of."""
+  return line['task'], line['length'], line['index']

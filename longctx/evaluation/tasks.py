@@ -1,0 +1,239 @@
+"""Tasks put to a subject: examples made, answers written and scored, each kept as a line (records.py).
+
+Every task of data/tasks/table.py at every length, `samples` examples each, a batch at a time. The control
+puts the same questions without their context: what is right then was not read. Nothing is ever cut: what is
+longer than the model takes is an error, or counted.
+Held by: tests/test_eval_tasks.py (oracle 100, constant the floor, interrupted == uninterrupted).
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from longctx.data.tasks.example import Example, example
+from longctx.data.tasks.table import TASKS
+from longctx.errors import ConfigError, check, check_choice, check_range
+from longctx.evaluation import records
+from longctx.evaluation.subject import Subject
+from longctx.training import processes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Which tasks are put, how often and how long."""
+  tasks: tuple[str, ...] = ()  # names of data/tasks/table.py; (): --mode=eval reads held-out text instead
+  lengths: tuple[int, ...] = ()  # tokens, the answer's too; (): data.length
+  samples: int = 100  # examples of each task and length
+  depths: int = 0  # where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly drawn
+  seed: int = 0
+  haystack: str = ''  # what needles are hidden in, see data/tasks/haystack.py; '': the task's own text
+  batch_size: int = 8  # rows read at once
+  segment: int = 512  # tokens a row and call
+  controls: bool = True  # the same questions without their context, too
+  answers: bool = False  # how likely the right answers are, too
+  too_long: str = 'error'  # than model.max_length: 'error', or 'count' and leave out
+
+  def __post_init__(self):
+    for name in self.tasks:
+      check_choice('eval.tasks', name, TASKS)
+    for length in self.lengths:
+      check_range('eval.lengths', length, low=1)
+    for name in ('tasks', 'lengths'):
+      values = getattr(self, name)
+      check(len(set(values)) == len(values), f'eval.{name}={values}: has one twice; give each once')
+    for name, low in dict(samples=1, depths=0, seed=0, batch_size=1, segment=1).items():
+      check_range(f'eval.{name}', getattr(self, name), low=low)
+    check(self.depths <= self.samples, f'eval.depths={self.depths}: must be at most eval.samples='
+          f'{self.samples}, or some depths have no example')
+    check_choice('eval.too_long', self.too_long, ('error', 'count'))
+
+
+def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> None:
+  """Refuses what the model is not made for, before anything is read."""
+  over = tuple(n for n in lengths if max_length and n > max_length)
+  check(not over or config.too_long == 'count', f'eval.lengths={over}: must be at most '
+        f"model.max_length={max_length}; set eval.too_long='count' to have such examples counted and "
+        'left out, or give a model.max_length that the model can do')
+
+
+def settings_key(config: Config, about: Mapping[str, Any]) -> str:
+  """The hash of all that an answer depends on, the example itself and rounding aside."""
+  parts = [about['checkpoint'], about['tokenizer'], config.seed, config.haystack, config.depths,
+           config.controls, config.answers]
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any], *,
+        lengths: tuple[int, ...]) -> list[records.Cell]:
+  """Puts what is not answered yet; all processes of a run call it. Prints the table, writes W/tasks.md.
+
+  Args:
+    subject: who answers.
+    config: what is asked.
+    folder: the workdir, where tasks.jsonl is or will be.
+    about: what each line tells of the model: `checkpoint` and `tokenizer` identify it.
+    lengths: config.lengths, or what stands for them.
+  """
+  check_lengths(config, lengths, subject.max_length)
+  main = jax.process_index() == 0
+  kept = processes.together(
+      lambda: records.Records(folder, settings_key(config, about), enabled=main))
+  maker = _Maker(subject, config, lengths)
+  done = {tuple(one) for one in processes.of_first([list(one) for one in kept.lines])}
+  processes.together(lambda: maker.check_first(kept))
+  progress = Progress(maker.tokens(), maker.tokens(done), enabled=main)
+  for batch in maker.batches(done):
+    lines = [dict(key=kept.key, **line, **about) for line in _answered(subject, config, batch)]
+    processes.together(lambda lines=lines: kept.append(lines))
+    progress.update(lines[-1], sum(line['length'] for line in lines))
+  progress.close()
+  wanted = [one for one in maker.identities() if main]
+  found = records.cells(kept.lines[one] for one in wanted)
+  if main:
+    text = records.table(found, {name: TASKS[name].floor for name in config.tasks})
+    print(text, flush=True)
+    kept.write_table(text + '\n')
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """An example and what it was made from."""
+
+  task: str
+  length: int
+  index: int
+  depth: float | None    # that was asked for
+  made: Example
+  tokens: np.ndarray     # of the prompt, the separator first
+
+
+class _Maker:
+  """The examples of an evaluation, by their index."""
+
+  def __init__(self, subject: Subject, config: Config, lengths: tuple[int, ...]):
+    self.config, self.lengths = config, lengths
+    self.tokenizer, self.max_length = subject.tokenizer, subject.max_length
+
+  def identities(self) -> Iterator[tuple]:
+    for task in self.config.tasks:
+      for length in self.lengths:
+        yield from ((task, length, index) for index in range(self.config.samples))
+
+  def tokens(self, of: Any = None) -> int:
+    """Of all examples, or of those among `of`."""
+    return sum(length for task, length, index in self.identities()
+               if of is None or (task, length, index) in of)
+
+  def make(self, task: str, length: int, index: int) -> Asked:
+    c = self.config
+    depth = float(np.linspace(0, 1, c.depths)[index % c.depths]) if c.depths > 1 else (
+        0.5 if c.depths else None)
+    made = example(task, TASKS[task], self.tokenizer, length=length, index=index, seed=c.seed,
+                   depth=depth, haystack=c.haystack)
+    return Asked(task, length, index, depth, made, _tokens(self.tokenizer, made.prompt))
+
+  def batches(self, done: set[tuple]) -> Iterator[list[Asked]]:
+    """What is left to be asked; a batch is of one task and length."""
+    for task in self.config.tasks:
+      for length in self.lengths:
+        left = [index for index in range(self.config.samples) if (task, length, index) not in done]
+        for at in range(0, len(left), self.config.batch_size):
+          yield [self.make(task, length, index) for index in left[at:at + self.config.batch_size]]
+
+  def check_first(self, kept: records.Records) -> None:
+    """ConfigError where a length is too short for a task, or what was answered is no longer what it makes."""
+    for task, length, index in self.identities():
+      if index == 0:
+        made, line = self.make(task, length, index).made, kept.lines.get((task, length, index))
+        check(line is None or line['prompt_sha256'] == _digest(made.prompt), f'{kept.path}: task {task!r} '
+              'makes other examples of this seed than when they were answered; remove the file, or give '
+              'another workdir')
+
+
+def _tokens(tokenizer: Any, text: bytes) -> np.ndarray:
+  return np.concatenate([[tokenizer.separator], tokenizer.encode(text)]).astype(np.int32)
+
+
+def _digest(text: bytes) -> str:
+  return hashlib.sha256(text).hexdigest()
+
+
+def _answered(subject: Subject, config: Config, batch: list[Asked]) -> list[dict]:
+  """A line for each example of a batch."""
+  if subject.max_length and batch[0].length > subject.max_length:
+    return [_line(config, one, too_long=True, written=None, score=None) for one in batch]
+  room = max(one.made.new_tokens for one in batch)
+  written = _written(subject, [one.tokens for one in batch], batch, room)
+  lines = [_line(config, one, too_long=False, written=text, score=float(TASKS[one.task].score(text, one.made)))
+           for one, text in zip(batch, written)]
+  if config.controls:
+    asked = [_tokens(subject.tokenizer, one.made.without_context) for one in batch]
+    for line, one, text in zip(lines, batch, _written(subject, asked, batch, room)):
+      line.update(control_written=text, control_score=float(TASKS[one.task].score(text, one.made)))
+  if config.answers:
+    targets = [subject.tokenizer.encode(one.made.target) for one in batch]
+    rows = [np.concatenate([one.tokens, target]).astype(np.int32) for one, target in zip(batch, targets)]
+    for line, target, scored in zip(lines, targets, subject.score(rows)):
+      line.update(answer_logprob=float(scored.logprobs[-len(target):].sum()),
+                  answer_greedy=bool(scored.greedy[-len(target):].all()))
+  return lines
+
+
+def _written(subject: Subject, prompts: list[np.ndarray], batch: list[Asked], room: int) -> list[str]:
+  try:
+    answers = subject.generate(prompts, room)
+  except FloatingPointError as e:
+    raise ConfigError(f'--workdir: {e}; evaluate another checkpoint') from e
+  return [subject.tokenizer.decode(answer[:one.made.new_tokens]).decode('utf-8', 'replace')
+          for answer, one in zip(answers, batch)]
+
+
+def _line(config: Config, one: Asked, **answer: Any) -> dict:
+  """What an example was, and how it was answered."""
+  return dict(task=one.task, length=one.length, index=one.index, seed=config.seed,
+              haystack=config.haystack, depth_asked=one.depth, depth=one.made.depth,
+              prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
+              new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)
+
+
+class Progress:
+  """How much of all tokens is answered: a bar where stdout is a terminal, a line now and then elsewhere."""
+
+  EVERY = 15.0   # seconds between two lines
+
+  def __init__(self, total: int, done: int, enabled: bool):
+    self._total, self._done, self._enabled = total, done, enabled
+    self._begun, self._start, self._told = time.perf_counter(), done, time.perf_counter()
+    self._bar = None
+    if enabled and sys.stdout.isatty():
+      from tqdm import tqdm
+      self._bar = tqdm(total=total, initial=done, unit='token', unit_scale=True, dynamic_ncols=True,
+                       leave=False, file=sys.stdout)
+    elif enabled and done:
+      print(f'carries on: {done:,} of {total:,} tokens were answered before', flush=True)
+
+  def update(self, line: dict, tokens: int) -> None:
+    self._done += tokens
+    where = f'{line["task"]} at {line["length"]:,}, example {line["index"] + 1}'
+    if self._bar is not None:
+      self._bar.set_description_str(where, refresh=False)
+      self._bar.update(tokens)
+    now = time.perf_counter()
+    if self._bar is None and self._enabled and now - self._told > self.EVERY:
+      rate = (self._done - self._start) / (now - self._begun)
+      left = round((self._total - self._done) / rate)
+      self._told = now
+      print(f'{where}: {100 * self._done / self._total:.0f} % of all tokens, {rate:,.0f} tokens/s, '
+            f'{left // 60}:{left % 60:02} left', flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()

@@ -1,0 +1,63 @@
+"""A workdir's checkpoint put to the tasks of its config's `eval` section.
+
+Held by: tests/test_eval_tasks.py.
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from longctx import assembly, files
+from longctx.assembly import Assembly
+from longctx.errors import ConfigError, check
+from longctx.evaluation import tasks
+from longctx.evaluation.subject import ModelSubject
+from longctx.training import manifest, processes, workdir
+
+LOCK_FILE = '.tasks.lock'
+
+
+def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
+  """Answers what is not answered yet, and prints the table; W/tasks.jsonl and W/tasks.md."""
+  e, use_ema = a.parts.eval, a.parts.perplexity.use_ema
+  lengths = e.lengths or (a.parts.data.length,)
+  check(a.parts.data.form in ('packed', 'segments'), f'eval.tasks={e.tasks}: are put to models that go on '
+        f'from a text, and data.form={a.parts.data.form!r} trains another kind; set eval.tasks=()')
+  tasks.check_lengths(e, lengths, a.model_config.max_length)
+  with contextlib.ExitStack() as exits:
+    processes.together(lambda: exits.enter_context(_alone(folder)))
+    at, params = assembly.load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
+    subject = ModelSubject(a.graphdef, params, a.tokenizer, layout=a.layout, batch_size=e.batch_size,
+                           segment=e.segment)
+    about = processes.of_first(_about(a, config, folder, at) if jax.process_index() == 0 else {})
+    tasks.run(subject, e, folder, about, lengths=lengths)
+
+
+def _alone(folder: str) -> files.Lock:
+  """Two that append to one file would tear each other's lines."""
+  if jax.process_index() != 0:
+    return files.Lock(None)
+  try:
+    return files.hold(Path(folder) / LOCK_FILE)
+  except files.HeldError as e:
+    raise ConfigError(f'--workdir={folder}: another evaluation of tasks is still going there '
+                      f'({e.holder}); wait for it or stop it') from None
+  except (files.CannotLockError, OSError) as e:
+    raise ConfigError(f'--workdir={folder}: cannot write there ({e}); give a folder that you may write '
+                      'to') from e
+
+
+def _about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
+  """What each line tells of the model: enough to know it again, and to make it again."""
+  import longctx
+  sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()
+  use_ema = a.parts.perplexity.use_ema
+  given = json.dumps(workdir.plain(config), sort_keys=True).encode()
+  return dict(step=at, use_ema=use_ema,
+              checkpoint=hashlib.sha256(sums + str(use_ema).encode()).hexdigest()[:16],
+              config=hashlib.sha256(given).hexdigest()[:16], tokenizer=a.tokenizer.fingerprint[:16],
+              versions=dict(longctx=longctx.__version__, jax=jax.__version__))

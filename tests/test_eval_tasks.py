@@ -1,0 +1,229 @@
+"""Tasks put to subjects, through the whole pipeline: who knows scores 100, who says one thing the floor."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from longctx import main
+from longctx.data.tasks import example
+from longctx.data.tasks.table import TASKS
+from longctx.data.tokenizer import Bytes
+from longctx.errors import ConfigError
+from longctx.evaluation import tasks
+from longctx.evaluation.subject import Constant, Oracle
+
+ABOUT = dict(checkpoint='c', tokenizer='bytes', step=3)
+
+
+def evaluate(subject, folder, about=ABOUT, **settings):
+  config = tasks.Config(**(dict(tasks=('parity',), lengths=(64,), samples=10, batch_size=4) | settings))
+  return tasks.run(subject, config, str(folder), about, lengths=config.lengths)
+
+
+def examples(names, lengths, samples, seed=0):
+  return [example.example(name, TASKS[name], Bytes(), length=length, index=i, seed=seed)
+          for name in names for length in lengths for i in range(samples)]
+
+
+def lines_of(folder):
+  return [json.loads(line) for line in (folder / 'tasks.jsonl').read_text().splitlines()]
+
+
+def test_an_oracle_scores_a_hundred_and_its_control_nothing(tmp_path, capsys):
+  names, lengths = ('passkey', 'parity'), (300, 512)
+  found = evaluate(Oracle(Bytes(), examples(names, lengths, 10)), tmp_path, tasks=names, lengths=lengths,
+                   answers=True)
+  assert [(c.task, c.length, c.count) for c in found] == [
+      (name, length, 10) for name in names for length in lengths]
+  assert all(c.score.mean == 1 and c.control == 0 and c.logprob == 0 for c in found)
+  assert len(lines_of(tmp_path)) == 40
+  table = (tmp_path / 'tasks.md').read_text()
+  assert '| passkey | 300 | 100.0 | 72.2 to 100.0 |' in table
+  assert capsys.readouterr().out.endswith(table)
+
+
+def test_who_says_one_thing_scores_the_floor(tmp_path):
+  one, = evaluate(Constant(Bytes(), b' even'), tmp_path, samples=400, batch_size=100)
+  assert one.score.low < TASKS['parity'].floor < one.score.high
+  assert one.control == one.score.mean   # the context changes nothing
+  none, = evaluate(Constant(Bytes(), b' 12345'), tmp_path, tasks=('passkey',), lengths=(300,), samples=20)
+  assert none.score.mean == 0
+
+
+def test_a_line_has_all_that_is_needed_to_ask_again(tmp_path):
+  evaluate(Constant(Bytes(), b' 12345 and more'), tmp_path, tasks=('passkey',), lengths=(4096,), samples=5,
+           depths=3, seed=7, answers=True)
+  lines = lines_of(tmp_path)
+  assert [line['depth_asked'] for line in lines] == [0, 0.5, 1, 0, 0.5]
+  for line in lines:
+    again = example.example(line['task'], TASKS[line['task']], Bytes(), length=line['length'],
+                            index=line['index'], seed=line['seed'], depth=line['depth_asked'],
+                            haystack=line['haystack'])
+    assert line['references'] == list(again.references) and line['depth'] == again.depth
+    assert abs(line['depth'] - line['depth_asked']) < 0.05
+    assert line['written'] == ' 12345'   # no more than an answer may take
+    assert line['step'] == 3 and line['checkpoint'] == 'c'
+    assert line['answer_logprob'] == pytest.approx(-6 * math.log(257)) and not line['answer_greedy']
+
+
+class Counted:
+  """Passes calls on, counts examples, and dies after so many calls."""
+
+  def __init__(self, inner, calls=math.inf):
+    self.inner, self.left, self.seen = inner, calls, 0
+    self.tokenizer, self.max_length = inner.tokenizer, inner.max_length
+
+  def generate(self, prompts, max_new_tokens, stops=()):
+    self.left -= 1
+    if self.left < 0:
+      raise KeyboardInterrupt
+    self.seen += len(prompts)
+    return self.inner.generate(prompts, max_new_tokens, stops)
+
+
+@pytest.mark.parametrize('calls', [0, 1, 2, 5])
+def test_killed_and_started_again_is_one_run(tmp_path, calls):
+  settings = dict(tasks=('parity', 's3'), lengths=(96, 128), samples=6)
+  known = Oracle(Bytes(), examples(('parity', 's3'), (96,), 6))   # right at 96, wrong at 128
+  straight = evaluate(known, tmp_path / 'a', **settings) if (tmp_path / 'a').mkdir() is None else None
+  (tmp_path / 'b').mkdir()
+  with pytest.raises(KeyboardInterrupt):
+    evaluate(Counted(known, calls), tmp_path / 'b', **settings)
+  done = len(lines_of(tmp_path / 'b')) if calls > 1 else 0
+  assert done == {0: 0, 1: 0, 2: 4, 5: 6}[calls]
+  with open(tmp_path / 'b' / 'tasks.jsonl', 'a') as file:
+    file.write('{"key": "torn')
+  again = Counted(known)
+  assert evaluate(again, tmp_path / 'b', **settings) == straight
+  assert again.seen == 2 * (24 - done)   # each question once, and its control
+  assert (tmp_path / 'b' / 'tasks.jsonl').read_bytes() == (tmp_path / 'a' / 'tasks.jsonl').read_bytes()
+  last = Counted(known)
+  assert evaluate(last, tmp_path / 'b', **settings) == straight and last.seen == 0
+  more = Counted(known)
+  evaluate(more, tmp_path / 'b', **(settings | dict(samples=7)))
+  assert more.seen == 2 * 4   # samples may grow
+
+
+@pytest.mark.parametrize('change', [dict(seed=1), dict(depths=2), dict(controls=False), dict(answers=True),
+                                    dict(about=ABOUT | dict(checkpoint='d'))], ids=str)
+def test_another_evaluation_counts_its_own_lines_alone(tmp_path, change):
+  constant = Constant(Bytes(), b' odd')
+  first, = evaluate(constant, tmp_path)
+  other, = evaluate(Constant(Bytes(), b'neither'), tmp_path, **change)
+  assert other.score.mean == 0 and other.count == 10
+  assert len(lines_of(tmp_path)) == 20
+  assert evaluate(Counted(constant, 0), tmp_path) == [first]   # all of its lines are still there
+
+
+def test_examples_that_a_task_no_longer_makes_are_refused(tmp_path, monkeypatch):
+  evaluate(Constant(Bytes(), b' odd'), tmp_path)
+  monkeypatch.setattr(tasks, '_digest', lambda text: 'another')
+  with pytest.raises(ConfigError, match=r"task 'parity' makes other examples of this seed than when"):
+    evaluate(Constant(Bytes(), b' odd'), tmp_path)
+
+
+def test_what_is_too_long_is_an_error_or_is_counted_and_never_cut(tmp_path):
+  short = Constant(Bytes(), b' odd')
+  short.max_length = 100
+  with pytest.raises(ConfigError, match=r"eval\.lengths=\(128,\): must be at most model\.max_length=100; "
+                                        r"set eval\.too_long='count'"):
+    evaluate(short, tmp_path, lengths=(64, 128))
+  assert not list(tmp_path.iterdir())
+  a, b = evaluate(short, tmp_path, lengths=(64, 128), too_long='count')
+  assert (a.count, a.too_long, b.count, b.too_long, b.score) == (10, 0, 0, 10, None)
+  assert '| parity | 128 | - | - |' in (tmp_path / 'tasks.md').read_text()
+  assert all(line['score'] is None for line in lines_of(tmp_path) if line['length'] == 128)
+
+
+def test_a_length_too_short_for_a_task_is_refused_before_anything_is_asked(tmp_path):
+  asked = Counted(Constant(Bytes(), b''), 0)
+  with pytest.raises(ConfigError, match=r'passkey: length=64: must be at least \d+'):
+    evaluate(asked, tmp_path, tasks=('parity', 'passkey'))
+
+
+def test_progress_tells_the_time_left(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(tasks.Progress, 'EVERY', -1.0)
+  evaluate(Constant(Bytes(), b''), tmp_path)
+  out = capsys.readouterr().out.splitlines()
+  assert out[0].startswith('parity at 64, example 4: 40 % of all tokens, ') and out[0].endswith(' left')
+  evaluate(Constant(Bytes(), b''), tmp_path, samples=20)
+  assert capsys.readouterr().out.startswith('carries on: 640 of 1,280 tokens were answered before\n')
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(tasks=('paskey',)), r"^eval\.tasks='paskey': must be one of .* \(did you mean \"passkey\"\?\)"),
+    (dict(tasks=('s3', 's3')), r"^eval\.tasks=\('s3', 's3'\): has one twice"),
+    (dict(lengths=(0,)), r'^eval\.lengths=0: must be at least 1'),
+    (dict(samples=0), r'^eval\.samples=0: must be at least 1'),
+    (dict(depths=11), r'^eval\.depths=11: must be at most eval\.samples=10'),
+    (dict(batch_size=0), r'^eval\.batch_size=0: must be at least 1'),
+    (dict(segment=0), r'^eval\.segment=0: must be at least 1'),
+    (dict(seed=-1), r'^eval\.seed=-1: must be at least 0'),
+    (dict(too_long='cut'), r"^eval\.too_long='cut': must be one of error, count"),
+])
+def test_mistakes(tmp_path, settings, message):
+  with pytest.raises(ConfigError, match=message):
+    evaluate(Constant(Bytes(), b''), tmp_path, **settings)
+
+
+# The command.
+
+RUN = ['--config=tests/programs/tiny.py:lstm', '--config.data.corpus=tasks', "--config.data.tasks=('parity',)",
+       '--config.data.files=', '--config.data.split=hash', '--config.data.form=packed',
+       '--config.data.length=48', '--config.run.num_steps=2', '--config.run.eval_every=0',
+       '--config.run.checkpoint_every=2', '--config.perplexity.length=48', '--config.perplexity.segment=48']
+EVAL = ['--mode=eval', "--config.eval.tasks=('parity','induction')", '--config.eval.lengths=(48,100)',
+        '--config.eval.samples=8', '--config.eval.segment=32', '--config.eval.answers']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('trained')
+  assert main.main(['main', *RUN, f'--workdir={folder}']) == 0
+  return folder
+
+
+def test_a_run_is_trained_on_tasks_and_put_to_tasks(trained, capfd):
+  assert (trained / 'evaluation.json').exists()   # held-out text, since no task was named
+  assert main.main(['main', *RUN, *EVAL, f'--workdir={trained}']) == 2
+  assert 'induction: length=48: must be at least' in capfd.readouterr().err
+  eval_args = [*EVAL[:2], '--config.eval.lengths=(64,100)', *EVAL[3:]]
+  command = ['main', *RUN, *eval_args, f'--workdir={trained}']
+  assert main.main(command) == 0
+  out = capfd.readouterr().out
+  lines = lines_of(trained)
+  assert len(lines) == 32 and out.endswith((trained / 'tasks.md').read_text())
+  assert {(line['task'], line['length']) for line in lines} == {
+      (task, length) for task in ('parity', 'induction') for length in (64, 100)}
+  for line in lines:
+    assert line['step'] == 2 and np.isfinite(line['answer_logprob'])
+    assert line['control_written'] is not None and len(line['checkpoint']) == 16
+    assert line['versions']['jax'] == jax.__version__
+  # Killed after half of a line, on one device in place of eight: what is left is asked alone.
+  whole = (trained / 'tasks.jsonl').read_bytes()
+  (trained / 'tasks.jsonl').write_bytes(whole[:-30])
+  assert main.main([*command, '--config.mesh.layout=single']) == 0
+  assert 'carries on' in capfd.readouterr().out
+  again = lines_of(trained)
+  assert again[:-1] == lines[:-1]
+  for field in ('key', 'prompt_sha256', 'written', 'score', 'control_written'):
+    assert again[-1][field] == lines[-1][field]
+  assert again[-1]['answer_logprob'] == pytest.approx(lines[-1]['answer_logprob'], rel=1e-4)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--config.eval.tasks=parety'], "eval.tasks='parety': must be one of"),
+    (['--config.eval.samples=0'], 'eval.samples=0: must be at least 1'),
+    (['--config.eval.sample=3'], 'eval.sample: no such field'),
+    (['--config.eval.tasks=parity', '--config.eval.batch_size=3'], 'eval.batch_size=3: mesh.data=8 must'),
+    (['--config.eval.tasks=parity', '--config.eval.lengths=(64,)', '--config.model.max_length=60',
+      '--allow_config_change=model.max_length'], 'eval.lengths=(64,): must be at most model.max_length=60'),
+])
+def test_mistakes_on_the_command_line(trained, capfd, args, message):
+  capfd.readouterr()
+  assert main.main(['main', *RUN, '--mode=eval', *args, f'--workdir={trained}']) == 2
+  err = capfd.readouterr().err
+  assert message in err and err.count('\n') == 1
