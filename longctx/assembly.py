@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import nnx
 
-from longctx.configuration import MODELS, Parts, parts
+from longctx.configuration import FORMS, MODELS, Parts, parts
 from longctx.data import examples, masking, stream
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
@@ -211,6 +211,9 @@ def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:
   mesh.check_divides('perplexity.batch_size', e.batch_size, 'batch', layout)
   mesh.check_divides('perplexity.segment', e.segment, 'length', layout)
   if p.eval.tasks:
+    check(p.model.name not in FORMS, f'eval.tasks={p.eval.tasks}: are texts to carry on, and '
+          f"model.name={p.model.name!r} is no language model; set eval.tasks=(), which scores held-out "
+          'examples')
     mesh.check_divides('eval.batch_size', p.eval.batch_size, 'batch', layout)
     mesh.check_divides('eval.segment', p.eval.segment, 'length', layout)
 

@@ -29,7 +29,7 @@ from longctx.training import step
 FREE = frozenset((
     'name', 'vocab_size', 'max_length', 'dropout', 'init_std', 'dtype', 'attention', 'layer_loop',
     'remat', 'mlp_block', 'mixer_form', 'mixer_chunk', 'schedule', 'truncate', 'segment',
-    'short_term', 'long_term', 'memory_layers'))
+    'short_term', 'long_term', 'memory_layers', 'num_classes'))
 # Of a memory, and so compared where both have the same.
 OWN = ('gate', 'memory_variant', 'memory_tokens', 'memory_size', 'memory_width', 'memory_depth',
        'memory_chunk', 'memory_rate', 'memory_top')
