@@ -22,7 +22,7 @@ from longctx.errors import check
 PLACES = (
     ('the Colosseum', 'Rome', 'Italy'), ('the Rialto', 'Venice', 'Italy'), ('La Scala', 'Milan', 'Italy'),
     ('the Eiffel Tower', 'Paris', 'France'), ('the Louvre', 'Paris', 'France'),
-    ('the Old Port with Notre-Dame de la Garde', 'Marseille', 'France'),
+    ('the Canebiere', 'Marseille', 'France'),
     ('the Brandenburg Gate', 'Berlin', 'Germany'), ('the Semperoper', 'Dresden', 'Germany'),
     ('the Elbphilharmonie', 'Hamburg', 'Germany'), ('the Prado', 'Madrid', 'Spain'),
     ('the Sagrada Familia', 'Barcelona', 'Spain'), ('the Alhambra', 'Granada', 'Spain'),

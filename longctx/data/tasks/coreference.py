@@ -19,7 +19,7 @@ from longctx.data.tasks.needles import depths_of, hidden
 
 HEAD = b'A talk follows. What it ends with is to be answered from what was said before.\n\n'
 KINDS = ('poem', 'letter', 'story', 'song', 'speech', 'riddle', 'prayer', 'review', 'recipe', 'report')
-TOPICS = ('tapirs', 'bells', 'winter', 'trains', 'honey', 'ghosts', 'wells', 'geese', 'mirrors', 'lanterns', 'cellars',
+TOPICS = ('tapirs', 'bells', 'autumn', 'trains', 'honey', 'ghosts', 'wells', 'geese', 'mirrors', 'lanterns', 'cellars',
           'comets', 'barley', 'anchors', 'thunder', 'clocks', 'moss', 'kites', 'otters', 'pepper')
 ORDINALS = ('first', 'second', 'third', 'fourth', 'fifth', 'sixth', 'seventh', 'eighth')
 LINES = (  # {0} a topic, {1} to {4} random words
@@ -35,7 +35,7 @@ LEAST = 210   # letters of an answer: more than difflib's 200
 def answer(rng: np.random.Generator, topic: str) -> str:
   """Lines about a topic, of random words."""
   out = ''
-  while len(out) < LEAST:
+  while len(out) <= LEAST:   # a space too
     line = LINES[rng.integers(len(LINES))]
     words = [haystack.WORDS[i] for i in rng.integers(len(haystack.WORDS), size=4)]
     line = line.format(topic, *words)

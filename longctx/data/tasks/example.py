@@ -29,7 +29,7 @@ class Example:
   target: bytes                  # what a model that knows all writes next; training learns it
   references: tuple[str, ...]    # what is looked for in the answer
   new_tokens: int                # that an answer may take
-  depth: float | None = None     # where needles[0] begins: 0 the start of the context, 1 its end
+  depth: float | None = None     # where needles[0] begins: 0 the context begins with it, 1 ends with it
   needles: tuple[tuple[int, int], ...] = ()   # bytes [start, stop) of the prompt that the answer needs
   # What a task's score needs, and 'choices' where a guesser picks among answers: see Task.floor.
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -84,8 +84,8 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
 
   prompt, cut = fit.filled(draw, lambda part: laid(part)[0], most, new_tokens, name)
   begins = laid(cut)[1]
-  span = len(prompt) - len(head) - len(question)
   which = range(len(needles)) if needed is None else needed
+  span = len(prompt) - len(head) - len(question) - len(needles[which[0]])
   return Example(
       prompt=prompt, question=len(prompt) - len(question), target=target, references=tuple(references),
       new_tokens=new_tokens, depth=(begins[which[0]] - len(head)) / max(1, span),

@@ -22,7 +22,7 @@ from longctx.data.tasks.needles import depths_of, hidden
 from longctx.errors import ConfigError
 
 KV_HEAD = b'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{'
-PAIR = 83   # bytes of a pair, its comma and its line
+PAIR = 81   # bytes of a pair, its comma and its line
 IN_NOTE = bytes.maketrans(b'":,\n ', b'-----')   # what ends a string, or looks like a pair
 
 CORPUS_HEAD = b'You will be given a list of documents. Find the one that is asked for.\n\n====== Corpus ======\n'
