@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from longctx.draw import accuracy, heatmap, theme
+from longctx.draw import accuracy, curve, heatmap, theme
 from longctx.draw.accuracy import Line, Point
 
 
@@ -98,3 +98,16 @@ def test_a_dark_figure_is_dark_and_the_next_is_not(drawn):
 
 def test_short_numbers():
   assert [theme.short(n) for n in (512, 1024, 1536, 131072, 2**21)] == ['512', '1k', '1.5k', '128k', '2M']
+
+
+def test_the_curve_of_a_run_shows_batches_their_means_and_held_out_text(drawn):
+  metrics = [dict(step=i, loss=float(i % 2)) for i in range(200)]
+  metrics[4]['loss'] = None   # was not finite
+  metrics[9]['validation_loss'] = .5
+  curve.draw(metrics, io.BytesIO(), title='run')
+  lines = {line.get_label(): np.array(line.get_data()) for line in drawn[0].axes[0].get_lines()}
+  assert lines['batches'].shape == (2, 199)
+  np.testing.assert_allclose(lines['mean of 2'][:, 0], [.5, .5])
+  assert lines['held out'].tolist() == [[9], [.5]]
+  with pytest.raises(ValueError, match='no loss'):
+    curve.draw([dict(step=1, loss=None)], io.BytesIO(), title='')
