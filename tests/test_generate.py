@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from flax import nnx
 
 from longctx import assembly, generate
 from longctx.data.tokenizer import Bytes
+from longctx.models import encoder, encoder_config, encoder_decoder
 from tests import toy_models
 
 SEP = 256
@@ -170,3 +172,58 @@ def test_help_is_quick_and_names_every_flag():
   for name in ('workdir', 'prompt', 'prompt_file', 'max_new_tokens', 'temperature', 'top_k',
                'top_p', 'min_p', 'seed', 'use_ema', 'checkpoint'):
     assert f'--{name}=' in done.stdout
+
+
+# --- From a source.
+
+
+def pair_model():
+  config = encoder_config.PairConfig(
+      vocab_size=257, num_layers=1, embed_dim=16, num_heads=2, max_length=16, source_length=8,
+      init_std=0.5, layer_loop='unrolled', position='sinusoidal')
+  return encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(3))
+
+
+def test_what_follows_from_a_source_is_the_likeliest_of_the_whole_model(tmp_path, loader, capsys):
+  """Greedy, by whole calls without a state; and another source gives another text."""
+  loader.model, texts = pair_model(), []
+  call = jax.jit(lambda target, source: loader.model.logits(loader.model(
+      target, None, source_BS=source)[0]))
+  for source in (b'ab', b'xyz'):
+    target = [SEP, *b'Z']
+    source_ids = jnp.asarray([[*source, SEP]])
+    while len(target) < 8:
+      padded = jnp.asarray([target + [0] * (8 - len(target))])
+      token = int(call(padded, source_ids)[0, len(target) - 1].argmax())
+      if token == SEP:
+        break
+      target.append(token)
+    assert run(tmp_path, f'--source={source.decode()}', '--prompt=Z', '--max_new_tokens=6',
+               '--temperature=0') == 0
+    texts.append(capsys.readouterr().out)
+    assert texts[-1].rstrip('\n') == bytes(target[1:]).decode('utf-8', 'replace').rstrip('\n')
+  assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize('args,message', [
+    ((), "--source: missing; model.name='encoder_decoder' writes what follows from a source"),
+    (('--source=abcdefgh',), '--source: has 9 tokens (its separator counted); must be at most '
+     'model.source_length=8'),
+    (('--source=a', '--source_file=b'), '--source, --source_file: give one of them, not both'),
+    (('--source=-', '--prompt=-'), '--prompt=- --source=-: stdin can be one of them'),
+    (('--source_file=/no/such',), '--source_file=/no/such: cannot be read: No such file')])
+def test_mistakes_with_a_source_are_one_line(tmp_path, loader, capsys, args, message):
+  loader.model = pair_model()
+  assert run(tmp_path, '--max_new_tokens=4', *args) == 2
+  err = capsys.readouterr().err
+  assert message in err and err.count('\n') == 1
+
+
+def test_a_source_is_refused_by_a_language_model_and_an_encoder_writes_nothing(
+    tmp_path, loader, capsys):
+  assert run(tmp_path, '--source=a') == 2
+  assert "--source: model.name='toy' reads a text and carries it on" in capsys.readouterr().err
+  loader.model = encoder.Encoder(encoder_config.Config(vocab_size=258, num_layers=1, embed_dim=8,
+                                                       num_heads=1), rngs=nnx.Rngs(0))
+  assert run(tmp_path, '--prompt=a') == 2
+  assert 'writes no text' in capsys.readouterr().err

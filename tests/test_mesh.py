@@ -10,7 +10,7 @@ from flax import nnx
 
 from longctx import assembly
 from longctx.errors import ConfigError
-from longctx.models import decoder, encoder_decoder, recurrent
+from longctx.models import decoder, encoder, encoder_decoder, recurrent
 from longctx.parallel import mesh
 from longctx.training import loss, optim, step
 
@@ -21,7 +21,7 @@ GROUPED = decoder.Config(vocab_size=V, num_layers=1, embed_dim=32, num_heads=8, 
                          mlp_dim=64, max_length=T, init_std=0.2, attention='blockwise').resolved(V)
 LSTM = recurrent.Config(vocab_size=V, embed_dim=32, hidden_dim=32, init_std=0.3)
 CLASSES = {'decoder': decoder.Decoder, 'lstm': recurrent.Recurrent,
-           'encoder_decoder': encoder_decoder.EncoderDecoder}
+           'encoder': encoder.Encoder, 'encoder_decoder': encoder_decoder.EncoderDecoder}
 
 
 def batch():

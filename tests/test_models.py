@@ -16,6 +16,8 @@ from longctx.memory import memorizing
 from longctx.models import (
   attention_layer,
   decoder,
+  encoder_config,
+  encoder_decoder,
   memory_config,
   memory_decoder,
   recurrent,
@@ -69,7 +71,12 @@ MODELS = {
     'rmt': memory('rmt', memory_tokens=2, short_term=3),
     'memory caching': memory('memory_caching', memory_size=3, memory_top=2),
     'cached linear': memory('memory_caching', memory_size=2, memory_variant='linear_residual'),
-    'titans mag': memory('titans', num_layers=2, segment=6, memory_chunk=3, memory_rate=2, short_term=3),
+    'caching behind a window': memory('memory_caching', memory_variant='gated_delta', memory_size=3,
+                                      memory_width=4, short_term=3),
+    'cached rglru': memory('memory_caching', memory_variant='rglru_residual', memory_size=2),
+    'titans mag': memory('titans', num_layers=2, segment=6, memory_chunk=3, memory_rate=2),
+    'titans behind a window': memory('titans', segment=6, memory_chunk=3, memory_variant='mac',
+                                     short_term=3),
     'titans mac': memory('titans', segment=6, memory_chunk=3, memory_variant='mac', num_heads=4,
                          num_kv_heads=2),
     'titans mal': memory('titans', segment=6, memory_chunk=3, memory_rate=4, memory_variant='mal',
@@ -77,12 +84,18 @@ MODELS = {
     'titans alone': memory('titans', segment=6, memory_chunk=2, memory_rate=4,
                            memory_variant='memory', memory_depth=3, memory_width=5),
     'ttt': memory('ttt', num_layers=2, segment=6, memory_chunk=3),
+    'ttt behind a window': memory('ttt', num_layers=2, segment=6, memory_chunk=3, short_term=3),
+    # Without a source; with one: tests/test_encoder_decoder.py.
+    'encoder_decoder': encoder_config.PairConfig(
+        vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=4, max_length=64, source_length=8,
+        init_std=0.3, position='t5', layer_loop='unrolled'),
 }
 # Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
 SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone',
-        'cached linear', 'relative', 'titans mac')
+        'cached linear', 'cached rglru', 'relative', 'titans mac', 'titans mag', 'ttt behind a window')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
-CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
+CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder,
+           'encoder_decoder': encoder_decoder.EncoderDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
 
 def built(config):
