@@ -14,7 +14,7 @@ import jax
 from longctx import assembly, files
 from longctx.assembly import Assembly
 from longctx.errors import ConfigError, check
-from longctx.evaluation import tasks
+from longctx.evaluation import report, tasks
 from longctx.evaluation.subject import ModelSubject
 from longctx.training import manifest, processes, workdir
 
@@ -22,7 +22,7 @@ LOCK_FILE = '.tasks.lock'
 
 
 def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
-  """Answers what is not answered yet, and prints the table; W/tasks.jsonl and W/tasks.md."""
+  """Answers what is not answered yet, and prints the table; W/tasks.jsonl, W/tasks.md and W/report.html."""
   e, use_ema = a.parts.eval, a.parts.perplexity.use_ema
   lengths = e.lengths or (a.parts.data.length,)
   check(a.parts.data.form in ('packed', 'segments'), f'eval.tasks={e.tasks}: are put to models that go on '
@@ -35,6 +35,8 @@ def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
                            segment=e.segment)
     about = processes.of_first(_about(a, config, folder, at) if jax.process_index() == 0 else {})
     tasks.run(subject, e, folder, about, lengths=lengths)
+    if jax.process_index() == 0:
+      print(f'report: {report.write(folder)}', flush=True)
 
 
 def _alone(folder: str) -> files.Lock:

@@ -142,7 +142,7 @@ def test_what_a_memorizing_layer_retrieved_is_named_by_its_token():
   unit = lambda x: x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
   score = np.einsum('rnh,tnh->nrt', unit(q[ROWS[:, 0]]), unit(k))
   fallen = np.maximum(ROWS // C * C - 3, 0)                 # tokens that the short-term memory no longer holds
-  kept = (KEYS < fallen) & (KEYS >= fallen - 8)
+  kept = (fallen > KEYS) & (fallen - 8 <= KEYS)
   top = np.sort(np.where(kept, score, -np.inf), axis=-1)[..., -3:-2]
   scale = np.asarray(block.store.scale.get_value())[:, None, None]
   expected = softmax(scale * score, kept & (score >= top))
@@ -210,7 +210,6 @@ def test_only_the_layers_asked_for_are_kept():
 
 
 def test_norms_are_those_of_the_state():
-  _, _, made = model('infini')
   found = inspected('infini').norms
   assert found.tokens.tolist() == [8, 16]   # whole segments; the rest of the prompt is read with the answer
   _, k, _ = first_heads('infini')

@@ -1,5 +1,6 @@
 """The report: what stands in a workdir is what stands on the page, made safe; mistakes in one line."""
 
+import base64
 import hashlib
 import html.parser
 import json
@@ -49,10 +50,11 @@ def write(folder, lines=LINES, held_out=HELD_OUT, metrics=METRICS):
   return folder
 
 
+EMPTY = {'meta', 'link', 'br', 'img', 'source'}   # tags that are never closed
+
+
 class Outline(html.parser.HTMLParser):
   """Tags that are open at the end, what is linked, texts by the tag that they stand in, rows of tables."""
-
-  EMPTY = {'meta', 'link', 'br', 'img', 'source'}
 
   def __init__(self, data):
     super().__init__()
@@ -60,7 +62,7 @@ class Outline(html.parser.HTMLParser):
     self.feed(data)
 
   def handle_starttag(self, tag, attrs):
-    if tag not in self.EMPTY:
+    if tag not in EMPTY:
       self.open.append(tag)
     self.links += [value for name, value in attrs if name in ('src', 'href', 'srcset', 'action', 'data')]
     self.texts.setdefault(tag, []).append('')
@@ -110,6 +112,14 @@ def test_figures_are_there_for_light_and_dark(made):
   assert [caption.split(':')[0].split(' with')[0] for caption in captions] == [
       'Score by length', 'passkey', 'Loss by context position', 'Loss by step of training.']
   assert len([link for link in made[1].links if link.startswith('data:image/png;base64,')]) == 2 * 4
+
+
+def test_figures_of_tasks_are_files_too(made, tmp_path):
+  folder = write(tmp_path / 'w', held_out=None, metrics=[])
+  report_page.write(str(folder))
+  files = sorted(path.name for path in (folder / 'figures').iterdir())
+  assert files == ['depth_passkey.png', 'score_by_length.png']
+  assert all(base64.b64encode((folder / 'figures' / name).read_bytes()) in made[0] for name in files)
 
 
 def test_examples_show_the_prompt_its_needle_and_the_answer(made):

@@ -37,17 +37,17 @@ def draw(tokens: np.ndarray, series: Mapping[tuple[int, str], np.ndarray],
   shades = matplotlib.colormaps['viridis']
   columns = min(3, len(shown))
   rows = -(-len(shown) // columns)
-  figure = theme.figure(9 if columns > 1 else 6, 0.6 + 2.1 * rows)
+  figure = theme.figure(9, 0.8 + 2.0 * rows)
   panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
   for axes in panels[len(shown):]:
     axes.set_visible(False)
   for axes, name in zip(panels, shown):
     for place, layer in enumerate(layers):
       if (layer, name) in series:
-        # Layers in order of depth, none so bright that white hides it.
+        # Layers in order of depth, none so bright or so dark that the page hides it.
         axes.plot(tokens, series[layer, name], linewidth=1.3, label=f'layer {layer}',
                   marker='o' if len(tokens) == 1 else None,
-                  color=shades(0.15 + 0.7 * place / max(1, len(layers) - 1)))
+                  color=shades(0.3 * theme.is_dark() + 0.7 * place / max(1, len(layers) - 1)))
     for low, high in needles:
       axes.axvspan(low, max(high, low + 1), color='#F0496E', alpha=0.35, linewidth=0)
     axes.set_title(name, fontsize=8)

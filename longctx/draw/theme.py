@@ -13,6 +13,7 @@ DARK = {'figure.facecolor': PAPER, 'axes.facecolor': PAPER, 'savefig.facecolor':
         'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': '#8a8f9a', 'xtick.color': INK,
         'ytick.color': INK, 'grid.color': FAINT}
 LIGHT = {'grid.color': '0.9'}
+DPI = 150   # of every figure
 
 
 @contextlib.contextmanager
@@ -23,11 +24,11 @@ def dark():
     yield
 
 
-def figure(width: float, height: float, dpi: int = 150) -> Any:
+def figure(width: float, height: float) -> Any:
   """A matplotlib Figure; sizes in inches."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
-  made = Figure(figsize=(width, height), dpi=dpi, layout='constrained')
+  made = Figure(figsize=(width, height), dpi=DPI, layout='constrained')
   FigureCanvasAgg(made)
   return made
 

@@ -46,12 +46,12 @@ def section(title: str, found: Inspection, text: Text, answer: str) -> str:
   if found.occlusion_T is not None:
     parts += [page.heading('What the answer loses without each piece of the prompt', 3),
               strip(text, np.maximum(found.occlusion_T[:found.prompt], 0)), page.paragraph(
-                  f'Spaces in the place of a piece; darkest: {found.occlusion_T.max():.3f} nats less likely.',
+                  f'Spaces in the place of a piece; strongest shade: {found.occlusion_T.max():.3f} nats less likely.',
                   soft=True)]
   read_T = read(found)
   if read_T is not None:
     parts += [page.heading('What its heads read', 3), strip(text, read_T[:found.prompt]),
-              page.paragraph('The mean of all layers, heads and tokens of the answer; darkest: '
+              page.paragraph('The mean of all layers, heads and tokens of the answer; strongest shade: '
                              f'{read_T[:found.prompt].max():.4f}.', soft=True)]
     parts += [*_heads(found, text), *_maps(found, text), _shares(found)]
   parts += _memory(found, text)
@@ -84,7 +84,7 @@ def strip(text: Text, weights_T: np.ndarray) -> str:
 
 
 def _shaded(pieces: list[bytes], shades: np.ndarray, inside: np.ndarray) -> list[str]:
-  """Spans of characters of one shade; a character of several tokens has its darkest."""
+  """Spans of characters of one shade; a character of several tokens has its strongest."""
   decoder = codecs.getincrementaldecoder('utf-8')('replace')
   runs: list[list] = []   # [shade in twentieths, in a needle, text]
   waiting = 0.0

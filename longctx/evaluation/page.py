@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import re
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f26; --paper: #ffffff; --soft: #5b6270; --line: #d9dce3;
   --box: #f5f6f8; --right: #0a7d5a; --wrong: #c2264c; --needle: #f0496e; --heat: 240, 150, 20; }
 @media (prefers-color-scheme: dark) { :root { --ink: #d9dce3; --paper: #16181d; --soft: #9aa0ad;
-  --line: #343841; --box: #1f2229; --right: #3ddba8; --wrong: #ff7d9b; --needle: #ff7d9b; --heat: 235, 184, 57; } }
+  --line: #343841; --box: #1f2229; --right: #3ddba8; --wrong: #ff7d9b; --needle: #ff7d9b; --heat: 150, 98, 0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.2rem 1rem 4rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
@@ -35,7 +36,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.words { text-align: left; white-space: normal; }
-img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
+img { max-width: max(100%, 36rem); height: auto; display: block; margin: .6rem 0; }   /* a phone scrolls */
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .9rem; }
 pre { background: var(--box); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem;
   margin: .4rem 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -114,9 +115,11 @@ def figure(draw: Callable[[Any], None], caption: str) -> str:
   with theme.dark():
     draw(dark)
   link = lambda file: 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
-  return ('<figure><picture>'
+  # As large as its inches: letters are of one size in all figures, whatever their width.
+  pixels, = struct.unpack('>I', light.getvalue()[16:20])
+  return ('<figure><div class="wide"><picture>'
           f'<source srcset="{link(dark)}" media="(prefers-color-scheme: dark)">'
-          f'<img src="{link(light)}" alt="{text(caption)}"></picture>'
+          f'<img src="{link(light)}" width="{pixels * 96 // theme.DPI}" alt="{text(caption)}"></picture></div>'
           f'<figcaption>{text(caption)}</figcaption></figure>')
 
 

@@ -1,17 +1,18 @@
 """W/report.html: what a run was found to be worth, on one page that needs nothing but itself.
 
-Made from what stands in the workdir: tasks.jsonl (the evaluation that was written last, see records.py),
+The figures of tasks are files in W/figures too. Made from what stands in the workdir: tasks.jsonl (the evaluation that was written last, see records.py),
 evaluation.json, metrics.jsonl, config.json. Prompts are not stored but made again from their seeds, and
 shown only where their hash is that of the prompt that was answered. What is missing is left out.
 Held by: tests/test_report.py, tests/test_report_browser.py.
 """
 
 import hashlib
+import io
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longctx.data.tasks.example import Example, example
 from longctx.data.tasks.table import TASKS
@@ -29,7 +30,13 @@ def write(folder: str, sections: Sequence[str] = ()) -> str:
   """Writes the report of a workdir; its path. `sections`: HTML that stands behind the examples."""
   path = Path(folder) / 'report.html'
   data = render(folder, sections)
+  config, (lines, _) = _json(Path(folder) / 'config.json'), newest(lines_of(folder, 'tasks.jsonl'))
   try:
+    for drawing in drawings(config, lines):
+      path.with_name('figures').mkdir(exist_ok=True)
+      file = io.BytesIO()
+      drawing.draw(file)
+      atomic_write(path.parent / 'figures' / f'{drawing.name}.png', file.getvalue())
     atomic_write(path, data)
   except OSError as e:
     raise ConfigError(f'{path}: cannot be written ({e.strerror}); make room, or let yourself write '
@@ -131,17 +138,32 @@ def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
   if others:
     parts.append(page.paragraph(f'tasks.jsonl holds {others:,} lines of other evaluations (another checkpoint, seed '
                                 'or setting), which are not counted here.', soft=True))
-  trained = config['data']['length']
-  curves = _lines(cells, known)
-  names = list(curves)
-  for at in range(0, len(names), LINES):
-    some = {name: curves[name] for name in names[at:at + LINES]}
-    parts.append(page.figure(
-        lambda file, some=some: accuracy.draw(some, file, title='Score by length', trained=trained),
-        'Score by length with 95 % intervals; dotted: guessing; dashed: the length of rows in training.'))
-  for task in names:
-    parts += _depths(task, [line for line in lines if line['task'] == task and not line['too_long']])
+  parts += [page.figure(one.draw, one.caption) for one in drawings(config, lines)]
   return parts
+
+
+class Drawing(NamedTuple):
+  """A figure that is not drawn yet."""
+
+  name: str                        # of its file
+  draw: Callable[[Any], None]      # into an open file
+  caption: str
+
+
+def drawings(config: dict, lines: list[dict]) -> list[Drawing]:
+  """The figures of tasks: score by length, and by depth where there are needles."""
+  cells, found = records.cells(lines), []
+  curves = _lines(cells, {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS})
+  names = list(curves)
+  for number, at in enumerate(range(0, len(names), LINES)):
+    some = {name: curves[name] for name in names[at:at + LINES]}
+    draw = lambda file, some=some: accuracy.draw(some, file, title='Score by length',
+                                                 trained=config['data']['length'])
+    found.append(Drawing('score_by_length' + (f'_{number}' if number else ''), draw, 'Score by length with 95 % '
+                         'intervals; dotted: guessing; dashed: the length of rows in training.'))
+  for task in names:
+    found += _depths(task, [line for line in lines if line['task'] == task and not line['too_long']])
+  return found
 
 
 def _lines(cells: Sequence[records.Cell], floors: dict[str, float]) -> dict[str, accuracy.Line]:
@@ -152,7 +174,7 @@ def _lines(cells: Sequence[records.Cell], floors: dict[str, float]) -> dict[str,
   return {task: accuracy.Line(found, floors.get(task)) for task, found in points.items()}
 
 
-def _depths(task: str, lines: list[dict]) -> list[str]:
+def _depths(task: str, lines: list[dict]) -> list[Drawing]:
   """The heat map of a task whose needles have depths."""
   placed = [line for line in lines if line['depth'] is not None]
   if len(placed) < 2:
@@ -164,8 +186,8 @@ def _depths(task: str, lines: list[dict]) -> list[str]:
   else:
     rows = max(2, len(asked))
   cells = heatmap.grid([(line['length'], line['depth'], line['score']) for line in placed], rows)
-  return [page.figure(lambda file: heatmap.draw(cells, file, title=task),
-                      f'{task}: score by length and by depth of the needle. Hatched: no example.')]
+  return [Drawing(f'depth_{task}', lambda file: heatmap.draw(cells, file, title=task),
+                  f'{task}: score by length and by depth of the needle. Hatched: no example.')]
 
 
 # Examples.
@@ -224,7 +246,7 @@ def answer(line: dict) -> str:
   """What was written, what is right, and whether it is."""
   quoted = lambda words: f'<code>{page.text(words)}</code>'
   parts = [f'answer: {quoted(line["written"])} {page.verdict(line["score"])}',
-           'right: ' + ', '.join(map(quoted, line['references']))]
+           'expected: ' + ', '.join(map(quoted, line['references']))]
   if line.get('control_written') is not None:
     parts.append(f'without context: {quoted(line["control_written"])} {page.verdict(line["control_score"])}')
   if line.get('answer_logprob') is not None:
