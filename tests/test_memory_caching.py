@@ -17,7 +17,9 @@ from tests.kernel_laws import wave
 
 B, R, C, D, N, H, SLOTS = 2, 4, 3, 8, 2, 4, 2
 VARIANTS = {'delta': {}, 'selective': dict(top=1), 'linear': dict(variant='linear'),
-            'residual': dict(variant='delta_residual'), 'sum': dict(variant='linear_residual', size=R)}
+            'residual': dict(variant='delta_residual'), 'sum': dict(variant='linear_residual', size=R),
+            'behind a window': dict(short_term=2, num_kv_heads=1),
+            'behind a long one': dict(short_term=C + 1, variant='linear_residual')}
 VALID = jnp.ones((B, C), bool)
 
 
@@ -44,23 +46,37 @@ def run(graphdef, params, x_BRCD):
   return jnp.moveaxis(y, 0, 1), memory
 
 
-def loops(p, x_RCD, slots, top, gated):
-  """One row in float64; cached memories are mixed before they are read, as in the paper's soup."""
+def loops(p, x_RCD, slots, top, gated, window=0, held=None):
+  """One row in float64; cached memories are mixed before they are read, as in the paper's soup.
+
+  held: [R C, D] what the window keeps of the tokens, where it is no function of x (gradients).
+  """
   silu = lambda z: z / (1 + np.exp(-z))
   unit = lambda z: z / np.sqrt((z * z).sum(-1, keepdims=True) + 1e-6)
-  cache, out = [], []
-  for x_CD in x_RCD:
-    x = oracles.rms_norm(x_CD, p['mixer_norm'], 1e-6)
+  norm = lambda x: oracles.rms_norm(x, p['mixer_norm'], 1e-6)
+  held = x_RCD.reshape(R * C, D) if held is None else held
+
+  def projected(x):
     qkv = silu(np.einsum('cd,dinh->cinh', x, p['w_qkv']))
-    q, k, v = unit(qkv[:, 0]) * H ** -0.5, unit(qkv[:, 1]), qkv[:, 2]
-    S = np.zeros((N, H, H))
+    return unit(qkv[:, 0]) * H ** -0.5, unit(qkv[:, 1]), qkv[:, 2]
+
+  def learned(S, k, v, x):
+    for n in range(N):
+      wrong, beta = v[n], 1.0
+      if 'w_beta' in p:
+        wrong, beta = v[n] - k[n] @ S[n], 1 / (1 + np.exp(-x @ p['w_beta'][:, n]))
+      S[n] = S[n] + beta * np.outer(k[n], wrong)
+
+  cache, out = [], []
+  for r, x_CD in enumerate(x_RCD):
+    x, S, seen = norm(x_CD), np.zeros((N, H, H)), cache[-slots:]
+    q, k, v = projected(x)
+    first = max(0, r * C - window)
+    around = norm(np.concatenate([held[first:r * C], x_CD]))
     for t in range(C):
-      for n in range(N):
-        wrong, beta = v[t, n], 1.0
-        if 'w_beta' in p:
-          wrong, beta = v[t, n] - k[t, n] @ S[n], 1 / (1 + np.exp(-x[t] @ p['w_beta'][:, n]))
-        S[n] = S[n] + beta * np.outer(k[t, n], wrong)
-      seen, mean = cache[-slots:], x[:t + 1].mean(0)
+      if not window:
+        learned(S, k[t], v[t], x[t])
+      mean = x[:t + 1].mean(0)
       weights = np.ones(len(seen) + 1)
       if gated:
         u = x[t] @ p['w_u']
@@ -72,7 +88,17 @@ def loops(p, x_RCD, slots, top, gated):
       soup = sum(w * M for w, M in zip(weights, [M for M, _ in seen] + [S]))
       y = np.array([oracles.rms_norm(q[t, n] @ soup[n], p['out_norm'], 1e-6) for n in range(N)])
       out.append(np.einsum('nh,nhd->d', y, p['w_out']))
-    cache.append((S, mean))
+    if not window:
+      cache.append((S, mean))
+      continue
+    heads = {name: p[f'mixer_{name}'] for name in ('w_q', 'w_kv', 'w_out')}
+    out[-C:] += oracles.heads_of(around, around, heads, lambda t, s: s <= t, 1e4)[-C:]
+    old = [held[t] if t < r * C else x_CD[t - r * C] for t in range(first, r * C + C - window)]
+    if old:
+      x = norm(np.array(old))
+      for t, (_, k, v) in enumerate(zip(*projected(x))):
+        learned(S, k, v, x[t])
+      cache.append((S, x.mean(0)))
   return np.array(out).reshape(x_RCD.shape), cache[-slots:]
 
 
@@ -80,12 +106,15 @@ def numbers(layer):
   p = dict(w_qkv=layer.w_qkv, w_out=layer.w_out, mixer_norm=layer.mixer_norm.scale,
            out_norm=layer.out_norm.scale)
   p |= {name: getattr(layer, name) for name in ('w_beta', 'w_u') if getattr(layer, name) is not None}
+  if layer.mixer is not None:
+    p |= {f'mixer_{name}': getattr(layer.mixer, name) for name in ('w_q', 'w_kv', 'w_out')}
   return {name: np.asarray(value[...], np.float64) for name, value in p.items()}
 
 
-def by_loops(layer, p, x):
+def by_loops(layer, p, x, held=None):
   s = layer.settings
-  return [loops(p, row, s.size, s.top, layer.w_u is not None) for row in x]
+  return [loops(p, row, s.size, s.top, layer.w_u is not None, s.short_term,
+                None if held is None else held[b].reshape(R * C, D)) for b, row in enumerate(x)]
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -94,11 +123,14 @@ def test_equals_loops(name):
   y, memory = run(*nnx.split(layer), jnp.asarray(inputs(), jnp.float32))
   for b, (expected, cache) in enumerate(by_loops(layer, numbers(layer), inputs())):
     np.testing.assert_allclose(y[b], expected, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(memory.store.S[b], [S for S, _ in cache], atol=1e-5, rtol=1e-4)
-    np.testing.assert_allclose(memory.store.mean[b], [mean for _, mean in cache], atol=1e-5, rtol=1e-4)
+    kept = slice(-len(cache), None)
+    assert memory.store.count[b] == len(cache) and not memory.store.S[b, :-len(cache)].any()
+    np.testing.assert_allclose(memory.store.S[b, kept], [S for S, _ in cache], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(memory.store.mean[b, kept], [mean for _, mean in cache], atol=1e-5,
+                               rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['delta', 'selective'])
+@pytest.mark.parametrize('name', ['delta', 'selective', 'behind a window'])
 def test_gradients_are_those_of_finite_differences(name):
   layer = block(name)
   graphdef, params = nnx.split(layer)
@@ -111,7 +143,8 @@ def test_gradients_are_those_of_finite_differences(name):
     along = draw.normal(size=grad.shape)
     def theirs(sign, field=field, along=along):
       p = at | {field: at[field] + sign * step * along}
-      return sum((y * w).sum() for (y, _), w in zip(by_loops(layer, p, p['x']), weigh))
+      found = by_loops(layer, p, p['x'], held=inputs())   # nothing goes back through a window
+      return sum((y * w).sum() for (y, _), w in zip(found, weigh))
     np.testing.assert_allclose((grad * along).sum(), (theirs(1) - theirs(-1)) / (2 * step), rtol=3e-3,
                                atol=3e-3, err_msg=field)
 
@@ -138,19 +171,21 @@ def _heads(layer, x):
   return unit(qkv[0]) * H ** -0.5, unit(qkv[1]), qkv[2]
 
 
-def test_the_caches_before_all_segments_are_those_of_one_after_the_other():
+@pytest.mark.parametrize('name', [
+    'delta', 'behind a window', pytest.param('behind a long one', marks=pytest.mark.slow)])
+def test_the_caches_before_all_segments_are_those_of_one_after_the_other(name):
   """From a cache that is partly filled; the segments' memories are made side by side."""
-  layer, x = block('delta'), jnp.asarray(inputs(), jnp.float32)
+  layer, x = block(name), jnp.asarray(inputs(), jnp.float32)
   graphdef, params = nnx.split(layer)
   _, memory = run(graphdef, params, x[:, :1])
   every = jnp.ones((B, R - 1, C), bool)
   befores, after = jax.jit(lambda params, x, memory: nnx.merge(graphdef, params).before(x, memory, every))(
       params, x[:, 1:], memory)
   for r in range(R - 1):
-    expected = run(graphdef, params, x[:, :r + 1])[1].store
-    for a, b in zip(jax.tree.leaves(befores.store), jax.tree.leaves(expected)):
+    expected = run(graphdef, params, x[:, :r + 1])[1]
+    for a, b in zip(jax.tree.leaves(befores), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a[:, r], b, atol=1e-6)
-  for a, b in zip(jax.tree.leaves(after.store), jax.tree.leaves(run(graphdef, params, x)[1].store)):
+  for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run(graphdef, params, x)[1]), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
@@ -181,7 +216,9 @@ def test_its_state_is_as_counted():
 
 
 @pytest.mark.parametrize('settings, says', [
-    (dict(memory_variant='soup'), 'delta_residual'), (dict(short_term=4), 'no attention'),
+    (dict(memory_variant='soup'), 'delta_residual'), (dict(qk_norm=True), 'without model.short_term'),
+    (dict(memory_width=8), "whose heads are the model's"),
+    (dict(memory_variant='rglru', memory_width=9), r'model.memory_width=9 stands for model.mixer_key_dim'),
     (dict(memory_top=33), 'at most model.memory_size=32'),
     (dict(memory_top=2, memory_variant='linear_residual'), "set 'linear'")])
 def test_what_cannot_be_is_refused(settings, says):

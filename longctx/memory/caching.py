@@ -1,6 +1,7 @@
 """Memory Caching: recurrent memories of past segments, cached, and read by every token beside its own.
 
-A segment's memory begins at 0 and is learned token by token (any recurrence whose state S is a matrix);
+A segment's memory begins at 0 and is learned token by token (any recurrence; q_t S is what its state S
+says to token t);
 after the segment S and the mean of its inputs m are cached, and the oldest of `slots` falls out. Token t
 of segment s, S_t and m_t being those of its segment so far:
 
@@ -10,6 +11,7 @@ of segment s, S_t and m_t being those of its segment so far:
 
 Reading a matrix is linear, so that the paper's soup, q_t (g_s S_t + sum_i g_i S_i), is the gated one.
 Source: Behrouz et al. 2026, arXiv:2602.24281.
+With a window there is no own memory: y_t is the sum over i, and g_s weighs nothing.
 Differs: the cache is bounded; all cached memories are read and those not selected dropped, for a
 segment's tokens select different ones.
 Held by: tests/test_memory_caching.py.
@@ -17,7 +19,7 @@ Held by: tests/test_memory_caching.py.
 B batch  C tokens  S slots  R segments  N heads  H head dim  D model
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +31,17 @@ from longctx.recurrence.affine import product
 class State(NamedTuple):
   """Batch first, oldest first; float32."""
 
-  S: jax.Array       # [B, S, N, H, H]
+  S: Any             # [B, S, ...] leaves of any recurrence's state; [B, S, N, H, H] of a matrix
   mean: jax.Array    # [B, S, D]
   count: jax.Array   # int32 [B]: how many slots, the last, are filled
+  tail: Any = None   # the last inputs before the next segment, for a recurrence that looks back at them
 
 
-def empty(batch_size: int, slots: int, heads: int, head_dim: int, dim: int) -> State:
-  return State(jnp.zeros((batch_size, slots, heads, head_dim, head_dim), jnp.float32),
-               jnp.zeros((batch_size, slots, dim), jnp.float32), jnp.zeros((batch_size,), jnp.int32))
+def empty(batch_size: int, slots: int, S: Any, dim: int, tail: Any = None) -> State:
+  """S: a recurrence's state of any batch."""
+  return State(jax.tree.map(lambda x: jnp.zeros((batch_size, slots, *x.shape[1:]), jnp.float32), S),
+               jnp.zeros((batch_size, slots, dim), jnp.float32), jnp.zeros((batch_size,), jnp.int32),
+               tail)
 
 
 def there(state: State) -> jax.Array:
@@ -45,10 +50,10 @@ def there(state: State) -> jax.Array:
   return jnp.arange(slots) >= slots - state.count[:, None]
 
 
-def running_mean(x_BCD: jax.Array) -> jax.Array:
-  """[B, C, D] float32: of the tokens up to each."""
-  C = x_BCD.shape[1]
-  return jnp.cumsum(x_BCD.astype(jnp.float32), axis=1) / jnp.arange(1, C + 1)[:, None]
+def running_mean(x_BCD: jax.Array, valid_BC: jax.Array) -> jax.Array:
+  """[B, C, D] float32: of the tokens up to each, where there is any; x is 0 where there is none."""
+  count_BC = jnp.maximum(jnp.cumsum(valid_BC, axis=1), 1)
+  return jnp.cumsum(x_BCD.astype(jnp.float32), axis=1) / count_BC[..., None]
 
 
 def gates(state: State, u_BCD: jax.Array, mean_BCD: jax.Array, top: int = 0) -> jax.Array:
@@ -72,17 +77,31 @@ def read(state: State, q_BCNH: jax.Array, gates_BCS: jax.Array | None) -> jax.Ar
   return product('bcs,bcsnv->bcnv', gates_BCS, said_BCSNV)
 
 
-def push(state: State, S_BNHH: jax.Array, mean_BD: jax.Array) -> State:
-  """The cache after a segment."""
-  return before(state, S_BNHH[:, None], mean_BD[:, None])[1]
+def weigh(said: jax.Array, gates_BCS: jax.Array | None) -> jax.Array:
+  """[B, C, ...] of what S memories say [B, C or 1, S, ...], by their gates (none: added up)."""
+  if gates_BCS is None:
+    return said.sum(2)
+  return (gates_BCS.reshape(*gates_BCS.shape, *[1] * (said.ndim - 3)) * said).sum(2)
 
 
-def before(state: State, S_BRNHH: jax.Array, mean_BRD: jax.Array) -> tuple[State, State]:
-  """(the cache before each of R segments, [B, R, ...]; the one after the last)."""
+def push(state: State, S_B: Any, mean_BD: jax.Array, any_B: jax.Array) -> State:
+  """The cache after a segment; see `before`."""
+  S_BR = jax.tree.map(lambda x: x[:, None], S_B)
+  return before(state, S_BR, mean_BD[:, None], any_B[:, None])[1]
+
+
+def before(state: State, S_BR: Any, mean_BRD: jax.Array, any_BR: jax.Array) -> tuple[State, State]:
+  """(the cache before each of R segments, [B, R, ...]; the one after the last), `tail` left out.
+
+  any_BR: whether a segment has a token. Those that have none come before all others, with S and mean
+  of 0 into slots that are empty: only the count must know.
+  """
   R, slots = mean_BRD.shape[1], state.mean.shape[1]
-  all_S = jnp.concatenate([state.S, S_BRNHH], axis=1)
+  all_S = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), state.S, S_BR)
   all_mean = jnp.concatenate([state.mean, mean_BRD], axis=1)
   window_RS = jnp.arange(R)[:, None] + jnp.arange(slots)
-  count = lambda r: jnp.minimum(state.count[:, None] + r, slots)
-  return (State(all_S[:, window_RS], all_mean[:, window_RS], count(jnp.arange(R))),
-          State(all_S[:, R:], all_mean[:, R:], count(R)[:, 0]))
+  new_BR = jnp.cumsum(any_BR, axis=1, dtype=jnp.int32)
+  before_BR = jnp.pad(new_BR[:, :-1], ((0, 0), (1, 0)))
+  count = lambda new: jnp.minimum(state.count[:, None] + new, slots)
+  return (State(jax.tree.map(lambda x: x[:, window_RS], all_S), all_mean[:, window_RS], count(before_BR)),
+          State(jax.tree.map(lambda x: x[:, R:], all_S), all_mean[:, R:], count(new_BR[:, -1:])[:, 0]))

@@ -12,6 +12,9 @@ A kernel is what `over_sequence` asks of a recurrence (longctx/recurrence):
     state      = kernel.apply(transition, state)
     out, state = kernel.finish(prepared, state)    the outputs, from the true state before
 
+Besides, `kernel.read(inputs, states)` is what states that stand still say to each token, for memories that
+keep them (longctx/models/memories/cached_mixer.py).
+
 `kernel.cut` names the meaning of the third dim of inputs ('heads' or 'recurrent').
 Sources: affine maps under composition, as in Mamba-2 (arXiv:2405.21060, section 8) and fla's
 context parallelism. Held by: tests/test_recurrent_mesh.py, tests/test_short_conv.py, and the tests of each recurrence.
@@ -19,12 +22,15 @@ context parallelism. Held by: tests/test_recurrent_mesh.py, tests/test_short_con
 B batch  T tokens  R devices of `seq`
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from longctx.parallel import mesh
+
+Run = Callable[[Any, Any, Any], tuple[Any, Any]]   # of a mixer: (kernel, inputs, state) as over_sequence
 
 
 def over_sequence(kernel: Any, inputs: Any, state: Any) -> tuple[Any, Any]:

@@ -117,6 +117,13 @@ class Decay:
     out_BTGRV = from_chunks((parts.out + old).astype(dtype), inputs.v.shape[1])
     return out_BTGRV.reshape(inputs.v.shape), _from_groups(state)
 
+  def read(self, inputs: Inputs, states_BSHKV: jax.Array) -> jax.Array:
+    """[B, T, S, H, V] float32: what S states that stand still say to each token."""
+    B, S, H, K, V = states_BSHKV.shape
+    G = inputs.q.shape[2]
+    said = product('btgk,bsgrkv->btsgrv', inputs.q, states_BSHKV.reshape(B, S, G, H // G, K, V))
+    return said.reshape(*said.shape[:3], H, V)
+
 
 def _from_groups(state_BGKRV: jax.Array) -> jax.Array:
   """[B, H, K, V]."""

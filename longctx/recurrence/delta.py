@@ -87,6 +87,10 @@ class Delta:
     out, state_BHKV = affine.finish(by_chunk, state_BHKV, self.form)
     return from_chunks(out, inputs.q.shape[1]), state_BHKV
 
+  def read(self, inputs: Inputs, states_BSHKV: jax.Array) -> jax.Array:
+    """[B, T, S, H, V] float32: what S states that stand still say to each token."""
+    return product('bthk,bshkv->btshv', inputs.q, states_BSHKV)
+
 
 def _bounded(beta: jax.Array, k: jax.Array) -> jax.Array:
   """beta at most 2 / |k|^2 where |k| > 1: I - beta k^T k then stretches nothing that lies along k.

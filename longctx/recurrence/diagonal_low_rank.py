@@ -81,6 +81,10 @@ class DiagonalLowRank:
     out, state_BHKV = affine.finish(by_chunk, state_BHKV, self.form)
     return from_chunks(out, inputs.q.shape[1]), state_BHKV
 
+  def read(self, inputs: Inputs, states_BSHKV: jax.Array) -> jax.Array:
+    """[B, T, S, H, V] float32: what S states that stand still say to each token."""
+    return product('bthk,bshkv->btshv', inputs.q, states_BSHKV)
+
 
 def _one_by_one(inputs: Inputs, state_BHKV: jax.Array) -> tuple[jax.Array, jax.Array]:
   def step(S_BHKV, token):

@@ -75,6 +75,11 @@ class Elementwise:
     h_BTE = self.run(*prepared, state)
     return h_BTE, h_BTE[:, -1]
 
+  def read(self, inputs: Inputs, states_BSE: jax.Array) -> jax.Array:
+    """[B, 1, S, E]: what S states that stand still say, the same to every token."""
+    del inputs
+    return states_BSE[:, None]
+
   def run(self, a_BTE: jax.Array, b_BTE: jax.Array, h_BE: jax.Array) -> jax.Array:
     chunk = chunks.choose(self.chunk, CHUNKS)
     form = chunks.choose('' if self.form == 'auto' else self.form, FORMS)

@@ -122,6 +122,11 @@ class MLSTM:
       last, before = jax.lax.scan(lambda a, b: (join(a, b), a), first, by_chunk.map)
     return from_chunks(_outputs(by_chunk, before, inputs.v.dtype), inputs.q.shape[1]), _narrow(last)
 
+  def read(self, inputs: Inputs, states: State) -> jax.Array:
+    """[B, T, S, H, V] float32: what S states [B, S, ...] that stand still say to each token."""
+    wide = product('bthk,bshku->btshu', inputs.q, _wide(states))
+    return _read(wide, states.m[:, None])
+
 
 def join(first: Map, second: Map) -> Map:
   m = jnp.maximum(second.forget + first.m, second.m)

@@ -4,11 +4,13 @@
   y = layer([x; mem])                       mem: m learned tokens, the last of the segment
   write keys y_mem W_key, values y_mem W_value, beta sigmoid(y_mem W_beta)
 
-Tokens of the segment never see the memory tokens. W_value begins at 0: so does what is read, and the
+Tokens of the segment never see the memory tokens. With short_term the memory tokens see, in every layer,
+what falls out of the window and nothing of what stays, so that a token is written when it leaves the window
+and no sooner; they are as many for any window, and say nothing while nothing falls. W_value begins at 0: so does what is read, and the
 model begins as the plain transformer.
 memory_tokens: m (0: 16); memory_width: of queries and keys (0: 64).
 Source: arXiv:2407.04841; the mathematics: longctx/memory/armt.py.
-Differs: W_beta has no bias; the attention's positions are counted by slot, so that memory tokens stand
+Differs: published without a window; W_beta has no bias; the attention's positions are counted by slot, so that memory tokens stand
 behind a whole segment wherever an unfinished one ends (what they say is dropped there).
 Held by: tests/test_models.py, tests/test_armt.py, tests/test_truncation.py.
 
@@ -16,11 +18,21 @@ B batch  C slots of a cell  M memory tokens  A width  D model
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from longctx.attention import Intervals
 from longctx.memory import armt
 from longctx.models.layers import constant, linear, normal, param
-from longctx.models.memories.base import Block, Cell, Cost, Memory, Settings
+from longctx.models.memories.base import (
+  Block,
+  Cell,
+  Cost,
+  Memory,
+  Past,
+  Settings,
+  attention_mask,
+)
 
 TOKENS, WIDTH = 16, 64
 
@@ -62,4 +74,23 @@ class ARMT(Block):
     own_BMD = x_BCD[:, -self.back:]
     beta_BM1 = jax.nn.sigmoid(times(own_BMD, self.w_beta).astype('float32'))
     store = armt.write(memory.store, times(own_BMD, self.w_key), times(own_BMD, self.w_value), beta_BM1)
+    if memory.past is not None:
+      fell_B = self.falling(None, memory.past, cell).any(1)
+      store = armt.State(jnp.where(fell_B[:, None, None], store.W, memory.store.W),
+                         jnp.where(fell_B[:, None], store.z, memory.store.z))
     return x_BCD, after._replace(store=store)
+
+  def mask(self, past: Past | None, cell: Cell) -> Intervals:
+    """With a window its memory tokens have the first indices, the last of them 0, before those of all
+    other slots in their order: token j's interval ends where what stays in the window begins."""
+    plain, m = attention_mask(past, cell), self.back
+    if past is None:
+      return plain
+    behind = lambda index: jnp.where(index >= 0, index + m, -1)[:, :-m]
+    own_BM = jnp.broadcast_to(jnp.arange(m - 1, -1, -1, dtype=jnp.int32), (len(plain.index_BT), m))
+    index_BC = behind(plain.index_BT)
+    with_own = lambda tokens: jnp.concatenate([tokens, own_BM], axis=1)
+    return Intervals(
+        start_BT=with_own(jnp.full_like(index_BC, m)), index_BT=with_own(index_BC),
+        end_BT=jnp.concatenate([index_BC + 1, jnp.full_like(own_BM, m + self.settings.segment)], axis=1),
+        key_index_BS=with_own(behind(plain.keys_BS)))

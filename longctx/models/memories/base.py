@@ -167,10 +167,12 @@ class Block(nnx.Module):
 
   def init_memory(self, batch_size: int) -> Memory:
     """What a document begins with."""
+    return Memory(self.init_past(batch_size), self.init_store(batch_size))
+
+  def init_past(self, batch_size: int) -> Past | None:
     s = self.settings
-    past = Past(jnp.zeros((batch_size, s.short_term, s.dim), DTYPES[s.dtype]),
+    return Past(jnp.zeros((batch_size, s.short_term, s.dim), DTYPES[s.dtype]),
                 jnp.zeros((batch_size,), jnp.int32)) if s.short_term else None
-    return Memory(past, self.init_store(batch_size))
 
   def init_store(self, batch_size: int) -> Any:
     return self.store.init_memory(batch_size) if self.store is not None else ()

@@ -13,7 +13,8 @@ states before the segment, never of the first ones. Each of the four attentions 
 only tokens among tokens have positions. 'skip': there is no MLP along. A document begins with learned
 states; gradients go through the states of all segments of a call (model.truncate cuts them).
 The paper has one such layer of 12, the tenth: model.memory_layers=(9,), and with it a window of the
-segment's length: model.short_term.
+segment's length: model.short_term. That window is why states hear each segment when it is read, not when
+it falls out: published with one, they are what passes a segment on while the window still holds it.
 Can begin as the plain layer: no; the published start has the states' part of the projection open.
 Class P2: a segment's states are no affine map of those before it.
 Source: arXiv:2203.07852; google-research/meliad.
@@ -50,6 +51,7 @@ class BlockRecurrent(Block):
   dependency = 'P2'
   reads = ('variant', 'tokens')
   identity = False
+  falls = False
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:

@@ -6,7 +6,9 @@
 Read tokens stand before the segment and are seen by all of it; write tokens stand behind it, see all of
 it, and are seen by none of it. What is carried is the model's output, after its last norm: the residual
 itself would grow from segment to segment. The tokens are the model's (models/memory_decoder.py); the
-layers are plain. short_term: its keys stand before the read tokens.
+layers are plain. short_term: its keys stand before the read tokens. What memory tokens say is said of the
+segment they stand in, by all layers on its way up; so it is published with Transformer-XL's window too, and
+there is no writing of what falls out of one.
 memory_tokens: m (0: 10).
 Source: Bulatov et al. 2022, arXiv:2207.06881, decoder; carried after the last norm as in the authors'
 code for GPT-2.
@@ -24,6 +26,7 @@ class RMT(Block):
   dependency = 'P3'
   reads = ('tokens',)
   identity = False
+  falls = False
 
   @staticmethod
   def extra_tokens(settings: Settings) -> tuple[int, int]:

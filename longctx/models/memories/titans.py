@@ -12,15 +12,21 @@ sigmoids of u. P are persistent tokens of the layer, always seen. In mac token i
 q(x_j) is of token j, and public code that shows all of h lets tokens read their future. The last three
 inputs of the convolution are part of the memory.
 
+With short_term attention sees the window too, and the memory learns a token when it falls out of it: in mag
+and mal what the window kept of it (x, and x'), in mac its y, which waits beside the window. All that a
+segment reads, it reads by the weights before it. 'memory' then has attention of its own beside it:
+out = Attn(x) + M_before(x), without P.
+
 memory_variant: '' is mag; memory_tokens: P (0: 4); memory_depth: matrices (0: 2); memory_width: between
 them (0: 4 a head's); memory_chunk: tokens (0: 64, or the segment if shorter);
 memory_rate: theta is at most rate / H (0: 1). What a document begins with is learned.
 Source: Behrouz et al. 2025, arXiv:2501.00663, sections 3 and 4. Where it gives no number: 4 persistent
 tokens, depth 2, width 4 and a rate over H as in the public code lucidrains/titans-pytorch.
-Differs: the memory does not read P (what it begins with is learned); heads; outputs of the memory are
+Differs: published with a window, mag and mal learn a token as it is read, so that window and memory both
+hold it; the memory does not read P (what it begins with is learned); heads; outputs of the memory are
 projected; the convolution stands before silu, as in Gated DeltaNet; alpha begins near 0.007 (a bias:
 without, half of a memory is gone a token later); the last matrix begins at 0: nothing learned, nothing said.
-Held by: tests/test_models.py, tests/test_titans.py.
+Held by: tests/test_models.py, tests/test_titans_layers.py, tests/test_titans.py.
 
 B batch  C slots of a cell  P persistent tokens  N heads  H head dim  D model  W taps  E channels
 """
@@ -49,8 +55,9 @@ class State(NamedTuple):
   """float32, batch first."""
 
   memory: titans.State
-  tail: jax.Array      # [B, W - 1, 3, N, H]: what the convolution saw last
-  asked: jax.Array     # [B, W - 1, 1 or 0, N, H]: and that of the reads by weights that stand still (mac)
+  tail: jax.Array      # [B, W - 1, 3 or 2, N, H]: what the convolution saw last: of q, k, v or of k, v
+  asked: jax.Array     # [B, W - 1, 0 to 2, N, H]: and that of each read by weights that stand still
+  waiting: Past | None = None   # y of the tokens in the window (mac with short_term)
 
 
 def chunk_of(settings: Settings, most: int) -> int:
@@ -62,11 +69,13 @@ def chunk_of(settings: Settings, most: int) -> int:
 
 
 def check_no_attention(settings: Settings, name: str) -> None:
-  """A memory in the place of attention has nothing that these would change."""
-  for field, value in (('short_term', settings.short_term), ('qk_norm', settings.qk_norm)):
-    check(not value, f'model.{field}={value}: is not read by {name}, which has no attention')
+  """A memory in the place of attention has nothing that these would change, but for a window's."""
+  if settings.short_term:
+    return
+  check(not settings.qk_norm, f'model.qk_norm={settings.qk_norm}: is not read by {name}, which has no '
+        'attention without model.short_term')
   check(settings.position != 'relative', f"model.position='relative': is not read by {name}, which has "
-        "no attention; set 'rope' or 'none'")
+        "no attention without model.short_term; set 'rope' or 'none'")
 
 
 def convolve(x_BCE: jax.Array, tail_BWE: jax.Array, taps_WE: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,10 +88,10 @@ def convolve(x_BCE: jax.Array, tail_BWE: jax.Array, taps_WE: jax.Array) -> tuple
 
 
 class NeuralMemory(nnx.Module):
-  """said_BCD, state = memory(u_BCD, state, valid_BC)."""
+  """said_BCD, state = memory(u_BCD, state, valid_BC), token by token; or `recall`, and `learn`."""
 
-  def __init__(self, settings: Settings, *, reads_first: bool, rngs: nnx.Rngs):
-    s, self.reads_first = settings, reads_first
+  def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+    s, self.streams = settings, streams(settings)
     D, N, H = s.dim, s.num_heads, s.head_dim
     self.heads, self.chunk, self.rate = (N, H), chunk_of(s, CHUNK), (s.rate or 1) / H
     self.w_qkv = param(rngs, normal(s.std), (D, 3, N, H), ('embed', None, 'heads', None))
@@ -113,27 +122,40 @@ class NeuralMemory(nnx.Module):
     rows = lambda x: jnp.broadcast_to(x, (batch_size, *x.shape))
     start = tuple(rows(w.get_value()) for w in self.start)
     tail = lambda count: jnp.zeros((batch_size, TAPS - 1, count, *self.heads), jnp.float32)
-    return State(titans.State(start, tuple(jnp.zeros_like(w) for w in start)), tail(3),
-                 tail(1 if self.reads_first else 0))
+    return State(titans.State(start, tuple(jnp.zeros_like(w) for w in start)),
+                 *(tail(count) for count in self.streams))
 
   def __call__(self, u_BCD: jax.Array, state: State, valid_BC: jax.Array) -> tuple[jax.Array, State]:
     (q, k, v), tail = self._project(u_BCD, state.tail, slice(0, 3))
-    gates = linear(u_BCD, self._flat(self.w_gates)).astype(jnp.float32)
-    bias = jnp.concatenate([x.get_value() for x in (self.forget, self.momentum, self.step)])
-    alpha, eta, theta = jnp.split(jax.nn.sigmoid(gates + bias), 3, axis=-1)
-    by_head = lambda x: jnp.moveaxis(x, 2, 1)
-    tokens = titans.Tokens(
-        unit(by_head(q)), unit(by_head(k)), by_head(v).astype(jnp.float32), by_head(alpha), by_head(eta),
-        self.rate * by_head(theta), jnp.broadcast_to(valid_BC[:, None], by_head(alpha).shape))
+    tokens = self._tokens(u_BCD, q, k, v, valid_BC)
     said_BNCH, memory = titans.segment(state.memory, tokens, self.chunk)
     watch.tell('titans', said_BNCH=said_BNCH)
     return self._merge(said_BNCH, u_BCD), state._replace(memory=memory, tail=tail)
 
-  def recall(self, u_BCD: jax.Array, state: State) -> tuple[jax.Array, State]:
-    """What the memory before the segment says to each of its tokens."""
-    (q,), asked = self._project(u_BCD, state.asked, slice(0, 1))
+  def recall(self, u_BCD: jax.Array, state: State, stream: int = 0) -> tuple[jax.Array, State]:
+    """What the memory before the segment says to each of its tokens; u is of a stream of its own."""
+    own = slice(stream, stream + 1)
+    (q,), asked = self._project(u_BCD, state.asked[:, :, own], slice(0, 1))
     said_BNCH = titans.read(state.memory.weights, unit(jnp.moveaxis(q, 2, 1)))
-    return self._merge(said_BNCH, u_BCD), state._replace(asked=asked)
+    watch.tell('titans', said_BNCH=said_BNCH)
+    return self._merge(said_BNCH, u_BCD), state._replace(asked=state.asked.at[:, :, own].set(asked))
+
+  def learn(self, u_BCD: jax.Array, state: State, valid_BC: jax.Array) -> State:
+    """The state after tokens that ask nothing; u is 0 where there is none, before a document's first."""
+    (k, v), tail = self._project(u_BCD, state.tail, slice(1, 3))
+    tokens = self._tokens(u_BCD, None, k, v, valid_BC)
+    return state._replace(memory=titans.segment(state.memory, tokens, self.chunk)[1], tail=tail)
+
+  def _tokens(self, u_BCD: jax.Array, q: jax.Array | None, k: jax.Array, v: jax.Array,
+              valid_BC: jax.Array) -> titans.Tokens:
+    gates = linear(u_BCD, self._flat(self.w_gates)).astype(jnp.float32)
+    bias = jnp.concatenate([x.get_value() for x in (self.forget, self.momentum, self.step)])
+    alpha, eta, theta = jnp.split(jax.nn.sigmoid(gates + bias), 3, axis=-1)
+    by_head = lambda x: jnp.moveaxis(x, 2, 1)
+    return titans.Tokens(
+        None if q is None else unit(by_head(q)), unit(by_head(k)), by_head(v).astype(jnp.float32),
+        by_head(alpha), by_head(eta), self.rate * by_head(theta),
+        jnp.broadcast_to(valid_BC[:, None], by_head(alpha).shape))
 
   def _flat(self, w: nnx.Param) -> jax.Array:
     return w.get_value().reshape(w.get_value().shape[0], -1)
@@ -155,6 +177,12 @@ def sizes(settings: Settings) -> tuple[int, int]:
   return settings.depth or DEPTH, settings.width or WIDTH * settings.head_dim
 
 
+def streams(settings: Settings) -> tuple[int, int]:
+  """(channels of the convolution that see what is learned, reads by weights that stand still)."""
+  reads_first = settings.variant == 'mac'
+  return (2, 1 + reads_first) if settings.short_term else (3, int(reads_first))
+
+
 def weights(settings: Settings) -> int:
   """Of a head's memory."""
   depth, width = sizes(settings)
@@ -173,61 +201,92 @@ class Titans(Block):
     chunk, (depth, width) = chunk_of(s, CHUNK), sizes(s)
     check(depth > 1 or not s.width, f'model.memory_width={s.width}: is not read with '
           'model.memory_depth=1, which has no hidden layer; leave it out')
-    attends = s.variant != 'memory'
-    if not attends:
+    attends, persistent = s.variant != 'memory' or s.short_term > 0, s.variant != 'memory'
+    if not persistent:
       check_no_attention(s, "model.memory_variant='memory'")
       check(not s.tokens, f'model.memory_tokens={s.tokens}: is not read with '
-            "model.memory_variant='memory', which has no attention")
+            "model.memory_variant='memory', whose attention has none of its own")
     D, N, H, C = s.dim, s.num_heads, s.head_dim, s.segment
     channels = N * H
-    flops = N * titans.flops(H, width, depth, chunk) + 2.0 * TAPS * 3 * channels
-    parameters, tails = NeuralMemory.parameters(s), 3
-    if attends:
+    flops = 2.0 * TAPS * 3 * channels + N * titans.flops(H, width, depth, chunk,
+                                                         apart=s.short_term > 0)
+    parameters, state = NeuralMemory.parameters(s), 2 * N * weights(s)
+    if s.short_term:
+      flops += 2 * N * weights(s)
+    if persistent:
       P, keyed = s.tokens or TOKENS, 2 * D * H * (N + 2 * s.num_kv_heads)   # of a token among the keys
       parameters += P * D + D * (1 if s.variant == 'mal' else 2)
       flops += 4 * channels * P + keyed * P / C
     if s.variant == 'mac':
-      tails = 4
       flops += (4 * D + 2 * TAPS) * channels + 2 * N * weights(s) + keyed + 2 * channels * (C + 1)
+      state += s.short_term * D + 1 if s.short_term else 0
     return Cost(parameters=parameters, matrices=NeuralMemory.matrices(s), flops=flops,
-                state=2 * N * weights(s) + tails * (TAPS - 1) * channels, attends=attends)
+                state=state + sum(streams(s)) * (TAPS - 1) * channels, attends=attends)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     super().__init__(settings, rngs=rngs)
     s = settings
     self.variant = s.variant or VARIANTS[0]
     norm = lambda: RMSNorm(s.dim, s.norm_epsilon, rngs=rngs)
-    self.memory = NeuralMemory(s, reads_first=self.variant == 'mac', rngs=rngs)
+    self.memory = NeuralMemory(s, rngs=rngs)
     self.memory_norm = norm() if self.variant == 'mal' else None
     mixes = self.variant in ('mag', 'mac')
     self.seen_norm, self.said_norm = (norm(), norm()) if mixes else (None, None)
     self.persistent = (param(rngs, normal(s.std), (s.tokens or TOKENS, s.dim), (None, 'embed'))
-                       if self.mixer is not None else None)
+                       if self.variant != 'memory' else None)
 
   def init_store(self, batch_size: int) -> State:
-    return self.memory.init_memory(batch_size)
+    store = self.memory.init_memory(batch_size)
+    return store._replace(waiting=self.init_past(batch_size)) if self.variant == 'mac' else store
 
   def mix(self, x_BCD: jax.Array, memory: Memory, cell: Cell) -> tuple[jax.Array, Memory]:
     (past, store), valid = memory, cell.valid_BC
+    if past is not None:
+      return self.mix_behind_a_window(x_BCD, past, store, cell)
     if self.variant == 'memory':
       said, store = self.memory(self.mixer_norm(x_BCD), store, valid)
       return said, Memory(None, store)
     if self.variant == 'mal':
       said, store = self.memory(self.memory_norm(x_BCD), store, valid)
       x_BCD += said
-      return said + self.look(x_BCD, past, cell), Memory(self.remember(x_BCD, past, cell), store)
+      return said + self.look(x_BCD, None, cell), Memory(None, store)
     if self.variant == 'mag':
-      seen = self.seen_norm(self.look(x_BCD, past, cell))
+      seen = self.seen_norm(self.look(x_BCD, None, cell))
       said, store = self.memory(self.mixer_norm(x_BCD), store, valid)
     else:
       heard, store = self.memory.recall(self.mixer_norm(x_BCD), store)
-      seen = self.seen_norm(self.look(x_BCD, past, cell, heard))
+      seen = self.seen_norm(self.look(x_BCD, None, cell, heard))
       said, store = self.memory(seen, store, valid)
-    out = seen * jax.nn.sigmoid(self.said_norm(said))
+    return seen * jax.nn.sigmoid(self.said_norm(said)), Memory(None, store)
+
+  def mix_behind_a_window(self, x_BCD: jax.Array, past: Past, store: State, cell: Cell
+                          ) -> tuple[jax.Array, Memory]:
+    """As `mix`; what falls out of the window is learned, when all has been read."""
+    if self.variant == 'mac':
+      heard, store = self.memory.recall(self.mixer_norm(x_BCD), store)
+      y_BCD = self.seen_norm(self.look(x_BCD, past, cell, heard))
+      said, store = self.memory.recall(y_BCD, store, stream=1)
+      out = y_BCD * jax.nn.sigmoid(self.said_norm(said))
+      learned_BCD, valid_BC = self.leaving(y_BCD, store.waiting, cell)
+      store = store._replace(waiting=self.remember(y_BCD, store.waiting, cell))
+    else:
+      norm = self.memory_norm if self.variant == 'mal' else self.mixer_norm
+      said, store = self.memory.recall(norm(x_BCD), store)
+      if self.variant == 'mal':
+        x_BCD += said
+      seen = self.look(x_BCD, past, cell)
+      out = (self.seen_norm(seen) * jax.nn.sigmoid(self.said_norm(said)) if self.variant == 'mag' else
+             said + seen)
+      old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
+      learned_BCD = norm(old_BCD)
+    store = self.memory.learn(learned_BCD, store, valid_BC)
     return out, Memory(self.remember(x_BCD, past, cell), store)
 
   def look(self, x_BCD: jax.Array, past: Past | None, cell: Cell, *heard_BCD: jax.Array) -> jax.Array:
     """Attention over [P; heard; past; x]."""
+    if self.persistent is None:
+      q, k, v = self.project(x_BCD, past)
+      return self.mixer.merged(self.attend(q, k, v, past, cell))
     B, C, _ = x_BCD.shape
     own_BPD = jnp.broadcast_to(self.persistent.get_value().astype(x_BCD.dtype),
                                (B, *self.persistent.get_value().shape))
@@ -238,6 +297,8 @@ class Titans(Block):
 
   def mask(self, past: Past | None, cell: Cell) -> Intervals:
     """Token i sees P, h_j of j <= i, the past and itself: h_j has the index of token j."""
+    if self.persistent is None:
+      return attention_mask(past, cell)
     P, own = self.persistent.get_value().shape[0], attention_mask(past, cell)
     behind = lambda index: jnp.where(index >= 0, index + P, -1)
     index_BC = behind(own.index_BT)

@@ -3,10 +3,13 @@
   q, k, v = x W_q, x W_k, x W_v          eta = rate sigmoid(x W_eta + b_eta) / H
   out = LN(M_t(q_t)) W_out               M: longctx/memory/ttt.py, learned a mini-batch at a time
 
+With short_term there is attention beside it, over the window and the segment, and the model learns a token
+when it falls out of the window: y = Attn(x) + LN(M_before(q)) W_out, M_before as it was before the segment.
+
 memory_chunk: tokens of a mini-batch (0: 16, or the segment if shorter); memory_rate: rate (0: 1).
 What a document begins with, W and b of each head, is learned.
 Source: Sun et al. 2024, arXiv:2407.04620 (TTT-Linear, the transformer's backbone: no convolution).
-Differs: queries and keys are not turned by positions.
+Differs: queries and keys are not turned by positions; no window is published.
 Held by: tests/test_models.py, tests/test_ttt.py.
 
 B batch  C slots of a cell  N heads  H head dim  D model
@@ -36,8 +39,9 @@ class TTT(Block):
     check_no_attention(s, "model.long_term='ttt'")
     D, N, H = s.dim, s.num_heads, s.head_dim
     matrices, state = D * N * (4 * H + 1), N * H * (H + 1)
-    return Cost(parameters=matrices + N + 4 * N * H + state, matrices=matrices,
-                flops=N * ttt.flops(H, chunk_of(s, MINIBATCH)), state=state, attends=False)
+    flops = N * ttt.flops(H, chunk_of(s, MINIBATCH), apart=s.short_term > 0)
+    return Cost(parameters=matrices + N + 4 * N * H + state, matrices=matrices, flops=flops,
+                state=state, attends=s.short_term > 0)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     super().__init__(settings, rngs=rngs)
@@ -60,19 +64,36 @@ class TTT(Block):
     return ttt.State(rows(self.start_W.get_value()), rows(self.start_b.get_value()))
 
   def mix(self, x_BCD: jax.Array, memory: Memory, cell: Cell) -> tuple[jax.Array, Memory]:
-    x_BCD = self.mixer_norm(x_BCD)
-    B, C, D = x_BCD.shape
-    w_qkv = self.w_qkv.get_value()
-    qkv = linear(x_BCD, w_qkv.reshape(D, -1)).reshape(B, C, *w_qkv.shape[1:]).astype(jnp.float32)
-    eta_BCN = linear(x_BCD, self.w_eta.get_value()).astype(jnp.float32) + self.b_eta.get_value()
-    eta_BCN = jnp.where(cell.valid_BC[..., None], self.rate * jax.nn.sigmoid(eta_BCN), 0.0)
-    q, k, v = (jnp.moveaxis(qkv[:, :, i], 2, 1) for i in range(3))   # [B, N, C, H]
-    tokens = ttt.Tokens(q, k, v, jnp.moveaxis(eta_BCN, 2, 1))
+    past, store = memory
     norm = ttt.Norm(self.norm_scale.get_value(), self.norm_bias.get_value())
-    y_BNCH, store = ttt.segment(memory.store, tokens, norm, self.chunk)
-    watch.tell('ttt', said_BNCH=y_BNCH, asked_BNCH=q)
+    u_BCD = self.mixer_norm(x_BCD)
+    if past is None:
+      tokens = self.tokens(u_BCD, cell.valid_BC)
+      y_BNCH, store = ttt.segment(store, tokens, norm, self.chunk)
+      watch.tell('ttt', said_BNCH=y_BNCH, asked_BNCH=tokens.q)
+      return self.output(y_BNCH, u_BCD), Memory(None, store)
+    asked = self.tokens(u_BCD, cell.valid_BC).q
+    y_BNCH = ttt.read(store, asked, norm)
+    watch.tell('ttt', said_BNCH=y_BNCH, asked_BNCH=asked)
+    q, k, v = self.project(x_BCD, past)
+    near_BCD = self.mixer.merged(self.attend(q, k, v, past, cell))
+    old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
+    tokens = self.tokens(self.mixer_norm(old_BCD), valid_BC)._replace(q=None)
+    _, store = ttt.segment(store, tokens, norm, self.chunk)
+    return near_BCD + self.output(y_BNCH, u_BCD), Memory(self.remember(x_BCD, past, cell), store)
+
+  def tokens(self, u_BCD: jax.Array, valid_BC: jax.Array) -> ttt.Tokens:
+    B, C, D = u_BCD.shape
+    w_qkv = self.w_qkv.get_value()
+    qkv = linear(u_BCD, w_qkv.reshape(D, -1)).reshape(B, C, *w_qkv.shape[1:]).astype(jnp.float32)
+    eta_BCN = linear(u_BCD, self.w_eta.get_value()).astype(jnp.float32) + self.b_eta.get_value()
+    eta_BCN = jnp.where(valid_BC[..., None], self.rate * jax.nn.sigmoid(eta_BCN), 0.0)
+    q, k, v = (jnp.moveaxis(qkv[:, :, i], 2, 1) for i in range(3))   # [B, N, C, H]
+    return ttt.Tokens(q, k, v, jnp.moveaxis(eta_BCN, 2, 1))
+
+  def output(self, y_BNCH: jax.Array, like_BCD: jax.Array) -> jax.Array:
+    B, C, D = like_BCD.shape
     y_BCE = jnp.moveaxis(y_BNCH, 1, 2).reshape(B, C, -1)
     y_BCE = ttt.standard(y_BCE)[0] * self.out_scale.get_value().reshape(-1)
     y_BCE += self.out_bias.get_value().reshape(-1)
-    out = linear(y_BCE.astype(x_BCD.dtype), self.w_out.get_value().reshape(-1, D))
-    return out, Memory(None, store)
+    return linear(y_BCE.astype(like_BCD.dtype), self.w_out.get_value().reshape(-1, D))

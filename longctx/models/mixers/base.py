@@ -4,6 +4,10 @@
     state = mixer.init_state(batch_size)            float32 arrays, batch first
     y_BTD, state = mixer(x_BTD, state, context)     any T; context: models/context.py
 
+The first field of a state is what the recurrence itself carries, the others are inputs that convolutions
+saw last. A fourth argument, `run`, runs the recurrence in the place of parallel/state_scan.over_sequence: a
+memory that keeps states of the past lets them speak there (models/memories/cached_mixer.py).
+
 Class attributes: `dependency` (P0: its tokens are computed side by side, so the sequence may be cut
 over devices; P2: one after the other), `reads` (the settings of its sizes and of its rule that it
 looks at). Static method `cost(settings)`: parameters, arithmetic and
@@ -45,3 +49,4 @@ class Cost(NamedTuple):
   # float32 numbers (of 4 bytes) of the map that a device sends for a row, forward, to each other
   # device of `seq`. Without the convolution's halo: (W - 1) inputs, in the compute type, to one.
   wire: int
+  tail: int                # of `state`, the inputs that convolutions saw last

@@ -19,7 +19,7 @@ from longctx.models.layers import RMSNorm, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.gated_delta import State
 from longctx.models.mixers.qkv import QKV, check_chunk, head_dims, merge
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.delta import Delta, Inputs, flops
 
 
@@ -37,7 +37,7 @@ class DeltaNet(nnx.Module):
     matrices += settings.dim * H * (V + 1)
     return Cost(parameters=matrices + conv + V, matrices=matrices,
                 flops=2 * conv + H * flops(K, V, settings.form, settings.chunk, channels=False),
-                state=H * K * V + tail, wire=H * K * (K + V))
+                state=H * K * V + tail, wire=H * K * (K + V), tail=tail)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     H, _, V = self.dims = head_dims(settings, 'delta_net')
@@ -52,10 +52,10 @@ class DeltaNet(nnx.Module):
   def init_state(self, batch_size: int) -> State:
     return State(jnp.zeros((batch_size, *self.dims), jnp.float32), self.qkv.init_state(batch_size))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     q, k, v, tail = self.qkv(x_BTD, state.conv, context)
     beta = self.most * jax.nn.sigmoid(linear(x_BTD, self.w_beta.get_value()).astype(jnp.float32))
-    out_BTHV, memory = over_sequence(
+    out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, None, context.reset_BT, context.valid_BT), state.memory)
     return merge(self.norm(out_BTHV), self.w_out.get_value()), State(memory, tail)

@@ -22,7 +22,7 @@ from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import QKV, check_chunk, head_dims, merge, project
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.delta import Delta, Inputs, flops
 
 STEPS = (1e-3, 1e-1)    # of the initial softplus(dt_bias)
@@ -62,7 +62,7 @@ class GatedDelta(nnx.Module):
     matrices += settings.dim * H * (2 * V + 2)
     return Cost(parameters=matrices + conv + 2 * H + V, matrices=matrices,
                 flops=2 * conv + H * flops(K, V, settings.form, settings.chunk, channels=False),
-                state=H * K * V + tail, wire=H * K * (K + V))
+                state=H * K * V + tail, wire=H * K * (K + V), tail=tail)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     H, _, V = self.dims = head_dims(settings, 'gated_delta', parts=3, value_factor=2)
@@ -81,14 +81,14 @@ class GatedDelta(nnx.Module):
   def init_state(self, batch_size: int) -> State:
     return State(jnp.zeros((batch_size, *self.dims), jnp.float32), self.qkv.init_state(batch_size))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     q, k, v, tail = self.qkv(x_BTD, state.conv, context)
     number = lambda w: linear(x_BTD, w.get_value()).astype(jnp.float32)   # [B, T, H]
     beta = self.most * jax.nn.sigmoid(number(self.w_beta))
     log_decay = -jnp.exp(self.a_log.get_value()) * jax.nn.softplus(
         number(self.w_decay) + self.dt_bias.get_value())
-    out_BTHV, memory = over_sequence(
+    out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, log_decay, context.reset_BT, context.valid_BT),
         state.memory)
     gate_BTHV = project(x_BTD, self.w_gate.get_value())

@@ -22,7 +22,7 @@ from longctx.models.layers import RMSNorm, constant, linear, normal, param, shif
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.gated_delta import State, rate_init, step_init
 from longctx.models.mixers.qkv import QKV, check_chunk, head_dims, merge, project
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.delta import Delta, Inputs, flops
 
 RATES = (1.0, 16.0)    # of the initial exp(a_log)
@@ -43,7 +43,7 @@ class KDA(nnx.Module):
     matrices += D * (2 * V + H + H * V) + V * H * (K + V)
     return Cost(parameters=matrices + conv + H + H * K + H * V + V, matrices=matrices,
                 flops=2 * conv + H * flops(K, V, settings.form, settings.chunk, channels=True),
-                state=H * K * V + tail, wire=H * K * (K + V))
+                state=H * K * V + tail, wire=H * K * (K + V), tail=tail)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     H, K, V = self.dims = head_dims(settings, 'kda')
@@ -65,8 +65,8 @@ class KDA(nnx.Module):
   def init_state(self, batch_size: int) -> State:
     return State(jnp.zeros((batch_size, *self.dims), jnp.float32), self.qkv.init_state(batch_size))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     H, K, V = self.dims
     q, k, v, tail = self.qkv(x_BTD, state.conv, context)
     beta = self.most * jax.nn.sigmoid(linear(x_BTD, self.w_beta.get_value()).astype(jnp.float32))
@@ -74,7 +74,7 @@ class KDA(nnx.Module):
     step = jax.nn.softplus(shifted(low_rank(self.w_decay_in, self.w_decay_out).astype(jnp.float32),
                                    self.dt_bias.get_value().reshape(H, K)))
     log_decay = -jnp.exp(self.a_log.get_value())[:, None] * step
-    out_BTHV, memory = over_sequence(
+    out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, log_decay, context.reset_BT, context.valid_BT),
         state.memory)
     gate_BTHV = jax.nn.sigmoid(shifted(low_rank(self.w_gate_in, self.w_gate_out),

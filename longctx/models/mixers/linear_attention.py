@@ -31,7 +31,7 @@ from longctx.models.layers import constant, linear, normal, param, scaled, shift
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk, merge, project
 from longctx.parallel.mesh import constrain
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence import decay
 
 NORMALISER_EPSILON = 1e-6   # of the published code; phi is positive but may be as small as it likes
@@ -83,7 +83,7 @@ class Decayed(nnx.Module):
     kept = H * K if cls.by_channel else H if cls.decays else 1
     return Cost(parameters=matrices, matrices=matrices,
                 flops=decay.flops(H, H, K, columns, cls.by_channel, settings.form, settings.chunk),
-                state=H * K * columns, wire=kept + H * K * columns)
+                state=H * K * columns, wire=kept + H * K * columns, tail=0)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, (H, K, V) = settings.dim, self.sizes(settings)
@@ -99,10 +99,10 @@ class Decayed(nnx.Module):
     H, K, V = self.dims
     return State(jnp.zeros((batch_size, H, K, V + self.extra_values), jnp.float32))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     q, k, v = (project(x_BTD, w.get_value()) for w in (self.w_q, self.w_k, self.w_v))
-    out, S = self.mix(x_BTD, q, k, v, lambda q, k, v, log_decay: over_sequence(
+    out, S = self.mix(x_BTD, q, k, v, lambda q, k, v, log_decay: run(
         self.kernel, decay.Inputs(q, k, v, log_decay, context.reset_BT, context.valid_BT), state.S))
     if self.gated:
       out = (self.norm(out) * jax.nn.silu(project(x_BTD, self.w_g.get_value()))).astype(x_BTD.dtype)

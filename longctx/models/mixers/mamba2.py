@@ -27,7 +27,7 @@ from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel import mesh
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence import decay
 
 STATE_SIZE = 128
@@ -81,7 +81,8 @@ class Mamba2(nnx.Module):
     recurrence = decay.flops(H, groups, N, P, False, settings.form, settings.chunk)
     return Cost(parameters=matrices + conv + 3 * H + H * P, matrices=matrices,
                 flops=2.0 * W * channels * (W > 1) + recurrence,
-                state=H * N * P + (W - 1) * channels, wire=H * (1 + N * P))
+                state=H * N * P + (W - 1) * channels, wire=H * (1 + N * P),
+                tail=(W - 1) * channels)
 
   def __init__(self, settings: Settings, *, groups: int = 1, rngs: nnx.Rngs):
     H, P, N = sizes(settings, groups)
@@ -108,8 +109,8 @@ class Mamba2(nnx.Module):
     return State(jnp.zeros(shape, jnp.float32), tail(self.heads * self.value_dim),
                  tail(2 * self.groups * self.key_dim))
 
-  def __call__(self, u_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, u_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     B, T, D = u_BTD.shape
     dtype = u_BTD.dtype
     flat = lambda w: linear(u_BTD, w.reshape(D, -1))
@@ -129,7 +130,7 @@ class Mamba2(nnx.Module):
     if layout is not None and self.groups % layout.size('heads'):
       # Groups cannot be cut as the heads are: every head gets its own copy.
       k_BTGN, q_BTGN = (jnp.repeat(t, self.heads // self.groups, axis=2) for t in (k_BTGN, q_BTGN))
-    y_BTHP, S = over_sequence(self.kernel, decay.Inputs(
+    y_BTHP, S = run(self.kernel, decay.Inputs(
         q_BTGN, k_BTGN, (dt_BTH[..., None] * x_BTHP).astype(dtype),
         -jnp.exp(self.A_log.get_value()) * dt_BTH, context.reset_BT, context.valid_BT), state.S)
     D_HP = jnp.broadcast_to(self.D.get_value()[:, None], x_BTHP.shape[2:])

@@ -29,7 +29,7 @@ from longctx.models.layers import constant, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel.mesh import constrain
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.elementwise import Elementwise, Inputs
 
 
@@ -59,7 +59,7 @@ class Minimal(nnx.Module):
     conv = (W + 1) * D if W > 1 else 0
     return Cost(parameters=matrices + conv + (cls.gates + 1) * E, matrices=matrices,
                 flops=2.0 * W * D * (W > 1) + E * (2 if settings.form == 'sequential' else 5),
-                state=E + (W - 1) * D, wire=2 * E)
+                state=E + (W - 1) * D, wire=2 * E, tail=(W - 1) * D)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, E = settings.dim, settings.width or 2 * settings.dim
@@ -76,8 +76,8 @@ class Minimal(nnx.Module):
     return State(jnp.zeros((batch_size, self.width), jnp.float32),
                  empty_tail(batch_size, self.taps, self.dim))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     u_BTD, tail = x_BTD, state.conv
     if self.conv is not None:
       u_BTD, tail = self.conv(x_BTD, tail, context)
@@ -86,7 +86,7 @@ class Minimal(nnx.Module):
         constrain(linear(u_BTD, w_in[:, n]).astype(jnp.float32) + bias.get_value(),
                   'batch', 'length', 'recurrent') for n, bias in enumerate(self.biases))
     write = self.write_gate(*gates)
-    h_BTE, h_BE = over_sequence(
+    h_BTE, h_BE = run(
         self.kernel, Inputs(jax.nn.sigmoid(-write), jax.nn.sigmoid(write) * positive(candidate),
                             context.reset_BT, context.valid_BT), state.h)
     y_BTD = linear(h_BTE.astype(x_BTD.dtype), self.w_out.get_value())

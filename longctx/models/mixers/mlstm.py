@@ -27,7 +27,7 @@ from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel.mesh import constrain
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence import mlstm
 
 BLOCK = 4
@@ -66,7 +66,8 @@ class MLSTMBlock(nnx.Module):
     conv = (W + 1) * E if W > 1 else 0
     return Cost(parameters=matrices + conv + 2 * E + 2 * H, matrices=matrices,
                 flops=2.0 * W * E * (W > 1) + H * mlstm.flops(K, K, settings.form, settings.chunk),
-                state=H * (K * K + K + 1) + (W - 1) * E, wire=H * (K * (K + 1) + 2))
+                state=H * (K * K + K + 1) + (W - 1) * E, wire=H * (K * (K + 1) + 2),
+                tail=(W - 1) * E)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, E, H = settings.dim, width(settings), settings.num_heads
@@ -93,8 +94,8 @@ class MLSTMBlock(nnx.Module):
     return State(mlstm.State(zeros(B, H, K, K), zeros(B, H, K), zeros(B, H)),
                  empty_tail(B, self.taps, self.width))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     u_BTE, z_BTE = (constrain(linear(x_BTD, self.w_up.get_value()[:, i]), 'batch', 'length', 'heads')
                     for i in range(2))
     c_BTE, tail = u_BTE, state.conv
@@ -107,7 +108,7 @@ class MLSTMBlock(nnx.Module):
     K = self.width // self.heads
     heads = lambda x: constrain(x.reshape(*x.shape[:2], self.heads, K), 'batch', 'length', 'heads',
                                 None)
-    h_BTHK, memory = over_sequence(
+    h_BTHK, memory = run(
         self.kernel, mlstm.Inputs(heads(q), heads(k) * K ** -0.5, heads(v), log_input,
                                   jax.nn.log_sigmoid(forget), context.reset_BT, context.valid_BT),
         state.memory)

@@ -26,7 +26,7 @@ from longctx.models.layers import constant, linear, normal, param, scaled, shift
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.short_conv import ShortConv, empty_tail
 from longctx.parallel.mesh import constrain
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.elementwise import Elementwise, Inputs
 
 SCALE = 8.0              # c of the paper
@@ -82,7 +82,7 @@ class RGLRU(nnx.Module):
     conv = (W + 1) * E if W > 1 else 0
     return Cost(parameters=matrices + conv + 5 * E + D, matrices=matrices,
                 flops=E * (2.0 * W * (W > 1) + (2 if settings.form == 'sequential' else 5)),
-                state=W * E, wire=2 * E)
+                state=W * E, wire=2 * E, tail=(W - 1) * E)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     D, E, H = settings.dim, width(settings), settings.num_heads
@@ -109,8 +109,8 @@ class RGLRU(nnx.Module):
     return State(jnp.zeros((batch_size, self.width), jnp.float32),
                  empty_tail(batch_size, self.taps, self.width))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     dtype = x_BTD.dtype
     w_in = self.w_in.get_value()
     u_BTE = constrain(shifted(linear(x_BTD, w_in[:, 0]), self.bias_x.get_value()), 'batch', 'length',
@@ -121,7 +121,7 @@ class RGLRU(nnx.Module):
       u_BTE, tail = self.conv(u_BTE, tail, context)
     first_BT1 = (context.index_BT == context.start_BT)[..., None]
     a_BTE, b_BTE = self.coefficients(u_BTE, first_BT1)
-    h_BTE, h_BE = over_sequence(
+    h_BTE, h_BE = run(
         self.kernel, Inputs(a_BTE, b_BTE, context.reset_BT, context.valid_BT), state.h)
     out_BTD = shifted(linear(h_BTE.astype(dtype) * y_BTE, self.w_out.get_value()),
                       self.bias_out.get_value())

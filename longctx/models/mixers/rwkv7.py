@@ -29,7 +29,7 @@ from longctx.models.layers import constant, linear, normal, param, scaled, shift
 from longctx.models.mixers.base import Cost, Settings
 from longctx.models.mixers.qkv import check_chunk, head_dims, merge, project, unit
 from longctx.models.mixers.short_conv import empty_tail, previous
-from longctx.parallel.state_scan import over_sequence
+from longctx.parallel.state_scan import Run, over_sequence
 from longctx.recurrence.diagonal_low_rank import DiagonalLowRank, Inputs, flops
 
 SCALE = math.exp(-0.5)       # no decay is below e^-0.61
@@ -76,7 +76,7 @@ class RWKV7(nnx.Module):
         r * (D + H * (V if name == 'gate' else K)) for name, r in rank.items())
     return Cost(parameters=matrices + 6 * D + 5 * H * K + 2 * H * V, matrices=matrices,
                 flops=H * flops(K, V, settings.form, settings.chunk),
-                state=H * K * V + D, wire=H * K * (K + V))
+                state=H * K * V + D, wire=H * K * (K + V), tail=D)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     H, K, V = self.dims = head_dims(settings, 'rwkv7')
@@ -110,8 +110,8 @@ class RWKV7(nnx.Module):
     return State(jnp.zeros((batch_size, *self.dims), jnp.float32),
                  empty_tail(batch_size, 2, self.dim))
 
-  def __call__(self, x_BTD: jax.Array, state: State, context: Context
-               ) -> tuple[jax.Array, State]:
+  def __call__(self, x_BTD: jax.Array, state: State, context: Context,
+               run: Run = over_sequence) -> tuple[jax.Array, State]:
     H, K, V = self.dims
     dtype = x_BTD.dtype
     wide = lambda x: x.astype(jnp.float32)
@@ -130,7 +130,7 @@ class RWKV7(nnx.Module):
     gate = low_rank(mixed('g'), self.w_gate_in, self.w_gate_out, jax.nn.sigmoid)
     erase = unit(scaled(k, by_head(self.k_k, K)))
     k = k * (1 + scaled(rate - 1, by_head(self.k_a, K)))
-    out_BTHV, memory = over_sequence(
+    out_BTHV, memory = run(
         self.kernel, Inputs(r.astype(dtype), k.astype(dtype), v, erase.astype(dtype), rate,
                             log_decay, context.reset_BT, context.valid_BT), state.memory)
     bonus = jnp.sum(scaled(r * k, by_head(self.r_k, K)), axis=-1, keepdims=True) * wide(v)
