@@ -302,6 +302,8 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
   form = 'packed' if config.data.form == 'segments' else config.data.form
   config.data.update(dict(batch_size=1, form=form, align=False))
   config.run.accumulate, config.perplexity.segment = 1, seq
+  if 'eval' in config:   # not in workdirs from before there were tasks
+    config.eval.tasks = ()
   a = assemble(config, devices[:seq])
   _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
   return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout)

@@ -41,12 +41,13 @@ def describe(a: assembly.Assembly, memory: list[plan.Part]) -> list[str]:
   state, layers = state_size(a), model.layer_facts(length)
   dependency = max(layer.dependency for layer in layers)
   moment, total = plan.peak(memory)
+  width = max(18, 2 + max(len(layer.name) for layer in layers))
   lines = [f'{model.name}: {count:,} parameters, {model.num_layers} layers, vocabulary '
            f'{model.vocab_size:,}', '',
-           f'{"layers":<16}{"mixer":<18}{"parameters":>12}{"FLOPs a token":>15}{"state":>12}'
+           f'{"layers":<16}{"mixer":<{width}}{"parameters":>12}{"FLOPs a token":>15}{"state":>12}'
            f'{"a token adds":>14}  class']
   for where, layer in grouped(layers):
-    lines.append(f'{where:<16}{layer.name:<18}{layer.parameters:>12,}{layer.flops:>15,.0f}'
+    lines.append(f'{where:<16}{layer.name:<{width}}{layer.parameters:>12,}{layer.flops:>15,.0f}'
                  f'{layer.state:>12,}{layer.grows:>14,}  {layer.dependency}')
   grows = (f'grows by {state.a_token:,} bytes a token, to {state.constant + state.a_token * state.capacity:,} '
            f'bytes at {state.capacity:,} tokens' if state.capacity else 'does not grow')

@@ -10,7 +10,8 @@ from flax import nnx
 
 from longctx.errors import ConfigError
 from longctx.memory import armt
-from longctx.models.memories.base import Cell
+from longctx.models.memories.armt import ARMT
+from longctx.models.memories.base import Cell, Settings
 from longctx.models.memory_config import Config
 from longctx.models.memory_decoder import MemoryDecoder
 from tests import oracles
@@ -201,6 +202,98 @@ def test_a_layer_reads_before_it_and_is_written_by_what_it_says():
           W[b], z[b], y[b] @ number(block.w_key), y[b] @ number(block.w_value), beta)
   np.testing.assert_allclose(state.memory.layers[0].store.W, W, atol=1e-3, rtol=1e-3)
   np.testing.assert_allclose(state.memory.layers[0].store.z, z, atol=1e-3, rtol=1e-3)
+
+
+# Behind a window.
+
+ROW = (4, 3, 8)   # segments, their tokens, D
+OWN = 2
+
+
+def window_loops(p, x, window, held=None, gammas=None):
+  """One layer without an MLP over the segments of a row; memory tokens hear what falls out, and no more.
+
+  Returns what tokens say, W, z, what the window keeps of each token, and the gammas of the writes. `held`
+  and `gammas` are given where they are no function of x (gradients).
+  """
+  R, C, D = x.shape
+  width = p['w_query'].shape[1]
+  W, z = np.zeros((6 * width, D)), np.zeros(6 * width)
+  norm = lambda h: oracles.rms_norm(h, p['mixer_norm']['scale'], 1e-6)
+  out, kept, found = [], np.zeros((R * C, D)), []
+  for r in range(R):
+    h = np.concatenate([x[r], p['own']])
+    h = h + oracles.associative_read(W, z, h @ p['w_query'])
+    kept[r * C:(r + 1) * C] = h[:C]
+    first = max(0, r * C - window)
+    old = (kept if held is None else held)[first:r * C]
+    falls = (r + 1) * C - window - first    # so many of `old` and the segment, from the first on
+    M = len(old)
+    def sees(t, s, own=M + C, falls=falls):
+      return s <= t if t < own else s < falls or own <= s <= t
+    around = norm(np.concatenate([old, h]))
+    y = h + oracles.heads_of(around, around, p['mixer'], sees, 1e4)[M:]
+    out.append(y[:C])
+    if falls > 0:
+      mine = y[C:]
+      W, z, gamma = oracles.associative_write(
+          W, z, mine @ p['w_key'], mine @ p['w_value'], 1 / (1 + np.exp(-mine @ p['w_beta'][:, 0])),
+          None if gammas is None else gammas[len(found)])
+      found.append(gamma)
+  return np.array(out), W, z, kept, found
+
+
+@functools.cache
+def behind(window):
+  """(read(params, x [R, C, D]) -> (what tokens say, W, z), params, x)."""
+  settings = Settings(dim=ROW[2], num_heads=2, num_kv_heads=1, head_dim=4, segment=ROW[1], mlp='none',
+                      std=0.5, out_std=0.5, short_term=window, tokens=OWN, width=4, attention='reference')
+  graphdef, params = nnx.split(ARMT(settings, rngs=nnx.Rngs(0)))
+  draw = np.random.default_rng(3)
+  # Memory tokens are the model's; the layer here has them beside its parameters.
+  params = {'layer': jax.tree.map(lambda x: x + 0.3 * (np.ptp(x) == 0) * jnp.asarray(
+      draw.normal(size=x.shape), jnp.float32), params), 'own': jnp.asarray(draw.normal(size=(OWN, ROW[2])), jnp.float32)}
+  cell = Cell(jnp.ones((1, ROW[1] + OWN), bool), jnp.zeros(1, jnp.int32))
+
+  def read(params, x):
+    block = nnx.merge(graphdef, params['layer'])
+    def one(memory, x_CD):
+      y, memory = block(jnp.concatenate([x_CD, params['own']])[None], memory, cell, None)
+      return memory, y[0, :ROW[1]]
+    memory, y = jax.lax.scan(one, block.init_memory(1), x)
+    return y, memory.store.W[0], memory.store.z[0]
+  return read, params, jnp.asarray(draw.normal(size=ROW), jnp.float32)
+
+
+def flat(params):
+  return jax.tree.map(lambda x: np.asarray(x, np.float64),
+                      nnx.to_pure_dict(params['layer']) | {'own': params['own']})
+
+
+@pytest.mark.parametrize('window', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_behind_a_window_memory_tokens_write_what_falls_out_of_it(window):
+  """By loops; a window shorter than a segment, and one that nothing falls out of at first."""
+  read, params, x = behind(window)
+  found = jax.jit(read)(params, x)
+  for a, b in zip(found, window_loops(flat(params), np.asarray(x, np.float64), window)):
+    np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_behind_a_window_are_those_of_finite_differences():
+  """In float64 of the loops; what the window keeps is held, and so are the gammas."""
+  window = 2
+  read, params, x = behind(window)
+  total = lambda out: sum((y * np.asarray(wave(y), np.float64)).sum() for y in out)
+  grads = jax.jit(jax.grad(lambda params, x: sum((y * wave(y)).sum() for y in read(params, x)),
+                           argnums=(0, 1)))(params, x)
+  at, draw = (flat(params), np.asarray(x, np.float64)), np.random.default_rng(4)
+  *_, held, gammas = window_loops(*at, window)
+  way = jax.tree.map(lambda y: draw.normal(size=y.shape), at)
+  moved = lambda h: total(window_loops(*jax.tree.map(lambda y, d: y + h * d, at, way), window, held,
+                                       gammas)[:3])
+  got = sum((a * b).sum() for a, b in zip(jax.tree.leaves((flat(grads[0]), grads[1])), jax.tree.leaves(way),
+                                          strict=True))
+  np.testing.assert_allclose(got, (moved(1e-6) - moved(-1e-6)) / 2e-6, rtol=5e-3)
 
 
 def test_its_state_is_as_counted_and_its_sizes_as_published():

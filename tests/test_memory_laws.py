@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from longctx import store
-from longctx.models import memory_decoder
+from longctx.models import memory_config, memory_decoder
 from longctx.models.memories import MEMORIES
 from tests.compilation import quick_compilation  # noqa: F401
 from tests.test_models import MODELS, SLOW, built, made, memory, tokens
@@ -104,6 +104,41 @@ def test_zeroing_what_it_remembers_changes_the_loss(name):
   config = MODELS[name]
   assert heard == ({'short term'} if config.short_term else set()) | (
       {'none': set(), 'rmt': {'tokens'}}.get(config.long_term, {'long term'}))
+
+
+def written(state):
+  """What is in the long-term memories; without what a reader saw last, and what waits in a window."""
+  stores = [m.store for m in state.memory.layers]
+  return state.memory.tokens, [s._replace(asked=(), waiting=()) if hasattr(s, 'asked') else s for s in stores]
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in ALL if MODELS[name].short_term and MODELS[name].long_term != 'none'])
+def test_a_token_is_written_when_it_falls_out_of_the_window_and_no_sooner(name):
+  """The window's oldest token, bit for bit, is not yet in the long-term memory; the one before it is."""
+  config, (model, call) = MODELS[name], made(name)
+  oldest = 2 * STEP // config.segment * config.segment - config.short_term
+  def after_another(at):
+    other, state = tokens().at[:, at].add(1) % config.vocab_size, model.init_state(2)
+    for start in (0, STEP):
+      _, state = call(other[:, start:start + STEP], state)
+    return jax.tree.leaves(written(state))
+  same = lambda at: [np.array_equal(a, b) for a, b in zip(
+      after_another(at), jax.tree.leaves(written(half_read(name))), strict=True)]
+  assert not all(same(oldest - 1))
+  assert all(same(oldest)) == MEMORIES[config.long_term].falls
+
+
+def test_a_model_says_what_its_memory_is_written_with():
+  """--mode=describe has it from here."""
+  of = {name: memory_config.Config(long_term=name, segment=6, short_term=6).layer_facts(8)[0].name
+        for name in MEMORIES}
+  assert of['none'] == 'attention, 6 kept'
+  assert {name for name, says in of.items() if says == f'{name} of each segment, 6 kept'} == {
+      'rmt', 'block_recurrent'}
+  assert {name for name, says in of.items() if says == f'{name} of what falls out, 6 kept'} == (
+      set(MEMORIES) - {'none', 'rmt', 'block_recurrent'})
 
 
 # --- Corners of two that have none of their own; the others' files have theirs.

@@ -21,8 +21,8 @@ SIDE_BY_SIDE = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].depe
 DIAGONAL = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency == 'P2'
             and not c.memory_layers and c.num_layers > 1]
 # Of one mechanism one variant, and of the rest those whose maps or FIFOs are their own.
-SLOW = ('relative', 'memory caching', 'cached linear', 'titans mag', 'block_recurrent',
-        'ttt')
+SLOW = ('relative', 'memory caching', 'cached linear', 'cached rglru', 'titans mag', 'block_recurrent',
+        'ttt', 'ttt behind a window')
 marked = lambda names: [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
 
 
@@ -124,9 +124,12 @@ def test_aligned_rows_give_what_rows_of_any_documents_do(name):
     ('armt', dict(data=2, model=2, layout='tensor')),
     pytest.param('infini', dict(data=2, seq=2, model=2, layout='sequence'), marks=pytest.mark.slow),
     pytest.param('memory caching', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
+    pytest.param('caching behind a window', dict(data=2, seq=4, layout='sequence'),
+                 marks=pytest.mark.slow),
     pytest.param('compressive', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
     *(pytest.param(name, dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)
-      for name in ('rmt', 'memorizing', 'block_recurrent', 'titans mag', 'titans mac', 'ttt'))])
+      for name in ('rmt', 'memorizing', 'block_recurrent', 'titans mag', 'titans mac',
+                   'titans behind a window', 'ttt'))])
 def test_a_mesh_changes_nothing(name, sizes_of_mesh):
   devices = jax.devices()[:int(np.prod([n for n in sizes_of_mesh.values() if isinstance(n, int)]))]
   layout = mesh.make_layout(mesh.Config(**sizes_of_mesh), devices)

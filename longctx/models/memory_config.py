@@ -181,13 +181,21 @@ class Config:
 
     def facts(kind: str, carried: int) -> LayerFacts:
       cost = NO_COST if kind == 'none' else own
-      name = {'none': f'attention, {self.short_term} kept' if self.short_term else 'attention'}
-      return LayerFacts(name.get(kind, kind), MEMORIES[kind].dependency,
+      return LayerFacts(self.layer_name(kind), MEMORIES[kind].dependency,
                         self.layer_parameters(cost.attends) + cost.parameters,
                         forward(cost.attends)
                         + 2 * cost.matrices + cost.flops, past + cost.state + carried)
     # What memory tokens say in the last layer is kept for the first.
     return [facts(self.kind(i), 0 if i else front * self.embed_dim) for i in range(self.num_layers)]
+
+  def layer_name(self, kind: str) -> str:
+    """With a window, also what is written into the long-term memory."""
+    name = 'attention' if kind == 'none' else kind
+    if not self.short_term:
+      return name
+    if kind != 'none':
+      name += ' of what falls out' if MEMORIES[kind].falls else ' of each segment'
+    return f'{name}, {self.short_term} kept'
 
   def num_parameters(self) -> int:
     """Closed form of the parameter count (needs vocab_size)."""
