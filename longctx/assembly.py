@@ -208,6 +208,8 @@ def _check_evaluation(p: Parts, model: Any, layout: mesh.Layout) -> None:
         f'evaluated length, which is model.max_length={length}')
   check(not e.use_ema or p.optimizer.ema > 0, 'perplexity.use_ema=True: no averaged parameters are '
         'kept with optimizer.ema=0.0; set optimizer.ema=0.999 or so, or perplexity.use_ema=False')
+  check(not e.short_context or p.data.form not in held_out.FORMS, f'perplexity.short_context={e.short_context}: '
+        f'tells of running text, and data.form={p.data.form!r} has none; set perplexity.short_context=0')
   mesh.check_divides('perplexity.batch_size', e.batch_size, 'batch', layout)
   mesh.check_divides('perplexity.segment', e.segment, 'length', layout)
   if p.eval.tasks:

@@ -176,7 +176,7 @@ def test_sums_do_not_lose_small_terms():
   """A float32 sum of a million terms of 0.1 is off in the third digit; float64 is not."""
   sums = perplexity._Sums(1)
   segment = perplexity._Segment(True, *[np.zeros((1, 1000), np.int32)] * 2,
-                                *[np.ones((1, 1000), bool)] * 2, np.zeros((1, 1000), int))
+                                *[np.ones((1, 1000), bool)] * 2, *[np.zeros((1, 1000), int)] * 2)
   for _ in range(1000):
     sums.add(segment, np.full((1, 1000), 0.1, np.float32), np.ones(1))
   np.testing.assert_allclose(sums.nats[0], 1e6 * float(np.float32(0.1)), rtol=1e-9)

@@ -9,7 +9,7 @@ on `length`, and that of `sliding` on `stride` too: both are part of the result.
 
 Windows are put into the rows of a batch, longest first, and streamed in calls of `segment` tokens
 with the state carried; a row that has ended is padding. Live memory is one state and one segment,
-whatever the documents' length. Where a window fits into one segment no state is made: a causal
+whatever the documents' length; with short_context also four bytes a token and pass, on the host. Where a window fits into one segment no state is made: a causal
 model's padding at the end of a row changes nothing before it, and attention without a cache is
 faster. Sums are float64 on the host; every target is scored exactly once.
 Held by: tests/test_perplexity.py (a model whose exact answer is known, counts, layouts).
@@ -20,7 +20,7 @@ B batch  T tokens of a segment  D model  V vocab
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import errors
-from longctx.evaluation import result
+from longctx.evaluation import longppl, result
 from longctx.evaluation import windows as windows_lib
 from longctx.models import attention_layer
 from longctx.parallel import mesh
@@ -48,16 +48,22 @@ class Config:
   batch_size: int = 8  # rows read at once
   stride: int = 0  # tokens from window to window when sliding; 0 = half of length
   modes: tuple[str, ...] = MODES
+  short_context: int = 0  # tokens against which key tokens are told, see longppl; 0 = they are not
+  short_stride: int = 0  # from window to window of these; 0 = a quarter of short_context
   max_tokens: int = 0  # the first so many tokens of the split; 0 = all
   split: str = 'validation'
   use_ema: bool = False  # the averaged parameters in place of the last; the caller picks them
 
   def __post_init__(self):
-    for name, low in dict(length=0, segment=1, batch_size=1, stride=0, max_tokens=0).items():
+    for name, low in dict(length=0, segment=1, batch_size=1, stride=0, max_tokens=0,
+                          short_context=0, short_stride=0).items():
       errors.check_range(f'evaluation.{name}', getattr(self, name), low=low)
     errors.check(not self.length or self.stride <= self.length,
                  f'perplexity.stride={self.stride}: must be at most perplexity.length='
                  f'{self.length}, or tokens between two windows are never scored')
+    errors.check(self.short_stride <= self.short_context,
+                 f'perplexity.short_stride={self.short_stride}: must be at most '
+                 f'perplexity.short_context={self.short_context}')
     errors.check(isinstance(self.modes, tuple) and len(self.modes) > 0,
                  f'perplexity.modes={self.modes!r}: must be a tuple of one or more of '
                  f'{", ".join(MODES)}')
@@ -91,20 +97,38 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
   if layout is not None:
     mesh.check_divides('perplexity.batch_size', config.batch_size, 'batch', layout)
     mesh.check_divides('perplexity.segment', config.segment, 'length', layout)
-  shape = (config.batch_size, segment_size(config, length, layout))
-  carries = not length or length > shape[1]
-  programs = _programs(graphdef, layout, carries, shape[0], length, loss_chunk,
-                       _state_shardings(graphdef, params, layout, shape[0], length)
-                       if layout and carries else None)
-  reader = _Reader(documents, tokenizer.num_bytes(np.arange(tokenizer.vocab_size)), shape, scored)
-  passes = {}
+  bytes_V = tokenizer.num_bytes(np.arange(tokenizer.vocab_size))
+
+  def read(windows: windows_lib.Windows, longest: int, keep: np.ndarray | None = None):
+    shape = (config.batch_size, segment_size(config, longest, layout))
+    carries = not longest or longest > shape[1]
+    programs = _programs(graphdef, layout, carries, shape[0], longest, loss_chunk,
+                         _state_shardings(graphdef, params, layout, shape[0], longest)
+                         if layout and carries else None)
+    return _run(programs, params, _Reader(documents, bytes_V, shape, scored), windows, keep)
+
+  passes, keys = {}, None
+  if config.short_context:
+    passes['full'], keys = _keys(config, length, read, plans['full'])
   for mode in config.modes:
     # Where no document is longer than `length` both passes would read the same windows.
     same = [one for one in passes if all(map(np.array_equal, plans[one], plans[mode]))]
-    passes[mode] = passes[same[0]] if same else _run(programs, params, reader, plans[mode])
+    passes[mode] = passes[same[0]] if same else read(plans[mode], length)
   return result.Result(
       split=config.split, documents=int((scored > 0).sum()), length=length, stride=stride,
-      passes=passes, peak_memory_bytes=metrics.peak_memory_bytes())
+      passes={mode: passes[mode] for mode in config.modes}, keys=keys,
+      peak_memory_bytes=metrics.peak_memory_bytes())
+
+
+def _keys(config: Config, length: int, read: Callable[..., result.Pass],
+          full: windows_lib.Windows) -> tuple[result.Pass, longppl.Keys]:
+  """The pass over `full`, and what it says of key tokens beside one of shorter windows inside them."""
+  short = config.short_context
+  stride = config.short_stride or max(1, short // 4)
+  full_nll, short_nll = np.empty((2, int((full.stop - full.start).sum())), np.float32)
+  found = read(full, length, full_nll)
+  read(longppl.inside(full, short, stride), short, short_nll)
+  return found, longppl.compare(full_nll, short_nll, longppl.bins(full), short=short, stride=stride)
 
 
 def context_length(config: Config, model: Any) -> int:
@@ -115,7 +139,11 @@ def context_length(config: Config, model: Any) -> int:
   errors.check(config.length or longest or not model.state_grows,
                'perplexity.length=0: must be given, at least 1; this model has no max_length and '
                'its state grows with every token')
-  return config.length or longest
+  length = config.length or longest
+  errors.check(not length or config.short_context < length,
+               f'perplexity.short_context={config.short_context}: must be less than the evaluated '
+               f'length, {length} tokens, with which it is compared')
+  return length
 
 
 def segment_size(config: Config, length: int, layout: mesh.Layout | None) -> int:
@@ -177,6 +205,7 @@ class _Segment(NamedTuple):
   valid_BT: np.ndarray
   scored_BT: np.ndarray
   bin_BT: np.ndarray
+  index_BT: np.ndarray  # of the token among all that are scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,18 +219,20 @@ class _Reader:
   def segments(self, windows: windows_lib.Windows) -> Iterator[_Segment]:
     batch, size = self.shape
     windows, held = windows_lib.longest_first(windows), {}
+    before = np.cumsum(self.scored) - self.scored
     for i in range(0, len(windows.start), batch):
       rows = [windows_lib.Windows(*one) for one in zip(*(x[i:i + batch] for x in windows))]
       held = {d: held[d] if d in held else self.documents.document(d)
               for d in {int(one.document) for one in rows}}
       for offset in range(0, rows[0].stop - rows[0].start, size):
-        yield self._segment(rows, held, offset)
+        yield self._segment(rows, held, before, offset)
 
   def _segment(self, rows: list[windows_lib.Windows], held: dict[int, np.ndarray],
-               offset: int) -> _Segment:
+               before: np.ndarray, offset: int) -> _Segment:
     shape = self.shape
     tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     valid_BT, scored_BT = np.zeros(shape, bool), np.zeros(shape, bool)
+    index_BT = np.zeros(shape, np.int64)
     for row, one in enumerate(rows):
       low, high = one.start + offset, min(one.start + offset + shape[1], one.stop)
       if low >= high:
@@ -213,15 +244,17 @@ class _Reader:
       tokens_BT[row, :high - low], targets_BT[row, :high - low] = part[:-1], part[1:]
       valid_BT[row, :high - low] = True
       scored_BT[row, max(one.scored - low, 0):high - low] = True
+      index_BT[row, :high - low] = before[int(one.document)] + np.arange(low, high)
     bin_T = windows_lib.position_bin(offset + np.arange(shape[1]))
     return _Segment(offset == 0, tokens_BT, targets_BT, valid_BT, scored_BT,
-                    np.broadcast_to(bin_T, shape))
+                    np.broadcast_to(bin_T, shape), index_BT)
 
 
 class _Sums:
   """Sums by bin, in float64 and int64."""
 
-  def __init__(self, bins: int):
+  def __init__(self, bins: int, keep: np.ndarray | None = None):
+    self.keep = keep  # what each token's nats are written to
     self.nats, self.tokens, self.bytes, self.not_finite = np.zeros((4, bins))
 
   def add(self, segment: _Segment, nll_BT: np.ndarray, bytes_V: np.ndarray) -> None:
@@ -232,16 +265,18 @@ class _Sums:
     self.tokens += count()
     self.bytes += count(weights=bytes_V[segment.targets_BT[where]])
     self.not_finite += count(weights=~np.isfinite(nll))
+    if self.keep is not None:
+      self.keep[segment.index_BT[where]] = nll
 
   def scores(self) -> tuple[result.Score, ...]:
     return tuple(result.Score(float(n), int(t), int(b), int(f)) for n, t, b, f in
                  zip(self.nats, self.tokens, self.bytes, self.not_finite))
 
 
-def _run(programs: _Programs, params: Any, reader: _Reader,
-         windows: windows_lib.Windows) -> result.Pass:
+def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib.Windows,
+         keep: np.ndarray | None) -> result.Pass:
   """Reads all windows, a segment at a time; the last one's scores are fetched while the next runs."""
-  sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)))
+  sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)), keep)
   put, none = programs.put, np.zeros(reader.shape, np.int32)
   # A call on padding alone compiles, so that the clock measures reading.
   nll_BT, state = programs.score(params, programs.fresh(params), put(none), put(none),

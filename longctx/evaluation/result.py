@@ -16,7 +16,7 @@ import dataclasses
 import math
 from typing import Any
 
-from longctx.evaluation import windows
+from longctx.evaluation import longppl, windows
 
 FEW = 0.01   # of a pass's tokens
 
@@ -78,6 +78,7 @@ class Result:
   stride: int  # of the sliding pass; 0 where windows are whole documents
   passes: dict[str, Pass]
   peak_memory_bytes: int
+  keys: longppl.Keys | None = None  # with short_context
 
   @property
   def first(self) -> Pass:
@@ -99,7 +100,8 @@ class Result:
         bits_per_byte=_finite(self.bits_per_byte), loss=_finite(self.loss),
         tokens_per_second=self.first.tokens_per_second,
         peak_memory_bytes=self.peak_memory_bytes,
-        modes={mode: one.to_json(self.few(mode)) for mode, one in self.passes.items()})
+        modes={mode: one.to_json(self.few(mode)) for mode, one in self.passes.items()},
+        **({'key_tokens': self.keys.to_json()} if self.keys else {}))
 
   def scalars(self) -> dict[str, float]:
     """For metrics.jsonl."""
@@ -149,6 +151,8 @@ class Result:
     if broken:
       lines.append(f'{broken:,} tokens have a loss that is not finite: the parameters hold NaN or '
                    'inf, or the model overflows')
+    if self.keys:
+      lines.append(self.keys.table())
     return '\n'.join(lines)
 
 
