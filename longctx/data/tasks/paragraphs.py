@@ -94,14 +94,14 @@ def read(pattern: str, kind: str) -> Paragraphs:
     try:
       with open(path, encoding='utf-8') as f:
         data = json.load(f)
-      found = 'SQuAD' if isinstance(data, dict) else 'HotpotQA'
+      found = {dict: 'SQuAD', list: 'HotpotQA'}[type(data)]
       if found == kind:
         questions += (_squad if kind == 'SQuAD' else _hotpot)(data, number)
     except OSError as e:
       raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: {e.strerror}') from e
-    except ValueError as e:
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
       raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is not JSON in UTF-8: {e}') from e
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
       raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is neither SQuAD nor HotpotQA (distractor) JSON as '
                         f'published: {type(e).__name__} {e}') from e
   check(bool(questions), f'eval.paragraphs={pattern!r}: no file holds questions of {kind}; name one too, or leave '
