@@ -26,14 +26,17 @@ NAMES = sorted(name for name in TASKS if TASKS[name].exact)
 MANY = 48                      # examples by which depths and floors are judged
 SURE = 1.95 / np.sqrt(MANY)    # Kolmogorov's bound, passed by chance once in a thousand
 
+BABILONG = [name for name in NAMES if name.startswith('babilong_')]
 # The answer's words stand outside the needles too, so that what they mean must be understood.
 ELSEWHERE = {
     **dict.fromkeys(['ruler_qa_1', 'ruler_qa_2'], 'other documents may tell the same of another town'),
+    **dict.fromkeys(BABILONG, 'other facts tell of the same places, people and things'),
     'induction': 'the letter is also one of the noise',
     'selective_copy': 'each capital is a needle, and the reference is all of them',
 }
 # The depth that is drawn where none is asked for is not uniform.
 NOT_UNIFORM = {
+    **dict.fromkeys(BABILONG, 'all facts are scattered evenly, the needed ones in their order'),
     'ruler_vt': 'its first needle is the first of five',
     'selective_copy': 'its first needle is the first of eight',
 }

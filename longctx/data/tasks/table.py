@@ -2,6 +2,7 @@
 
 from longctx.data.tasks import (
     associations,
+    babilong,
     coreference,
     listops,
     needles,
@@ -14,4 +15,4 @@ from longctx.data.tasks.example import Task
 
 TASKS: dict[str, Task] = {
     **needles.TASKS, **associations.TASKS, **retrieval.TASKS, **coreference.TASKS, **symbols.TASKS,
-    **listops.TASKS, **ruler.TASKS, **ruler_compat.TASKS}
+    **listops.TASKS, **babilong.TASKS, **ruler.TASKS, **ruler_compat.TASKS}
