@@ -251,8 +251,9 @@ def behind(window):
   graphdef, params = nnx.split(ARMT(settings, rngs=nnx.Rngs(0)))
   draw = np.random.default_rng(3)
   # Memory tokens are the model's; the layer here has them beside its parameters.
-  params = {'layer': jax.tree.map(lambda x: x + 0.3 * (np.ptp(x) == 0) * jnp.asarray(
-      draw.normal(size=x.shape), jnp.float32), params), 'own': jnp.asarray(draw.normal(size=(OWN, ROW[2])), jnp.float32)}
+  drawn = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
+  shaken = jax.tree.map(lambda x: x + 0.3 * (np.ptp(x) == 0) * drawn(*x.shape), params)
+  params = {'layer': shaken, 'own': drawn(OWN, ROW[2])}
   cell = Cell(jnp.ones((1, ROW[1] + OWN), bool), jnp.zeros(1, jnp.int32))
 
   def read(params, x):
@@ -262,7 +263,7 @@ def behind(window):
       return memory, y[0, :ROW[1]]
     memory, y = jax.lax.scan(one, block.init_memory(1), x)
     return y, memory.store.W[0], memory.store.z[0]
-  return read, params, jnp.asarray(draw.normal(size=ROW), jnp.float32)
+  return read, params, drawn(*ROW)
 
 
 def flat(params):

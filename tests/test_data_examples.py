@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 
 import numpy as np
 import pytest
@@ -118,6 +119,9 @@ def test_no_source_is_in_two_splits():
     sources[split] = {text(s[:v.sum()]) for i in range(8)
                       for s, v in zip(found[i]['source'], found[i]['source_valid'])}
     assert len(sources[split]) > 500
+    share = [int(hashlib.sha256(x).hexdigest()[:16], 16) / 2 ** 64 for x in sources[split]]
+    low, high = {'test': (0, 0.05), 'validation': (0.05, 0.1), 'train': (0.1, 1)}[split]
+    assert all(low <= u < high for u in share)   # however many sources there may be
   assert not sources['train'] & (sources['validation'] | sources['test'])
   assert not sources['validation'] & sources['test']
 

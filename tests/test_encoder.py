@@ -133,9 +133,9 @@ CUT = encoder_config.Config(vocab_size=64, num_layers=1, embed_dim=32, num_heads
                             max_length=32, init_std=0.2, attention='blockwise').resolved(64)
 
 
+@pytest.mark.slow   # tests/test_encoder_decoder.py has an encoder on a mesh too
 @pytest.mark.parametrize('layout,sizes', [
-    ('sequence', (2, 2, 2)), pytest.param('fsdp', (8, 1, 1), marks=pytest.mark.slow),
-    pytest.param('sequence', (1, 8, 1), marks=pytest.mark.slow)])
+    ('sequence', (2, 2, 2)), ('fsdp', (8, 1, 1)), ('sequence', (1, 8, 1))])
 def test_the_loss_does_not_depend_on_the_layout(layout, sizes):
   cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
   losses, norm, _ = test_mesh.two_steps(CUT, cut)

@@ -162,7 +162,8 @@ def test_it_is_t5_with_gradients():
 
 
 @pytest.mark.parametrize('edges', [(0, 4, 8, 9), tuple(range(10))], ids=['pieces', 'one by one'])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[] if name in ('rope', 't5') else pytest.mark.slow) for name in MODELS])
 def test_what_was_encoded_is_carried(name, edges):
   """Encoded once and read in any pieces: what the whole call says."""
   _, call, encode = made(name)

@@ -1,4 +1,4 @@
-"""Any of the library's recurrent mixers (models/mixers) as the recurrence that Memory Caching keeps states of.
+"""Any recurrent mixer of models/mixers as the recurrence that Memory Caching keeps states of.
 
 The mixer is what it is everywhere: its convolution or token shift looks back over segments, its norms,
 gates and skips are its own. Only its recurrence is run here: from nothing at a segment's begin, and what it

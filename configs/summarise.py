@@ -1,0 +1,49 @@
+"""An encoder-decoder that says of a text of news who announced what, and nothing else.
+
+Command:  python -m longctx.main --config=configs/summarise.py --workdir=runs/summarise
+Debug:    python -m longctx.main --config=configs/summarise.py:debug --workdir=runs/debug
+Expected: EXPECTED
+Use:      python -m longctx.generate --workdir=runs/summarise --source_file=news.txt --temperature=0
+Your own: --config.data.corpus=files --config.data.generator= --config.data.files='PAIRS/*.tsv' (text TAB summary)
+"""
+
+from longctx.configuration import base, check_variant
+
+
+def get_config(variant: str = ''):
+  check_variant(variant)
+  config = base('encoder_decoder')
+  config.data.form = 'pairs'
+  config.data.corpus = 'generated'
+  config.data.generator = 'summarise'
+  config.data.long_documents = 'drop'   # an example is a row or is left out
+  config.data.length = config.model.max_length = 48
+  config.data.source_length = config.model.source_length = 448
+  config.data.batch_size = 16
+  config.model.num_layers = 2
+  config.model.embed_dim = 96
+  config.model.num_heads = 4
+  config.model.position = 't5'
+  config.model.layer_loop = 'unrolled'
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup_steps = 100
+  config.optimizer.beta2 = 0.98
+  config.mesh.layout = 'single'
+  config.run.num_steps = 1500
+  config.run.log_every = 50
+  config.run.eval_every = 500
+  config.run.checkpoint_every = 250
+  config.perplexity.batch_size = 32
+  config.perplexity.segment = 48
+  if variant == 'debug':
+    config.data.batch_size = 4
+    config.model.num_layers = 1
+    config.model.embed_dim = 32
+    config.run.num_steps = 20
+    config.run.log_every = 5
+    config.run.eval_every = 0
+    config.run.checkpoint_every = 10
+    config.optimizer.warmup_steps = 5
+    config.perplexity.batch_size = 8
+    config.perplexity.max_tokens = 1000
+  return config
