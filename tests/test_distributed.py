@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from longctx import train
+from longctx import main, train
 from longctx.errors import ConfigError
 from longctx.parallel import mesh
 from longctx.training import workdir
@@ -110,6 +110,31 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert logged(home / 'stopped') == logged(pair[0])   # bit for bit
   run_alone(home / 'one', text, **CHANGES)             # one process carries on what two began
   assert_close(logged(home / 'one'), logged(pair[0]))
+
+
+@pytest.mark.slow
+def test_tasks_are_put_by_two_processes_as_by_one(home, text, pair):
+  shutil.copytree(pair[0], home / 'tasks')
+  asked = dict(eval_tasks="('parity','induction')", eval_lengths='(96,200)', eval_samples=10,
+               eval_segment=64, eval_answers='true')
+  arguments = [*launch.command(home / 'tasks', text, 'windowed', run_compilation_cache=str(home / 'xla'),
+                               **CHANGES, **asked), '--mode=eval']
+  with launch.several(arguments, home / 'tasks.out') as (children, files):
+    codes = [child.wait(LIMIT) for child in children]
+    outputs = [file.read_text() for file in files]
+  assert codes == [0, 0], '\n'.join(outputs)
+  two = [json.loads(line) for line in (home / 'tasks' / 'tasks.jsonl').read_text().splitlines()]
+  assert (home / 'tasks' / 'tasks.md').read_text() in outputs[0]
+  assert 'parity' not in outputs[1]   # the first process alone speaks and writes
+  shutil.copytree(pair[0], home / 'tasks_alone')
+  command = [*launch.command(home / 'tasks_alone', text, 'windowed', **CHANGES, **asked), '--mode=eval']
+  assert main.main(['main', *command[3:]]) == 0
+  one = [json.loads(line) for line in (home / 'tasks_alone' / 'tasks.jsonl').read_text().splitlines()]
+  assert len(one) == len(two) == 40
+  for a, b in zip(one, two):
+    assert a.pop('answer_logprob') == pytest.approx(b.pop('answer_logprob'), rel=1e-4)
+    del a['config'], b['config']   # that of the programs' folder
+    assert a == b
 
 
 @pytest.mark.slow
