@@ -13,6 +13,7 @@ from flax import nnx
 
 from longctx import assembly, generate
 from longctx.data.tokenizer import Bytes
+from longctx.errors import ConfigError
 from longctx.models import encoder, encoder_config, encoder_decoder
 from tests import toy_models
 
@@ -227,3 +228,9 @@ def test_a_source_is_refused_by_a_language_model_and_an_encoder_writes_nothing(
                                                        num_heads=1), rngs=nnx.Rngs(0))
   assert run(tmp_path, '--prompt=a') == 2
   assert 'writes no text' in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_keeps_no_conversation():
+  assembly.check_writes(pair_model().config)
+  with pytest.raises(ConfigError, match='use python -m longctx.generate --source=TEXT'):
+    assembly.check_writes(pair_model().config, alone=True)

@@ -27,7 +27,8 @@ FREE = ('mesh', 'eval', 'run.compilation_cache', 'run.expect', 'data.cache_dir',
 NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'perplexity', 'data.form', 'data.length',
               'data.batch_size', 'data.long_documents')
 # and a checkpoint, or its place in the data, cannot be carried on with others of these.
-FIXED = ('seed', 'data.form', 'data.length', 'data.batch_size', 'data.long_documents',
+FIXED = ('seed', 'data.form', 'data.length', 'data.source_length', 'data.batch_size',
+         'data.long_documents', 'model.encoder_layers', 'model.num_classes', 'model.position_buckets',
          'optimizer.name', 'model.name', 'model.vocab_size', 'model.num_layers', 'model.embed_dim',
          'model.num_heads', 'model.num_kv_heads', 'model.head_dim', 'model.mlp', 'model.mlp_dim',
          'model.hidden_dim', 'model.position', 'model.qk_norm', 'model.tied', 'model.layer_loop',
