@@ -232,5 +232,5 @@ def test_a_source_is_refused_by_a_language_model_and_an_encoder_writes_nothing(
 
 def test_an_encoder_decoder_keeps_no_conversation():
   assembly.check_writes(pair_model().config)
-  with pytest.raises(ConfigError, match='use python -m longctx.generate --source=TEXT'):
+  with pytest.raises(ConfigError, match='--source=TEXT'):
     assembly.check_writes(pair_model().config, alone=True)
