@@ -97,19 +97,23 @@ class Looker:
 def example_section(looker: Looker, line: dict) -> str:
   """What an example's answer drew on."""
   from longctx.data.tasks.table import TASKS
-  from longctx.evaluation import inspect_page, report
+  from longctx.evaluation import inspect_page, page, report
   made = report.remake(line, looker.tokenizer)
   prompt = looker.tokens(made.prompt, line['task'])
-  answer = (looker.write(prompt, made.new_tokens) if looker.f.answer == 'written' else
-            looker.tokenizer.encode(made.target))
+  written = looker.write(prompt, made.new_tokens)
+  right = looker.f.answer == 'right'
+  answer = looker.tokenizer.encode(made.target) if right else written
   check(len(answer) > 0, f'--examples={line["task"]}:{line["length"]}:{line["index"]}: the model writes nothing '
         'there; give --answer=right to look into the right answer')
-  written = looker.tokenizer.decode(answer).decode('utf-8', 'replace')
+  text = looker.tokenizer.decode(written).decode('utf-8', 'replace')
+  told = report.answer(dict(written=text, score=TASKS[line['task']].score(text, made),
+                            references=line['references']))
+  if right:
+    told += page.paragraph('What is looked into is the expected answer.')
   found = looker.look(prompt, answer)
-  now = dict(written=written, score=TASKS[line['task']].score(written, made), references=line['references'])
   return inspect_page.section(
       f'{line["task"]}, {line["length"]:,} tokens, example {line["index"]}', found,
-      inspect_page.text_of(found, looker.tokenizer, made.needles, made.question), report.answer(now))
+      inspect_page.text_of(found, looker.tokenizer, made.needles, made.question), told)
 
 
 def prompt_section(looker: Looker) -> str:

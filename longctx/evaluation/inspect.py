@@ -40,6 +40,7 @@ from longctx.models.memory_decoder import MemoryDecoder
 
 FINER = 2      # pieces that are cut again
 POINTS = 64    # times that the states are measured, at most
+KEYS_KEPT = 'keys kept'
 
 
 class Layer(NamedTuple):
@@ -79,7 +80,7 @@ def inspect(graphdef: nnx.GraphDef, params: Any, prompt: np.ndarray, answer: np.
   Args:
     graphdef, params: the two halves of `nnx.split(model)`.
     layers: whose maps are kept; (): all. Each takes 4 N R T bytes on the host.
-    chunk: tokens a call.
+    chunk: tokens a call, at most.
   """
   check(len(answer) > 0, 'inspect: the answer is empty, so no token of it drew on anything; give a prompt '
         'that the model answers')
@@ -90,6 +91,8 @@ def inspect(graphdef: nnx.GraphDef, params: Any, prompt: np.ndarray, answer: np.
   chosen = tuple(layers) or tuple(range(depth))
   tokens_T = np.concatenate([prompt, answer]).astype(np.int32)
   split = len(prompt) - 1   # the prompt's last token asks for the answer's first
+  # Short enough for a few dozen points, in sizes that prompts of like length share.
+  chunk = min(chunk, max(16, 1 << (split // POINTS).bit_length()))
   if isinstance(model, MemoryDecoder):
     run, notes = _memory_rows, ()
     split -= split % model.config.segment
@@ -148,7 +151,7 @@ def norms(state: Any) -> dict[tuple[int, str], jax.Array]:
   found = {}
   for i, layer in enumerate(layers):
     if isinstance(layer, Cache):
-      found[i, 'keys kept'] = (layer.index[0] >= 0).sum().astype(jnp.float32)
+      found[i, KEYS_KEPT] = (layer.index[0] >= 0).sum().astype(jnp.float32)
       continue
     for path, x in jax.tree_util.tree_leaves_with_path(layer):
       if jnp.issubdtype(x.dtype, jnp.floating):

@@ -14,7 +14,7 @@ import numpy as np
 from longctx.data.tokenizer import Tokenizer
 from longctx.draw import attention, memory
 from longctx.evaluation import page
-from longctx.evaluation.inspect import Inspection
+from longctx.evaluation.inspect import KEYS_KEPT, Inspection
 
 AROUND, ENDS, PEAKS = 40, (24, 96), 12   # tokens about a peak, at the ends; peaks that are shown
 HEADS, WORDS = 10, 8                     # lines of the tables of heads and tokens
@@ -183,7 +183,8 @@ def _memory(found: Inspection, text: Text) -> list[str]:
     parts += [page.heading('What the memory said', 3), page.table(['layer', 'head by head'], rows),
               page.paragraph('gate: how much of what the memory says enters a head; read strength: how much was '
                              "written under keys like the answer's queries (0: nothing).", soft=True)]
-  if len(found.norms.tokens):
+  # That a cache holds a key for each token read needs no figure.
+  if {name for _, name in found.norms.series} - {KEYS_KEPT}:
     draw: Callable = lambda file: memory.draw(found.norms.tokens, found.norms.series, file, needles=text.needles,
                                               title='What the states hold while the prompt is read')
     parts.append(page.figure(draw, 'Norms of the states of each layer by tokens read; of a cache, how many keys '

@@ -180,12 +180,14 @@ def _depths(task: str, lines: list[dict]) -> list[Drawing]:
   if len(placed) < 2:
     return []
   asked = {line['depth_asked'] for line in placed}
+  # Where depths were asked for each has its row: a needle stands as near to it as sentences let it.
+  depth_of = lambda line: line['depth'] if None in asked else line['depth_asked']
   if None in asked:   # drawn: so many bands that each has a few examples
     least = min(sum(line['length'] == n for line in placed) for n in {line['length'] for line in placed})
     rows = max(2, min(BANDS, least // 3))
   else:
     rows = max(2, len(asked))
-  cells = heatmap.grid([(line['length'], line['depth'], line['score']) for line in placed], rows)
+  cells = heatmap.grid([(line['length'], depth_of(line), line['score']) for line in placed], rows)
   return [Drawing(f'depth_{task}', lambda file: heatmap.draw(cells, file, title=task),
                   f'{task}: score by length and by depth of the needle. Hatched: no example.')]
 
@@ -197,7 +199,7 @@ def remake(line: dict, tokenizer: Tokenizer) -> Example:
   """The example that a line is of; ConfigError where it cannot be made again."""
   task = line['task']
   check(task in TASKS, f'{task}: is no task of this version of longctx')
-  settings = {name: line[name] for name in ('haystack', 'paragraphs') if name in line}
+  settings = {name: line[name] for name in ('haystack', 'paragraphs', 'files') if name in line}
   made = example(task, TASKS[task], tokenizer, length=line['length'], index=line['index'], seed=line['seed'],
                  depth=line['depth_asked'], **settings)
   check(hashlib.sha256(made.prompt).hexdigest() == line['prompt_sha256'], f'{task}: example {line["index"]} '
