@@ -57,7 +57,7 @@ class Config:
   def __post_init__(self):
     for name, low in dict(length=0, segment=1, batch_size=1, stride=0, max_tokens=0,
                           short_context=0, short_stride=0).items():
-      errors.check_range(f'evaluation.{name}', getattr(self, name), low=low)
+      errors.check_range(f'perplexity.{name}', getattr(self, name), low=low)
     errors.check(not self.length or self.stride <= self.length,
                  f'perplexity.stride={self.stride}: must be at most perplexity.length='
                  f'{self.length}, or tokens between two windows are never scored')
