@@ -51,6 +51,7 @@ class Config:
   task_loss: str = 'answer'          # what of an example is learned: 'answer' or 'all'
   task_lengths: tuple[int, ...] = ()   # of the examples, drawn at random; (): data.length
   task_haystack: str = ''            # what needles are hidden in; see data/tasks/haystack.py
+  task_files: str = ''               # the folder of Long Range Arena's files; see data/tasks/lra.py
   split: str = 'hash'                # 'hash': whole documents; 'contiguous': a part of each
   validation_fraction: float = 0.05
   test_fraction: float = 0.05
@@ -105,7 +106,8 @@ class Config:
 
   def _check_tasks(self) -> None:
     check_choice('data.task_loss', self.task_loss, ('answer', 'all'))
-    for field, unset in (('task_loss', 'answer'), ('task_lengths', ()), ('task_haystack', '')):
+    for field, unset in (('task_loss', 'answer'), ('task_lengths', ()), ('task_haystack', ''),
+                         ('task_files', '')):
       value = getattr(self, field)
       check(value == unset or self.corpus == 'tasks', f'data.{field}={value!r}: is not read with '
             f"data.corpus={self.corpus!r}; set data.corpus='tasks'")

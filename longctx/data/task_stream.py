@@ -35,13 +35,13 @@ class Examples:
     self._lengths = config.task_lengths or (config.length,)
     # What is too short for a task is refused before anything is trained.
     first = [self._made(name, length, 0) for name in config.tasks for length in sorted(self._lengths)[:1]]
-    seen = hashlib.sha256(repr((config.tasks, self._lengths, config.task_loss, config.task_haystack,
+    seen = hashlib.sha256(repr((config.tasks, self._lengths, config.task_loss, config.task_haystack, config.task_files,
                                 [one.prompt for one in first])).encode())
     self.content = seen.hexdigest()
 
   def _made(self, name: str, length: int, index: int) -> Example:
     return example(name, TASKS[name], self.tokenizer, length=length, index=index, seed=self._names,
-                   haystack=self._config.task_haystack)
+                   haystack=self._config.task_haystack, files=self._config.task_files)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
     """(SEP, prompt, answer; how many of these tokens the answer has)."""

@@ -35,6 +35,7 @@ class Config:
   seed: int = 0
   haystack: str = ''  # what needles are hidden in, see data/tasks/haystack.py; '': the task's own text
   paragraphs: str = ''  # SQuAD or HotpotQA files by a glob, for ruler_qa_*; '': invented ones
+  files: str = ''  # the folder of Long Range Arena's files, see data/tasks/lra.py, for lra_*
   batch_size: int = 8  # rows read at once
   segment: int = 512  # tokens a row and call
   controls: bool = True  # the same questions without their context, too
@@ -67,7 +68,7 @@ def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> 
 def settings_key(config: Config, about: Mapping[str, Any]) -> str:
   """The hash of all that an answer depends on, the example itself and rounding aside."""
   parts = [about['checkpoint'], about['tokenizer'], config.seed, config.haystack,
-           config.paragraphs, config.depths, config.controls, config.answers]
+           config.paragraphs, config.files, config.depths, config.controls, config.answers]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -138,7 +139,7 @@ class _Maker:
     depth = float(np.linspace(0, 1, c.depths)[index % c.depths]) if c.depths > 1 else (
         0.5 if c.depths else None)
     made = example(task, TASKS[task], self.tokenizer, length=length, index=index, seed=c.seed,
-                   depth=depth, haystack=c.haystack, paragraphs=c.paragraphs)
+                   depth=depth, haystack=c.haystack, paragraphs=c.paragraphs, files=c.files)
     return Asked(task, length, index, depth, made, _tokens(self.tokenizer, made.prompt))
 
   def batches(self, done: set[tuple]) -> Iterator[list[Asked]]:
@@ -200,7 +201,7 @@ def _written(subject: Subject, prompts: list[np.ndarray], batch: list[Asked], ro
 def _line(config: Config, one: Asked, **answer: Any) -> dict:
   """What an example was, and how it was answered."""
   return dict(task=one.task, length=one.length, index=one.index, seed=config.seed,
-              haystack=config.haystack, paragraphs=config.paragraphs,
+              haystack=config.haystack, paragraphs=config.paragraphs, files=config.files,
               depth_asked=one.depth, depth=one.made.depth,
               prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
               new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)

@@ -51,6 +51,7 @@ class Draw:
   depth: float | None = None     # where the needle is to begin; None: the task draws it, uniformly
   haystack: str = ''             # what needles are hidden in, see haystack.of; '': the task's own text
   paragraphs: str = ''           # the glob of SQuAD or HotpotQA files; '': invented documents
+  files: str = ''                # the folder of a benchmark's own files, for tasks that read them
   seed: Any = 0                  # which rng comes from; for what is drawn once for all examples
 
   def count(self, text: bytes) -> int:
@@ -71,6 +72,7 @@ class Task:
     published: 'model at length' -> score in percent, where there is a number to compare with.
     exact: whether lengths are met exactly; else they are bounds, as in the benchmark that is repeated, and do not
       count the separator.
+    files: whether it reads the files of a benchmark, which must be given.
   """
 
   make: Callable[[Draw], Example]
@@ -79,6 +81,7 @@ class Task:
   source: str
   published: Mapping[str, float] = dataclasses.field(default_factory=dict)
   exact: bool = True
+  files: bool = False
 
 
 def generator(*names: Any) -> np.random.Generator:
@@ -88,10 +91,11 @@ def generator(*names: Any) -> np.random.Generator:
 
 
 def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: Any = 0,
-            depth: float | None = None, haystack: str = '', paragraphs: str = '') -> Example:
+            depth: float | None = None, haystack: str = '', paragraphs: str = '', files: str = '') -> Example:
   """Example `index` of a task; the same for the same arguments, everywhere. `seed`: a number, or names."""
   made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer, length=length,
-                        index=index, depth=depth, haystack=haystack, paragraphs=paragraphs, seed=seed))
+                        index=index, depth=depth, haystack=haystack, paragraphs=paragraphs, files=files,
+                        seed=seed))
   tokens = 1 + len(tokenizer.encode(made.prompt)) + made.new_tokens
   if tokens != length if task.exact else tokens - 1 > length:
     raise AssertionError(f'{name}: example {index} has {tokens} tokens, not {length}')

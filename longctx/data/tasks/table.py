@@ -5,6 +5,7 @@ from longctx.data.tasks import (
     babilong,
     coreference,
     listops,
+    lra,
     needles,
     retrieval,
     ruler,
@@ -15,4 +16,5 @@ from longctx.data.tasks.example import Task
 
 TASKS: dict[str, Task] = {
     **needles.TASKS, **associations.TASKS, **retrieval.TASKS, **coreference.TASKS, **symbols.TASKS,
-    **listops.TASKS, **babilong.TASKS, **ruler.TASKS, **ruler_compat.TASKS}
+    **listops.TASKS, **babilong.TASKS, **lra.TASKS,
+    **ruler.TASKS, **ruler_compat.TASKS}
