@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx import watch
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import inspect, reads
@@ -32,6 +33,7 @@ MODELS = {
                          num_kv_heads=2),
     'infini': memory('infini', num_heads=4, num_kv_heads=2),
     'caching': memory('memory_caching', memory_size=3),
+    'caching behind a window': memory('memory_caching', memory_size=3, short_term=6),
     'states': memory('block_recurrent', memory_tokens=3),
     'compressive': memory('compressive', short_term=4, memory_size=3, memory_rate=2),
     'armt': memory('armt', memory_tokens=2, memory_width=8),
@@ -159,14 +161,18 @@ def test_the_read_strength_of_infini_attention():
 
 
 @pytest.mark.slow
-def test_gates_of_cached_segments_stand_at_their_tokens():
-  read = inspected('caching').layers[0].maps['segments'].tokens_NRT[0]
+@pytest.mark.parametrize('name, short', [('caching', 0), ('caching behind a window', 6)])
+def test_gates_of_cached_segments_stand_at_their_tokens(name, short):
+  read, = inspected(name).layers[0].maps['segments'].tokens_NRT
   for row, at in zip(read, ROWS[:, 0]):
-    number = at // C
-    sums = [row[s * C:(s + 1) * C].sum() for s in range(6)]
-    assert not any(sums[:max(0, number - 3)]) and not any(sums[number + 1:])
-    assert all(s > 0 for s in sums[max(0, number - 3):number + 1])
-    assert sum(sums) == pytest.approx(1, abs=1e-5)
+    fallen = at // C * C - short                  # cached as three segments, the oldest of tokens 0 .. 1 perhaps
+    own = slice(at // C * C, None) if not short else slice(0, 0)
+    cached = row[max(0, fallen - 3 * C):fallen]
+    assert (cached > 0).all()
+    assert cached.sum() + row[own].sum() == pytest.approx(row.sum())
+    assert row.sum() == pytest.approx(1, abs=1e-5) if not short else 0 < row.sum() < 1
+    for low in range(fallen - C, max(0, fallen - 3 * C), -C):
+      assert np.ptp(row[max(0, low):low + C]) < 1e-6
 
 
 @pytest.mark.slow
@@ -231,6 +237,8 @@ def test_what_a_model_has_not_got_is_said():
 def test_layers_without_attention_are_named_and_their_states_measured():
   _, _, made = model('hybrid')
   found = inspected('hybrid')
+  agreement = found.layers[0].numbers_NR['agreement']
+  assert agreement.shape == (2, A) and (agreement > 0).all() and (agreement <= 1 + 1e-5).all()
   assert 'gated_delta' in found.notes[0] and not found.layers[0].maps and found.layers[1].maps
   _, state = jax.jit(lambda t: made(t, made.init_state(1, capacity=24)))(TOKENS[None, :P - 1])
   assert found.norms.series[0, 'memory'][-1] == pytest.approx(np.linalg.norm(state.layers[0].memory), rel=1e-4)
@@ -259,3 +267,13 @@ def test_occlusion_finds_the_tokens_that_the_answer_needs():
   expected[[30, 77]] = 3
   np.testing.assert_allclose(lost, expected)
   assert subject.scored <= 1 + 10 * 4
+
+
+def test_agreement_is_one_where_a_memory_holds_the_key_alone():
+  key, value = np.array([.6, .8]), np.array([1., 2., 2.])
+  S = np.outer(key, value)
+  ask = np.stack([5 * key, np.array([.8, -.6])])     # the key, and what is orthogonal to it
+  said = watch.Told('delta', dict(q_BTHK=jnp.array(ask)[None, :, None], memory=jnp.array(S)[None, None],
+                                  said_BTHV=jnp.array(ask @ S)[None, :, None]))
+  numbers = reads.found([said], slice(0, 2), block=None).numbers_NR
+  np.testing.assert_allclose(numbers['agreement'], [[1, 0]], atol=1e-6)

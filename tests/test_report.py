@@ -8,14 +8,16 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from longctx import configuration, report
+from longctx import assembly, configuration, report
 from longctx.data.tasks.example import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import inspect, inspect_page, page, reads
 from longctx.evaluation import report as report_page
+from longctx.models import decoder
 from longctx.training import workdir as workdir_lib
 
 
@@ -287,3 +289,30 @@ def test_the_face_writes_the_report(tmp_path, capsys):
   assert report.main(['report', f'--workdir={folder}']) == 0
   assert capsys.readouterr().out == f'report: {folder}/report.html\n'
   assert (folder / 'report.html').stat().st_size > 5000
+
+
+def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch):
+  """With a model that was never trained, in the place of a checkpoint."""
+  config = decoder.Config(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, max_length=512,
+                          layer_loop='unrolled', remat='none', attention='reference')
+  graphdef, params = nnx.split(decoder.Decoder(config, rngs=nnx.Rngs(0)))
+  monkeypatch.setattr(assembly, 'load_for_inference', lambda *_, **__: assembly.Trained(
+      graphdef, params, Bytes(), config, None))
+  folder = write(tmp_path / 'w', held_out=None, metrics=[], lines=[line_of(length=320)])
+  given = ['report', f'--workdir={folder}', '--pieces=3', '--segment=64']
+  assert report.main([*given, '--examples=passkey:320:0', '--answer=right', '--layers=0']) == 0
+  outline = Outline((folder / 'report.html').read_text())
+  made = example('passkey', TASKS['passkey'], Bytes(), length=320, index=0, seed=0)
+  assert 'What the answer drew on: passkey, 320 tokens, example 0' in outline.texts['h2']
+  assert 'What is looked into is the expected answer.' in outline.texts['p']
+  needle = made.prompt[slice(*made.needles[0])].decode()
+  shown = outline.texts['mark'][1:]   # the first is of the examples
+  assert ''.join(shown).startswith(needle)   # in the two strips, in runs of one shade
+  at = outline.rows.index(['head', 'of its reading'])
+  assert {row[0] for row in outline.rows[at + 1:at + 3]} == {'layer 0 attention, head 0',
+                                                             'layer 0 attention, head 1'}
+  assert report.main([*given, '--examples=passkey:320:0', '--layers=1']) == 2
+  assert '--layers=1: must be at least 0 and at most 0' in capsys.readouterr().err
+  assert report.main([*given, f'--prompt={made.prompt[:200].decode()}', '--max_new_tokens=2', '--pieces=0']) == 0
+  outline = Outline((folder / 'report.html').read_text())
+  assert 'What the answer drew on: --prompt' in outline.texts['h2']

@@ -102,7 +102,7 @@ def inspect(graphdef: nnx.GraphDef, params: Any, prompt: np.ndarray, answer: np.
     plain = [m for m in dict.fromkeys(model.config.layers) if m != 'attention']
     if plain:
       notes = (f'layers of {", ".join(plain)} keep no token by itself, so they have no map over the tokens: '
-               'see the norms of their states, and occlusion',)
+               'see what they said, the norms of their states, and occlusion',)
   else:
     run = _plain_rows
     notes = (f'model.name={model.config.name!r} has neither attention nor slots of a memory: the norms of its '
@@ -178,7 +178,9 @@ def _decoder_rows(graphdef, params, tokens_T, split, first, state, chosen):
     if of_layer[0].attention_NRS is not None:
       parts = [reads.by_index(f.attention_NRS, f.index_S, len(tokens_T)) for f in of_layer]
       maps['attention'] = reads.Read(*(np.concatenate(x, axis=1) for x in zip(*parts)))
-    layers.append(Layer(i, kind, maps, None, {}))
+    numbers = {name: np.concatenate([f.numbers_NR[name] for f in of_layer], axis=1)
+               for name in of_layer[0].numbers_NR}
+    layers.append(Layer(i, kind, maps, None, numbers))
   return tuple(layers), np.array(logprobs)
 
 

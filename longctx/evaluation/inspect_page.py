@@ -182,7 +182,8 @@ def _memory(found: Inspection, text: Text) -> list[str]:
   if rows:
     parts += [page.heading('What the memory said', 3), page.table(['layer', 'head by head'], rows),
               page.paragraph('gate: how much of what the memory says enters a head; read strength: how much was '
-                             "written under keys like the answer's queries (0: nothing).", soft=True)]
+                             "written under keys like the answer's queries (0: nothing); agreement: of the query "
+                             'with a matrix, 1 where it holds that key alone.', soft=True)]
   # That a cache holds a key for each token read needs no figure.
   if {name for _, name in found.norms.series} - {KEYS_KEPT}:
     draw: Callable = lambda file: memory.draw(found.norms.tokens, found.norms.series, file, needles=text.needles,

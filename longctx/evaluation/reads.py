@@ -4,6 +4,7 @@ What is told (longctx/watch.py) is in the layer's own terms: queries and keys wi
 memory, gates. `found` makes numbers of it inside the function that is compiled; `Places` then says which
 token of the text each key, slot or cached segment stands for.
 
+    agreement    of a query with a delta rule's memory: |q S| / (|q| |S|), 1 where S holds that key alone
     attention    softmax over all keys that the layer's calls gave it, the cache's and the call's own
     retrieved    Memorizing: weights of the keys found among those kept
     segments     Memory Caching: the gates of past segments, spread evenly over their tokens
@@ -103,6 +104,11 @@ def found(calls: Sequence[Told], rows: slice, block: Any) -> Found:
       case 'titans' | 'ttt':
         said_NCH = (v['said_BNCH'] - v.get('asked_BNCH', 0.0))[0]
         numbers['norm of what it said'] = jnp.linalg.norm(said_NCH[:, rows], axis=-1)
+      case 'delta' if not isinstance(block, Block):   # else it wraps a mixer, whose work is its own
+        length = lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+        said_RH, asked_RH = length(v['said_BTHV'][0, rows]), length(v['q_BTHK'][0, rows])
+        all_H = jnp.linalg.norm(v['memory'][0], axis=(-2, -1))
+        numbers['agreement'] = (said_RH / jnp.maximum(asked_RH * all_H, 1e-30)).T
   if getattr(block, 'store', None) is not None:
     gate_N = gate_of(block.gate.get_value(), block.settings.gate)
     some_NR = out['attention_NRS'][..., 0]
@@ -189,14 +195,14 @@ class Places:
     return tokens_NRT
 
   def segments(self, gates_RS: np.ndarray) -> Read:
-    """Of gates of cached segments, the last of the row's own."""
+    """Of gates of cached segments, the last of the row's own, which a window reads where there is one."""
     tokens_NRT = np.zeros((1, len(gates_RS), self.length), np.float32)
     slots = gates_RS.shape[1] - 1
-    for s in range(slots + 1):
-      first = (self.number - slots + s) * self.segment
-      if first >= 0:
-        tokens_NRT[0, :, first:first + self.segment] += (
-            gates_RS[:, s, None] / max(1, min(self.segment, self.length - first)))
+    for s in range(slots + (self.short_term == 0)):
+      first = (self.number - slots + s) * self.segment - self.short_term
+      low, high = max(first, 0), min(first + self.segment, self.length)
+      if low < high:
+        tokens_NRT[0, :, low:high] += gates_RS[:, s, None] / (high - low)
     return Read(tokens_NRT, 1 - tokens_NRT.sum(-1))
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
@@ -58,4 +59,5 @@ class DeltaNet(nnx.Module):
     beta = self.most * jax.nn.sigmoid(linear(x_BTD, self.w_beta.get_value()).astype(jnp.float32))
     out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, None, context.reset_BT, context.valid_BT), state.memory)
+    watch.tell('delta', q_BTHK=q, said_BTHV=out_BTHV, memory=memory)
     return merge(self.norm(out_BTHV), self.w_out.get_value()), State(memory, tail)

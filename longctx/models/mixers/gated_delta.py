@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, linear, normal, param
 from longctx.models.mixers.base import Cost, Settings
@@ -91,6 +92,7 @@ class GatedDelta(nnx.Module):
     out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, log_decay, context.reset_BT, context.valid_BT),
         state.memory)
+    watch.tell('delta', q_BTHK=q, said_BTHV=out_BTHV, memory=memory)
     gate_BTHV = project(x_BTD, self.w_gate.get_value())
     return merge(self.norm(out_BTHV) * jax.nn.silu(gate_BTHV), self.w_out.get_value()), State(
         memory, tail)

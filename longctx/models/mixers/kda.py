@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longctx import watch
 from longctx.models.context import Context
 from longctx.models.layers import RMSNorm, constant, linear, normal, param, shifted
 from longctx.models.mixers.base import Cost, Settings
@@ -77,6 +78,7 @@ class KDA(nnx.Module):
     out_BTHV, memory = run(
         self.kernel, Inputs(q, k, v, beta, log_decay, context.reset_BT, context.valid_BT),
         state.memory)
+    watch.tell('delta', q_BTHK=q, said_BTHV=out_BTHV, memory=memory)
     gate_BTHV = jax.nn.sigmoid(shifted(low_rank(self.w_gate_in, self.w_gate_out),
                                        self.bias_gate.get_value().reshape(H, V)))
     return merge(self.norm(out_BTHV) * gate_BTHV, self.w_out.get_value()), State(memory, tail)
