@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx import configuration
+from longctx import configuration, retrofit
 from longctx.data import stream
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -125,6 +125,15 @@ def test_a_model_learns_from_its_forms_of_data_alone(model, form, message):
   config.data.form = form
   with pytest.raises(ConfigError, match=message):
     configuration.parts(config)
+
+
+def test_a_classifier_may_begin_with_the_layers_of_a_model_that_guesses_tokens():
+  guesses, says = small(num_layers=1), small(num_layers=1, num_classes=3)
+  assert retrofit.differences(guesses, says) == []
+  assert retrofit.differences(guesses, small(num_layers=1, num_classes=3, position='t5'))
+  names = lambda config: {'/'.join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(
+      nnx.eval_shape(lambda: encoder.Encoder(config, rngs=nnx.Rngs(0)))))}
+  assert names(says) - names(guesses) == {'classes'} and not names(guesses) - names(says)
 
 
 # Over a mesh.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx.inference import sampling
 from longctx.models import encoder_config, encoder_decoder
 from longctx.parallel import mesh
 from tests import oracles, test_mesh
@@ -263,3 +264,16 @@ def test_the_loss_does_not_depend_on_the_layout(layout, sizes, strategy):
   np.testing.assert_allclose(norm, alone()[1], rtol=1e-4)
   for a, b in zip(params, alone()[2]):
     np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+@pytest.mark.slow
+def test_devices_share_the_source_while_a_target_is_written():
+  """The source's keys cut over `seq`, as --seq does: the tokens of one device."""
+  graphdef, params = nnx.split(made('t5')[0])
+  source, _, _ = tokens()
+  given = dict(prompts=[[1, 2], [3]], max_new_tokens=5, chunk=8, sampling=sampling.Sampling(temperature=0),
+               sources=[list(map(int, source[0])), list(map(int, source[1, :4]))])
+  alone = list(sampling.generate_batch(graphdef, params, **given))
+  cut = mesh.make_layout(mesh.Config(data=1, seq=8, layout='sequence'))
+  shared = list(sampling.generate_batch(graphdef, params, layout=cut, **given))
+  np.testing.assert_array_equal(shared, alone)
