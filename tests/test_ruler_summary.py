@@ -41,5 +41,5 @@ def test_an_effective_length_reaches_the_threshold_itself():
 def test_scores_that_are_none_are_refused():
   with pytest.raises(ConfigError, match='has no score'):
     average({})
-  with pytest.raises(ConfigError, match=r'scores_by_length\[4096\]=101: must be at least 0 and at most 100'):
+  with pytest.raises(ConfigError, match=r'scores_by_length\[4096\]=101: must be at least 0'):
     effective_length({4096: 101})

@@ -1,4 +1,4 @@
-"""RULER, balanced: each prompt is solved from its text alone, by readers that share nothing with its makers."""
+"""RULER, balanced: prompts are solved from their text alone, by readers written for that."""
 
 import collections
 import functools
@@ -29,7 +29,8 @@ class Words:
 
 @functools.cache
 def draw(name, length=4096, index=0, tok=Bytes, **kwargs):
-  return example.example(f'ruler_{name}', TASKS[f'ruler_{name}'], tok(), length=length, index=index, **kwargs)
+  return example.example(f'ruler_{name}', TASKS[f'ruler_{name}'], tok(), length=length,
+                         index=index, **kwargs)
 
 
 def parts(one):
@@ -48,8 +49,9 @@ def values_of(one):
 
 
 @pytest.mark.parametrize('name, keys, answers', [
-    ('niah_single_1', 1, 1), ('niah_single_2', 1, 1), ('niah_single_3', 1, 1), ('niah_multikey_1', 4, 1),
-    ('niah_multikey_2', 30, 1), ('niah_multikey_3', 15, 1), ('niah_multivalue', 1, 4), ('niah_multiquery', 4, 4)])
+    ('niah_single_1', 1, 1), ('niah_single_2', 1, 1), ('niah_single_3', 1, 1),
+    ('niah_multikey_1', 4, 1), ('niah_multikey_2', 30, 1), ('niah_multikey_3', 15, 1),
+    ('niah_multivalue', 1, 4), ('niah_multiquery', 4, 4)])
 def test_a_reader_of_needles_finds_what_is_asked_for(name, keys, answers):
   for index in range(8):
     one = draw(name, index=index)
@@ -59,8 +61,8 @@ def test_a_reader_of_needles_finds_what_is_asked_for(name, keys, answers):
     assert len(told) >= keys and (len(told) == keys or 'multikey' in name)
     everything = [value for values in told.values() for value in values]
     assert len(set(everything)) == len(everything)
-    assert all(re.fullmatch(r'\d{7}' if 'uuid' not in one.prompt.decode() else r'[0-9a-f-]{36}', value)
-               for value in everything)
+    form = r'[0-9a-f-]{36}' if b'magic uuid' in one.prompt else r'\d{7}'
+    assert all(re.fullmatch(form, value) for value in everything)
     assert [NEEDLE.search(one.prompt[a:b].decode())[2] for a, b in sorted(one.needles)] == [
         value for _, value in NEEDLE.findall(parts(one)[0]) if value in one.references]
 
@@ -88,8 +90,10 @@ def test_a_reader_of_assignments_finds_every_name_of_the_value():
     assert names == [*one.references] == one.target.decode().split() and len(set(names)) == 5
     shown = context.split('\n\nMemorize')[0]
     assert shown.count('The grass is green') == 5 and value not in shown
-    answer, shown_value = shown.split('they are: ')[1].split(), re.search(r'the value (\d{5}) in', shown)[1]
-    assert answer == re.findall(r'VAR (\w+) = ', shown) and f'VAR {answer[0]} = {shown_value}\n' in shown
+    answer = shown.split('they are: ')[1].split()
+    shown_value = re.search(r'the value (\d{5}) in', shown)[1]
+    assert answer == re.findall(r'VAR (\w+) = ', shown)
+    assert f'VAR {answer[0]} = {shown_value}\n' in shown
     assert not {*answer} & {*names}
 
 
@@ -101,7 +105,8 @@ def test_vt_starts_where_it_was_asked_to():
 
 
 @pytest.mark.parametrize('length, tok, often, seldom', [
-    (2600, Bytes, 6, 1), (4096, Bytes, 6, 1), (9000, Bytes, 30, 3), (4095, Words, 6, 1), (4096, Words, 30, 3)])
+    (2600, Bytes, 6, 1), (4096, Bytes, 6, 1), (9000, Bytes, 30, 3), (4095, Words, 6, 1),
+    (4096, Words, 30, 3)])
 def test_ten_words_are_most_common(length, tok, often, seldom):
   orders = []
   for index in range(3):
@@ -116,9 +121,11 @@ def test_ten_words_are_most_common(length, tok, often, seldom):
     assert {count for _, count in ranked[:9]} == {often} and ranked[9][1] >= often - 1
     assert ranked[10][1] == seldom and len(ranked) >= 20
     first = sorted(one.references, key=[word for _, word in listed].index)
-    assert re.findall(r'\d+\. (\S.*?)(?= \d+\. |$)', one.target.decode()) == first == [*one.references]
+    assert re.findall(r'\d+\. (\S.*?)(?= \d+\. |$)', one.target.decode()) == first
+    assert first == [*one.references]
     example_list, answer = shown.split('Question:')
-    shown_counts = collections.Counter(re.findall(r'\d+\. ([A-Za-z][\w -]*?)(?= \d+\. |\n|$)', example_list))
+    shown_counts = collections.Counter(
+        re.findall(r'\d+\. ([A-Za-z][\w -]*?)(?= \d+\. |\n|$)', example_list))
     assert {word for word, _ in shown_counts.most_common(10)} == {
         *re.findall(r'\d+\. (\S.*?)(?= \d+\. |\n)', answer)}
     assert not {*shown_counts} & {*counts}
@@ -133,7 +140,8 @@ def test_where_the_list_of_words_ends_pairs_are_taken():
   assert one.prompt.count(one.references[0].encode() + b' ') == 30
 
 
-@pytest.mark.parametrize('length, tok', [(760, Bytes), (4096, Bytes), (20_000, Bytes), (4096, Words)])
+@pytest.mark.parametrize('length, tok', [
+    (760, Bytes), (4096, Bytes), (20_000, Bytes), (4096, Words)])
 def test_three_coded_words_are_most_frequent_after_the_dots(length, tok):
   orders = []
   for index in range(3):
@@ -152,9 +160,8 @@ def test_three_coded_words_are_most_frequent_after_the_dots(length, tok):
 
 
 def test_what_an_essay_is_made_of_is_said(tmp_path):
-  (tmp_path / 'digits.txt').write_text(' '.join(f'It was {i} then.' for i in range(10**6, 10**6 + 2000)))
-  one = example.example('ruler_niah_multivalue', TASKS['ruler_niah_multivalue'], Bytes(), length=4096, index=0,
-                        haystack=str(tmp_path / '*.txt'))
+  (tmp_path / 'one.txt').write_text(' '.join(f'It was {i} then.' for i in range(1000, 2000)))
+  one = draw('niah_multivalue', haystack=str(tmp_path / '*.txt'))
   assert b' It was 1' in one.prompt and one.info['haystack'].endswith('*.txt')
   assert draw('niah_multivalue').info['haystack'] == 'synthetic'
 
@@ -164,13 +171,14 @@ def test_the_published_scores_have_the_published_means():
   assert len(names) == 13
   for model, mean in {'GPT-4-1106-preview at 4096': 96.6, 'Phi-3-mini-128k at 4096': 92.2,
                       'Phi-3-mini-128k at 8192': 91.5, 'Phi-3-mini-128k at 16384': 90.7}.items():
-    assert np.mean([TASKS[f'ruler_{name}'].published[model] for name in names]) == pytest.approx(mean, abs=0.06)
+    scores = [TASKS[f'ruler_{name}'].published[model] for name in names]
+    assert np.mean(scores) == pytest.approx(mean, abs=0.06)
     assert ruler_prompts.published('cwe')[model] == TASKS['ruler_cwe'].published[model]
 
 
 def test_a_prompt_that_has_no_room_says_how_much_it_needs():
   for name in ('cwe', 'fwe', 'vt', 'niah_multikey_3', 'qa_2'):
-    with pytest.raises(ConfigError, match=rf'ruler_{name}: length=300: must be at least \d+') as caught:
+    with pytest.raises(ConfigError, match=rf'ruler_{name}: length=300: must be at least') as caught:
       draw(name, 300)
     need = int(re.search(r'at least (\d+)', str(caught.value))[1])
     assert 300 < need < 3000

@@ -1,4 +1,4 @@
-"""Prompts of whole units: exact in any tokenizer, as many units as fit, golds where their depths say."""
+"""Prompts of whole units: exact in any tokenizer, as many as fit, golds where their depths say."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from longctx.errors import ConfigError
 
 
 class Awkward:
-  """Tokens of two to four letters that never end where a word does: 'b c' is one, so a cut changes its neighbours."""
+  """Tokens go over the ends of words, 'b c' is one, so that a cut changes those before it."""
 
   def encode(self, data):
     return np.array(re.findall(rb'[a-z] [a-z]|[A-Za-z0-9]{1,4}|.', data, re.DOTALL), object)
@@ -97,5 +97,6 @@ def test_golds_of_one_gap_stand_in_the_order_of_their_depths():
 def test_a_pool_makes_its_units_once_and_in_order():
   made = iter(range(100))
   pool = units.Pool(lambda: [b'%d' % next(made) for _ in range(3)])
-  assert pool[4] == b'4' and pool.first(2) == [b'0', b'1'] and pool.first(7)[-1] == b'6' and pool[0] == b'0'
+  assert pool[4] == b'4' and pool.first(2) == [b'0', b'1']
+  assert pool.first(7)[-1] == b'6' and pool[0] == b'0'
   assert next(made) == 9

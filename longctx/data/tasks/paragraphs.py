@@ -1,10 +1,12 @@
 """Documents and questions about them: read from files, or made of invented towns and people.
 
-    read(pattern)       SQuAD (v1.1, v2.0) and HotpotQA (distractor) JSON as their authors give them out; which of the
-                        two a file is, its shape says. Questions without an answer are left out.
+    read(pattern)       SQuAD (v1.1, v2.0) and HotpotQA (distractor) JSON as their authors give
+                        them out; which of the two a file is, its shape says. Questions without an
+                        answer are left out.
     towns(rng, names)   towns that do not exist, of four facts each
 
-Sources: Rajpurkar et al. 2018, arXiv:1806.03822; Yang et al. 2018, arXiv:1809.09600. The invented ones are our own.
+Sources: Rajpurkar et al. 2018, arXiv:1806.03822; Yang et al. 2018, arXiv:1809.09600. The invented
+ones are our own.
 Held by: tests/test_task_questions.py.
 """
 
@@ -20,14 +22,17 @@ import numpy as np
 from longctx.errors import ConfigError, check
 
 # Without March and May, which an answer may say in another meaning.
-MONTHS = ('January', 'February', 'April', 'June', 'July', 'August', 'September', 'October', 'November', 'December')
-GOODS = ('glass', 'clocks', 'honey', 'carpets', 'bells', 'lace', 'cider', 'paper', 'saddles', 'pottery', 'knives',
-         'hats', 'ropes', 'candles', 'flutes', 'barrels', 'cheese', 'tiles', 'mirrors', 'boats', 'buttons', 'needles',
-         'soap', 'maps', 'baskets', 'globes')
-RIVERS = ('Arva', 'Belth', 'Corrin', 'Dunmar', 'Elsk', 'Fennow', 'Garda', 'Hurne', 'Ister', 'Jolva', 'Kesh', 'Lomar',
-          'Mirn', 'Nolde', 'Orvane', 'Pelk', 'Quill', 'Rhosk', 'Sarn', 'Tamble', 'Ulver', 'Vexa', 'Wend', 'Yarrow')
+MONTHS = ('January', 'February', 'April', 'June', 'July', 'August', 'September', 'October',
+          'November', 'December')
+GOODS = ('glass', 'clocks', 'honey', 'carpets', 'bells', 'lace', 'cider', 'paper', 'saddles',
+         'pottery', 'knives', 'hats', 'ropes', 'candles', 'flutes', 'barrels', 'cheese', 'tiles',
+         'mirrors', 'boats', 'buttons', 'needles', 'soap', 'maps', 'baskets', 'globes')
+RIVERS = ('Arva', 'Belth', 'Corrin', 'Dunmar', 'Elsk', 'Fennow', 'Garda', 'Hurne', 'Ister', 'Jolva',
+          'Kesh', 'Lomar', 'Mirn', 'Nolde', 'Orvane', 'Pelk', 'Quill', 'Rhosk', 'Sarn', 'Tamble',
+          'Ulver', 'Vexa', 'Wend', 'Yarrow')
 YEARS = range(1100, 2000)
-TRADES = ('baker', 'painter', 'surgeon', 'printer', 'lawyer', 'gardener', 'sailor', 'weaver', 'teacher', 'mason')
+TRADES = ('baker', 'painter', 'surgeon', 'printer', 'lawyer', 'gardener', 'sailor', 'weaver',
+          'teacher', 'mason')
 # (what is asked of a town, of the town where somebody was born; among how many the answer is).
 FACTS = {
     'year': ('In which year was {} founded?', len(YEARS)),
@@ -44,7 +49,7 @@ class Question:
   text: str
   answers: tuple[str, ...]
   golds: tuple[int, ...]   # documents that the answer needs
-  near: tuple[int, ...]    # that belong to them without telling it, which come first among the others
+  near: tuple[int, ...]    # that belong to them without telling it; first among the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +74,18 @@ def _squad(data: dict[str, Any], number: _Numbers) -> list[Question]:
     article_numbers = [number(paragraph['context']) for paragraph in article['paragraphs']]
     for gold, paragraph in zip(article_numbers, article['paragraphs']):
       near = tuple(dict.fromkeys(i for i in article_numbers if i != gold))
-      out += [Question(asked['question'], tuple(dict.fromkeys(a['text'] for a in asked['answers'])), (gold,), near)
-              for asked in paragraph['qas'] if asked['answers']]   # v2.0: impossible ones have none
+      for asked in paragraph['qas']:
+        answers = tuple(dict.fromkeys(answer['text'] for answer in asked['answers']))
+        if answers:   # v2.0: impossible ones have none
+          out.append(Question(asked['question'], answers, (gold,), near))
   return out
 
 
 def _hotpot(data: list[dict[str, Any]], number: _Numbers) -> list[Question]:
   out = []
   for asked in data:
-    numbers = {title: number(f'{title}\n{"".join(sentences)}') for title, sentences in asked['context']}
+    numbers = {title: number(f'{title}\n{"".join(sentences)}')
+               for title, sentences in asked['context']}
     golds = tuple(dict.fromkeys(numbers[title] for title, _ in asked['supporting_facts']))
     near = tuple(i for i in numbers.values() if i not in golds)
     out.append(Question(asked['question'], (asked['answer'],), golds, near))
@@ -87,8 +95,10 @@ def _hotpot(data: list[dict[str, Any]], number: _Numbers) -> list[Question]:
 @functools.lru_cache(maxsize=4)
 def read(pattern: str, kind: str) -> Paragraphs:
   """The files of one kind, 'SQuAD' or 'HotpotQA', among those that a glob names."""
-  paths = [path for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if os.path.isfile(path)]
-  check(bool(paths), f'eval.paragraphs={pattern!r}: no file matches; give SQuAD or HotpotQA JSON files')
+  paths = [path for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+           if os.path.isfile(path)]
+  check(bool(paths), f'eval.paragraphs={pattern!r}: no file matches; give SQuAD or HotpotQA JSON '
+        'files')
   number, questions = _Numbers(), []
   for path in paths:
     try:
@@ -102,10 +112,10 @@ def read(pattern: str, kind: str) -> Paragraphs:
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
       raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is not JSON in UTF-8: {e}') from e
     except (KeyError, TypeError, ValueError) as e:
-      raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is neither SQuAD nor HotpotQA (distractor) JSON as '
-                        f'published: {type(e).__name__} {e}') from e
-  check(bool(questions), f'eval.paragraphs={pattern!r}: no file holds questions of {kind}; name one too, or leave '
-        'out the task that asks them')
+      raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is neither SQuAD nor HotpotQA '
+                        f'(distractor) JSON as published: {type(e).__name__} {e}') from e
+  check(bool(questions), f'eval.paragraphs={pattern!r}: no file holds questions of {kind}; name '
+        'one too, or leave out the task that asks them')
   return Paragraphs(tuple(document.encode() for document in number.of), tuple(questions))
 
 
@@ -121,8 +131,10 @@ class Town:
     """Its facts in one of two orders."""
     river, founded = f'lies on the river {self.river}', f'was founded in {self.year}'
     first, second = (river, founded) if kind else (founded, river)
-    good, market = f'It is known for making {self.good}.', f'A market is held there every {self.month}.'
-    return f'{self.name} {first} and {second}. {" ".join((market, good) if kind else (good, market))}'
+    good = f'It is known for making {self.good}.'
+    market = f'A market is held there every {self.month}.'
+    last = f'{market} {good}' if kind else f'{good} {market}'
+    return f'{self.name} {first} and {second}. {last}'
 
 
 def towns(rng: np.random.Generator, names: list[str]) -> list[Town]:

@@ -1,10 +1,10 @@
-"""RULER's thirteen tasks (Hsieh et al. 2024, arXiv:2404.06654), balanced: what the published form gets wrong
-is mended, and every length is met exactly in any tokenizer.
+"""RULER's thirteen tasks (Hsieh et al. 2024, arXiv:2404.06654), balanced: what the published form
+gets wrong is mended, and every length is met exactly in any tokenizer.
 
     ruler_niah_single_1                         a number among lines of noise
     ruler_niah_single_2, _single_3              a number, a UUID in an essay
     ruler_niah_multikey_1                       one of four keys' numbers in an essay
-    ruler_niah_multikey_2, _multikey_3          a number, a UUID among lines that are needles with other keys
+    ruler_niah_multikey_2, _multikey_3          a number, a UUID among needles with other keys
     ruler_niah_multivalue, _multiquery          four numbers of one key, or of four, in an essay
     ruler_vt                                    the five names that a value came to have
     ruler_cwe, ruler_fwe                        words that are more frequent: ruler_words.py
@@ -12,17 +12,20 @@ is mended, and every length is met exactly in any tokenizer.
 
 The prompts, the number of needles, the budgets of new tokens and the scores are the published ones
 (ruler_prompts.py). Differs from NVIDIA/RULER at c3f5e3b, whose own bytes ruler_compat.py repeats:
-  * Needles and documents stand at depths drawn uniformly for each example, any depth may be asked for; there
-    the document of every answer stands at one depth, and essays have forty.
-  * Words of lists and coded words stand in another order in each example; there in one order for all.
+  * Needles and documents stand at depths drawn uniformly for each example, any depth may be asked
+    for; there the document of every answer stands at one depth, and essays have forty.
+  * Words of lists and coded words stand in another order in each example; there in one order for
+    all.
   * What does not fit is refused with the least length that does; there the loop has no end.
-  * A prompt is filled by a cut through its last line, word or document; there it is up to a line shorter.
-  * Keys and values of one prompt are all different, and a number asked for stands in its needle alone.
-  * The essay is made of random words ("synthetic" in `info`) unless eval.haystack names a text of any size;
-    there it is Paul Graham's, which has no licence.
+  * A prompt is filled by a cut through its last line, word or document; there it is up to a line
+    shorter.
+  * A key and a value that are asked for stand in their own needle alone.
+  * The essay is made of random words ("synthetic" in `info`) unless eval.haystack names a text of
+    any size; there it is Paul Graham's, which has no licence.
   * vt's worked example has five lines of noise; there as many as 500 tokens hold, in bytes none.
   * Answers may take more tokens than there where their right continuation does.
-Answers of several parts are learned in the order of the text, or of the question where it names them.
+Answers of several parts are learned in the order of the text, or of the question where it names
+them.
 Held by: tests/test_tasks.py (exact lengths), tests/test_task_ruler.py.
 """
 
@@ -84,7 +87,8 @@ def essay(draw: Draw, name: str, *, kind: str = 'numbers', keys: int = 1, values
     while len(found) < keys * values:
       found = list(dict.fromkeys([*found, number(draw, 7, text)]))
   needed = range(queries * values)
-  order = sorted(needed, key=lambda i: depths[i]) if values > 1 else needed   # the text's, or the question's
+  # The text's, or the question's.
+  order = sorted(needed, key=lambda i: depths[i]) if values > 1 else needed
   references = [found[i] for i in order]
   head, question = asked(kind, named[:queries], len(needed))
   target = f' {listed(references)}'.encode()
@@ -106,8 +110,8 @@ def in_lines(draw: Draw, name: str, *, head: bytes, lines: units.Pool, golds: li
       after=question, new_tokens=new_tokens, least=1)
   found = units.spans(*arranged(n), b'\n', len(head))
   return Example(
-      prompt=prompt, question=len(prompt) - len(question), target=target, references=tuple(references),
-      new_tokens=new_tokens, needles=tuple(found),
+      prompt=prompt, question=len(prompt) - len(question), target=target,
+      references=tuple(references), new_tokens=new_tokens, needles=tuple(found),
       depth=(found[0][0] - len(head)) / (len(prompt) - len(head) - len(question)))
 
 
@@ -132,9 +136,10 @@ def lines(draw: Draw, name: str, *, key: str = 'words', kind: str = 'numbers',
     return [needle(kind, k, v) for k, v in zip(*drawn(64)) if k != one and v != value]
 
   head, question = asked(kind, [one], 1)
-  return in_lines(draw, name, head=head, golds=[needle(kind, one, value)], depths=depths, question=question,
-                  lines=units.Pool(others) if distractors else noise_lines(), target=f' {value}'.encode(),
-                  references=[value], budget=NEW_TOKENS['niah'])
+  return in_lines(
+      draw, name, head=head, lines=units.Pool(others) if distractors else noise_lines(),
+      golds=[needle(kind, one, value)], depths=depths, question=question,
+      target=f' {value}'.encode(), references=[value], budget=NEW_TOKENS['niah'])
 
 
 def chain(draw: Draw, letters: int, value: int) -> tuple[list[str], list[bytes]]:
@@ -148,21 +153,22 @@ def chain(draw: Draw, letters: int, value: int) -> tuple[list[str], list[bytes]]
 
 
 def vt(draw: Draw) -> Example:
-  """Names of one value, each assigned from the last; a worked example with other names comes first."""
-  begin = draw.rng.random() if draw.depth is None else draw.depth
-  depths = sorted(draw.rng.random(HOPS + 1).tolist())
+  """Names of one value, each assigned from the last, after a worked example with other names."""
+  anywhere = lambda: sorted(draw.rng.random(HOPS + 1).tolist())
+  depths = anywhere()
   if draw.depth is not None:   # the first where it was asked for, the others anywhere after it
-    depths = [begin, *(begin + (1 - begin) * depth for depth in depths[1:])]
+    depths = [draw.depth, *(draw.depth + (1 - draw.depth) * depth for depth in depths[1:])]
   values = draw.rng.choice(90_000, size=2, replace=False) + 10_000
   head = VT[0].encode()
   ask = lambda value: VT[1].format(query=value, number=HOPS + 1).encode()
   shown, assigned = chain(draw, 3, values[0])
-  lines_of_example, _ = units.among([NOISE] * EXAMPLE_LINES, assigned, sorted(draw.rng.random(HOPS + 1).tolist()))
-  example = head + b'\n'.join(lines_of_example) + ask(values[0]) + ' '.join(shown).encode() + b'\n\n'
+  worked, _ = units.among([NOISE] * EXAMPLE_LINES, assigned, anywhere())
+  example = head + b'\n'.join(worked) + ask(values[0]) + ' '.join(shown).encode() + b'\n\n'
   names, golds = chain(draw, 5, values[1])
-  return in_lines(draw, 'ruler_vt', head=example + head, lines=noise_lines(), golds=golds, depths=depths,
-                  question=ask(values[1]), target=' '.join(names).encode(), references=names,
-                  budget=NEW_TOKENS['vt'])
+  return in_lines(
+      draw, 'ruler_vt', head=example + head, lines=noise_lines(), golds=golds, depths=depths,
+      question=ask(values[1]), target=' '.join(names).encode(), references=names,
+      budget=NEW_TOKENS['vt'])
 
 
 NEEDLES = {
@@ -177,13 +183,15 @@ NEEDLES = {
 }
 # One guess for each answer asked for; any of four answers is right wherever it is said.
 UUID = 2.0 ** -122
-FLOORS = {'niah_single_3': UUID, 'niah_multikey_3': UUID, 'niah_multivalue': 4 / 9e6, 'niah_multiquery': 4 / 9e6}
+FLOORS = {'niah_single_3': UUID, 'niah_multikey_3': UUID, 'niah_multivalue': 4 / 9e6,
+          'niah_multiquery': 4 / 9e6}
 
 
 def _task(name: str) -> Task:
-  return Task(make=lambda draw: NEEDLES[name](draw, f'ruler_{name}'), score=scoring.match_all,
-              floor=FLOORS.get(name, 1 / 9e6), source='NVIDIA/RULER, scripts/data/synthetic/niah.py, balanced',
-              published=ruler_prompts.published(name))
+  return Task(
+      make=lambda draw: NEEDLES[name](draw, f'ruler_{name}'), score=scoring.match_all,
+      floor=FLOORS.get(name, 1 / 9e6), published=ruler_prompts.published(name),
+      source='NVIDIA/RULER, scripts/data/synthetic/niah.py, balanced')
 
 
 TASKS = {

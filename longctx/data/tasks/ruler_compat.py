@@ -4,12 +4,12 @@
     vt                                                variable_tracking.py
     fwe                                               freq_words_extraction.py
 
-Source: github.com/NVIDIA/RULER at c3f5e3b (Apache-2.0); the prompts are its words, the code is ours. Its
-numbers come from one generator for the whole set, in the order of its calls, those of its search for the
-size of the haystack too, so that sample i is known only after all before it. Its loop of tries has an end
-here: where it would go on for ever (a byte tokenizer's vt, whose worked example never fits 500 tokens), a
-ConfigError says so. A length is a bound of prompt and answer, as there, the separator aside; `ruler.py` has
-the form with exact lengths and the faults mended.
+Source: github.com/NVIDIA/RULER at c3f5e3b (Apache-2.0); the prompts are its words, the code is
+ours. Its numbers come from one generator for the whole set, in the order of its calls, those of its
+search for a size of the haystack too: sample i is known only after all before it. Its loop of tries
+has an end here: where it would go on for ever (a byte tokenizer's vt, whose worked example never
+fits 500 tokens), a ConfigError says so. A length is a bound of prompt and answer, as there, the
+separator aside; `ruler.py` has the form with exact lengths and the faults mended.
 Held by: tests/test_task_ruler_compat.py (hashes of what the reference wrote).
 """
 
@@ -40,13 +40,13 @@ Count = Callable[[str], int]   # tokens of a text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-  """What the reference writes: `prompt` is its `input` + `answer_prefix`, `answers` its `outputs`."""
+  """What the reference writes: its `input` + `answer_prefix`, and its `outputs`."""
 
   prompt: str
   answers: tuple[str, ...]
   head: int                    # characters before the context
   question: str                # what stands after it
-  needles: tuple[str, ...]     # what the answer needs, in the order and form in which it stands there
+  needles: tuple[str, ...]     # what the answer needs, as and in the order in which it stands there
 
 
 class FailedSampleError(ConfigError):
@@ -54,7 +54,7 @@ class FailedSampleError(ConfigError):
 
 
 def _size(tokens: Callable[[int], int], step: int, length: int, extra: int) -> int:
-  """Units of haystack for `length`: the reference's search, which draws a new sample for each size."""
+  """Units of haystack: the reference's search, which draws a new sample for each size."""
   low, high = step, max(int(length / (tokens(step) / step) * 3), step * 2)
   found = step
   while low <= high:
@@ -68,7 +68,7 @@ def _size(tokens: Callable[[int], int], step: int, length: int, extra: int) -> i
 
 def _samples(make: Callable[[int], Sample], count: Count, size: int, step: int, length: int,
              new_tokens: int, name: str) -> Iterator[Sample]:
-  """Samples of at most `length` tokens with the answer: where one is longer, another with less haystack."""
+  """Samples of at most `length` tokens with the answer; a longer one is drawn again, of less."""
   while True:
     used, tries, least = size, 0, None
     while True:
@@ -81,8 +81,9 @@ def _samples(make: Callable[[int], Sample], count: Count, size: int, step: int, 
       except FailedSampleError:
         pass
       tries += used <= step
-      check(tries < TRIES, f'{name}: length={length}: the published generator would never end: of its '
-            f"smallest samples none has fewer than {least} of this model's tokens; take a longer one")
+      check(tries < TRIES, f'{name}: length={length}: the published generator would never end: of '
+            f"its smallest samples none has fewer than {least} of this model's tokens; take a "
+            'longer one')
       if used > step:
         used -= step
     yield sample
@@ -119,8 +120,8 @@ def niah(count: Count, length: int, seed: int, name: str, *, haystack: str, key:
     lines.insert(rng.sample(range(size), 1)[0], line)
     rng.sample(range(1), 1)   # which of the keys is asked for, of which there is one
     asked = question.format(query=k)
-    return Sample(prompt=head + '\n'.join(lines) + asked, answers=(v,), head=len(head), question=asked,
-                  needles=(line,))
+    return Sample(prompt=head + '\n'.join(lines) + asked, answers=(v,), head=len(head),
+                  question=asked, needles=(line,))
 
   new_tokens = prompts.NEW_TOKENS['niah']
   step = 25 if length >= 4096 else 5
@@ -129,8 +130,8 @@ def niah(count: Count, length: int, seed: int, name: str, *, haystack: str, key:
 
 
 def vt(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
-  """A chain of assignments among lines of noise, after a worked example with other names each time."""
-  rng, old = random.Random(seed), np.random.RandomState(seed)   # NumPy's old numbers, as the reference's
+  """A chain of assignments among lines of noise, after an example with other names each time."""
+  rng, old = random.Random(seed), np.random.RandomState(seed)   # NumPy's old numbers, as there
   head, question = prompts.VT
 
   def named(k: int) -> str:
@@ -144,15 +145,16 @@ def vt(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
     for begun in range(0, len(names), HOPS + 1):
       first = f'VAR {names[begun]} = {value()}'
       if begun:
-        raise FailedSampleError(f'{name}: seed={seed}: the published generator stops here, as two of its names are '
-                     'the same; take another seed')
+        raise FailedSampleError(f'{name}: seed={seed}: the published generator stops here, as two '
+                                'of its names are the same; take another seed')
       lines = [first, *(f'VAR {b} = VAR {a} ' for a, b in itertools.pairwise(names))]
     return names, lines
 
   def make(size: int, k: int, value: Callable[[], str]) -> Sample:
     names, assignments = chain(k, value)
     if size < len(assignments):
-      raise FailedSampleError(f'{name}: length={length}: has no room for the {len(assignments)} assignments')
+      raise FailedSampleError(f'{name}: length={length}: has no room for the {len(assignments)} '
+                              'assignments')
     lines = [NOISE] * size
     for i, at in enumerate(sorted(rng.sample(range(size), len(assignments)))):
       lines.insert(at + i, assignments[i])
@@ -176,7 +178,8 @@ def vt(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
   def after_example(size: int) -> Sample:
     sample = asked(size)
     before = renamed() + '\n'
-    return dataclasses.replace(sample, prompt=before + sample.prompt, head=len(before) + sample.head)
+    return dataclasses.replace(sample, prompt=before + sample.prompt,
+                               head=len(before) + sample.head)
 
   new_tokens = prompts.NEW_TOKENS['vt']
   step = 10 if length >= 4096 else 5
@@ -185,7 +188,7 @@ def vt(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
 
 
 def fwe(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
-  """Coded words, as often as 1/k^2 of their rank k says; the first is noise, the next three are asked for."""
+  """Coded words, as often as 1/k^2 of their rank k says; the first is noise, ranks 2 to 4 asked."""
   rng = random.Random(seed)
   room = length - prompts.NEW_TOKENS['fwe']
   step = room // 32
@@ -208,8 +211,8 @@ def fwe(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
     counts = (size * ranks**-2.0 / (np.pi**2 / 6)).astype(int)
     text = [word for word, n in zip(coded, counts) for _ in range(n)]
     random.Random(seed).shuffle(text)
-    return Sample(prompt=head + ' '.join(text) + question, answers=tuple(coded[1:4]), head=len(head),
-                  question=question, needles=())
+    return Sample(prompt=head + ' '.join(text) + question, answers=tuple(coded[1:4]),
+                  head=len(head), question=question, needles=())
 
   coded = vocabulary()
   size = room // 6
@@ -231,16 +234,19 @@ def fwe(count: Count, length: int, seed: int, name: str) -> Iterator[Sample]:
 
 
 GENERATORS: dict[str, Callable[[Count, int, int, str], Iterator[Sample]]] = {
-    'ruler_compat_niah_single_1': functools.partial(niah, haystack='noise', key='words', value='numbers'),
-    'ruler_compat_niah_multikey_2': functools.partial(niah, haystack='needles', key='words', value='numbers'),
-    'ruler_compat_niah_multikey_3': functools.partial(niah, haystack='needles', key='uuids', value='uuids'),
+    'ruler_compat_niah_single_1': functools.partial(
+        niah, haystack='noise', key='words', value='numbers'),
+    'ruler_compat_niah_multikey_2': functools.partial(
+        niah, haystack='needles', key='words', value='numbers'),
+    'ruler_compat_niah_multikey_3': functools.partial(
+        niah, haystack='needles', key='uuids', value='uuids'),
     'ruler_compat_vt': vt,
     'ruler_compat_fwe': fwe,
 }
 
 
 def samples(name: str, count: Count, length: int, *, seed: int = SEED) -> Iterator[Sample]:
-  """The reference's samples, one after another, without end: its first n, whatever its num_samples was."""
+  """The reference's samples, one after another, whatever its num_samples was."""
   return GENERATORS[name](count, length, seed, name)
 
 
@@ -248,8 +254,8 @@ class _Set:
   """The samples of one set, asked for by their indices: in their order each is made once."""
 
   def __init__(self, name: str, tokenizer: Tokenizer, length: int, seed: int):
-    self._begin = lambda: enumerate(samples(name, lambda text: len(tokenizer.encode(text.encode())), length,
-                                            seed=seed))
+    count = lambda text: len(tokenizer.encode(text.encode()))
+    self._begin = lambda: enumerate(samples(name, count, length, seed=seed))
     self._rest, self._last = self._begin(), (-1, None)
 
   def __getitem__(self, index: int) -> Sample:
@@ -265,11 +271,11 @@ _sets = functools.lru_cache(maxsize=len(GENERATORS))(_Set)
 
 
 def example(draw: Draw, name: str) -> Example:
-  """Sample `index` of the reference's set; eval.seed is its --random_seed, 42 where the published scores are."""
-  check(isinstance(draw.seed, int), f'{name}: seed={draw.seed!r}: must be a number, as the published generator '
-        "takes; tasks to train on are ruler_'s")
-  check(draw.depth is None, f'{name}: depth={draw.depth}: the published prompts have their own depths; '
-        f"{name.replace('compat_', '')} takes any")
+  """Sample `index` of the reference's set; eval.seed is its --random_seed, as published 42."""
+  check(isinstance(draw.seed, int), f'{name}: seed={draw.seed!r}: must be a number, as the '
+        f"published generator takes; train on {name.replace('compat_', '')}")
+  check(draw.depth is None, f'{name}: depth={draw.depth}: the published prompts have their own '
+        f"depths; {name.replace('compat_', '')} takes any")
   sample = _sets(name, draw.tokenizer, draw.length, draw.seed)[draw.index]
   kind = 'niah' if 'niah' in name else name.removeprefix('ruler_compat_')
   begins = [sample.prompt.index(line, sample.head) for line in sample.needles]
@@ -277,8 +283,10 @@ def example(draw: Draw, name: str) -> Example:
   joined = (' ' if kind == 'vt' else ', ').join(sample.answers)
   return Example(
       prompt=sample.prompt.encode(), question=end, references=sample.answers,
-      target=('' if kind == 'vt' else ' ').encode() + joined.encode(), new_tokens=prompts.NEW_TOKENS[kind],
-      needles=tuple((at, at + len(line)) for at, line in zip(begins, sample.needles)),   # ASCII: a letter a byte
+      target=('' if kind == 'vt' else ' ').encode() + joined.encode(),
+      new_tokens=prompts.NEW_TOKENS[kind],
+      # In ASCII, where a letter is a byte.
+      needles=tuple((at, at + len(line)) for at, line in zip(begins, sample.needles)),
       depth=(begins[0] - sample.head) / (end - sample.head) if begins else None)
 
 
@@ -287,7 +295,7 @@ FLOORS = {'niah_single_1': 1 / 9e6, 'niah_multikey_2': 1 / 9e6, 'niah_multikey_3
           'vt': (HOPS + 1) / 26**5, 'fwe': 3 / 26**6}
 TASKS = {
     f'ruler_compat_{name}': Task(
-        make=functools.partial(example, name=f'ruler_compat_{name}'), score=scoring.match_all, floor=floor,
-        source='NVIDIA/RULER at c3f5e3b, scripts/data/synthetic, byte for byte',
+        make=functools.partial(example, name=f'ruler_compat_{name}'), score=scoring.match_all,
+        floor=floor, source='NVIDIA/RULER at c3f5e3b, scripts/data/synthetic, byte for byte',
         published=prompts.published(name), exact=False)
     for name, floor in FLOORS.items()}

@@ -3,12 +3,14 @@
     ruler_qa_1   the answer stands in one document (there: SQuAD v2.0's answerable questions)
     ruler_qa_2   two documents are needed (there: HotpotQA's, distractor setting)
 
-With eval.paragraphs the documents and questions are those of SQuAD or HotpotQA files; an example takes the next
-question in an order drawn from the seed. Without, they are SYNTHETIC ("documents" in `info` says which): towns that
-do not exist, a fact of one; and people born in them, a fact of the town where one was born.
-Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and no document is there twice before all were there once, the
-answer's own never twice; for qa_2 those that the answer needs are known (`needles`) and stand apart.
-Held by: tests/test_tasks.py, tests/test_task_questions.py.
+With eval.paragraphs the documents and questions are those of SQuAD or HotpotQA files; an example
+takes the next question in an order drawn from the seed. Without, they are SYNTHETIC ("documents" in
+`info` says which): towns that do not exist, a fact of one; and people born in them, a fact of the
+town where one was born. Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and no document is
+there twice before all were there once, the answer's own never twice; for qa_2 those that the answer
+needs are known (`needles`) and stand apart.
+Held by: tests/test_tasks.py,
+tests/test_task_questions.py.
 """
 
 import functools
@@ -27,11 +29,12 @@ from longctx.errors import check
 TOWN_BYTES = 120   # of the shortest of the invented paragraphs
 
 
-def about_documents(draw: Draw, name: str, question: str, answers: tuple[str, ...], golds: list[bytes],
-                    others: units.Pool, documents: str) -> Example:
+def about_documents(draw: Draw, name: str, question: str, answers: tuple[str, ...],
+                    golds: list[bytes], others: units.Pool, documents: str) -> Example:
   """Gold documents at their depths among others, all numbered."""
   depths = depths_of(draw, len(golds))
-  places = draw.rng.random(draw.length)   # a document more goes somewhere among the others; it has a token or more
+  # A document more goes somewhere among the others, in their order; it has a token or more.
+  places = draw.rng.random(draw.length)
   form = lambda i, document: DOCUMENT.format(i=i, document='').encode() + document
 
   def arranged(n: int) -> tuple[list[bytes], list[int]]:
@@ -48,9 +51,9 @@ def about_documents(draw: Draw, name: str, question: str, answers: tuple[str, ..
       after=ask, new_tokens=new_tokens)
   found = units.spans(*arranged(n), b'\n\n', len(head))
   return Example(
-      prompt=prompt, question=len(prompt) - len(ask), target=target, references=answers, new_tokens=new_tokens,
-      needles=tuple(found), depth=(found[0][0] - len(head)) / (len(prompt) - len(head) - len(ask)),
-      info=dict(documents=documents))
+      prompt=prompt, question=len(prompt) - len(ask), target=target, references=answers,
+      new_tokens=new_tokens, needles=tuple(found), info=dict(documents=documents),
+      depth=(found[0][0] - len(head)) / (len(prompt) - len(head) - len(ask)))
 
 
 @functools.lru_cache(maxsize=4)
@@ -65,11 +68,11 @@ def from_files(draw: Draw, name: str, kind: str) -> Example:
   known = {*asked.golds, *asked.near}
   far = [i for i in draw.rng.permutation(len(given.documents)).tolist() if i not in known]
   others = [asked.near[i] for i in draw.rng.permutation(len(asked.near))] + far
-  check(bool(others), f'eval.paragraphs={draw.paragraphs!r}: holds no documents but those of one question, to stand '
-        'around them; name more files')
+  check(bool(others), f'eval.paragraphs={draw.paragraphs!r}: holds no documents but those of one '
+        'question, to stand around them; name more files')
   pool = units.Pool(lambda: [given.documents[other] for other in others])   # round and round
-  return about_documents(draw, name, asked.text, asked.answers, [given.documents[i] for i in asked.golds], pool,
-                         kind)
+  return about_documents(draw, name, asked.text, asked.answers,
+                         [given.documents[i] for i in asked.golds], pool, kind)
 
 
 def synthetic(draw: Draw, name: str, hops: int) -> Example:
@@ -90,17 +93,22 @@ def synthetic(draw: Draw, name: str, hops: int) -> Example:
             for person, trade, town in zip(full, trades, towns)]
   others = [document for pair in zip(people[1:], told[1:]) for document in pair]
   return about_documents(
-      draw, name, FACTS[fact][0].format(f'the town where {full[0]} was born'), answers, [people[0], told[0]],
-      units.Pool(lambda: others), 'synthetic')
+      draw, name, FACTS[fact][0].format(f'the town where {full[0]} was born'), answers,
+      [people[0], told[0]], units.Pool(lambda: others), 'synthetic')
 
 
 def _task(name: str, kind: str, hops: int) -> Task:
   make: Callable[[Draw], Example] = lambda draw: (
       from_files(draw, name, kind) if draw.paragraphs else synthetic(draw, name, hops))
   return Task(
-      make=make, score=scoring.match_part, floor=float(np.mean([1 / number for _, number in FACTS.values()])),
-      source=f'NVIDIA/RULER, scripts/data/synthetic/qa.py, balanced; {kind} where eval.paragraphs names it, else '
-      'synthetic, of which the floor is', published=ruler_prompts.published(name.removeprefix('ruler_')))
+      make=make, score=scoring.match_part,
+      floor=float(np.mean([1 / number for _, number in FACTS.values()])),   # a guess
+      source=f'NVIDIA/RULER, scripts/data/synthetic/qa.py, balanced; {kind} where eval.paragraphs '
+      'names it, else synthetic, of which the floor is',
+      published=ruler_prompts.published(name.removeprefix('ruler_')))
 
 
-TASKS = {'ruler_qa_1': _task('ruler_qa_1', 'SQuAD', 1), 'ruler_qa_2': _task('ruler_qa_2', 'HotpotQA', 2)}
+TASKS = {
+    'ruler_qa_1': _task('ruler_qa_1', 'SQuAD', 1),
+    'ruler_qa_2': _task('ruler_qa_2', 'HotpotQA', 2),
+}

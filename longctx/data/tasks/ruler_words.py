@@ -1,15 +1,16 @@
 """RULER's two tasks of frequent words, balanced.
 
-    ruler_cwe   a numbered list in which ten words stand 30 times and the others 3 times, after a worked example
-    ruler_fwe   coded words, the one of rank k about 1/k^2 as often as the first, which is "..."; ranks 2 to 4
+    ruler_cwe   a numbered list in which ten words stand 30 times and the others 3 times; a worked
+                example comes first
+    ruler_fwe   coded words, that of rank k about 1/k^2 as often as the first, "..."; ranks 2 to 4
 
 Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and
-  * cwe takes its short form (6 times and once) where its long one does not fit, as there below 4096 tokens:
-    in bytes the long one needs about 8,000. The worked example has no word of the list.
-  * cwe's words are adjective-noun pairs where the 8,166 words of the list would not do; there they are of a
-    second list, which is a download.
-  * fwe has enough words for rank 4 to be more frequent than rank 5. What is left over is noise, "...", which is
-    60 % of the words, as there: it is what makes the task long.
+  * cwe takes its short form (6 times and once) where its long one does not fit, as there below 4096
+    tokens: in bytes the long one needs about 8,000. The worked example has no word of the list.
+  * cwe's words are adjective-noun pairs where the 8,166 words of the list would not do; there they
+    are of a second list, which is a download.
+  * fwe has enough words for rank 4 to be more frequent than rank 5. What is left over is noise,
+    "...", which is 60 % of the words, as there: it is what makes the task long.
 Held by: tests/test_tasks.py, tests/test_task_ruler.py (counted).
 """
 
@@ -29,11 +30,11 @@ ALPHA = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """How often common words and others stand in the list, and in the worked example's, which has so many."""
+  """How often common words and others stand in the list, and in the worked example's."""
 
   often: int
   seldom: int
-  shown: int
+  shown: int   # words of the worked example
   shown_often: int
   shown_seldom: int
 
@@ -52,12 +53,13 @@ def numbered(entries: list[str], first: int = 1) -> str:
 def cwe(draw: Draw) -> Example:
   rng = draw.rng
   head, question = CWE
-  entry = draw.count(b' 100. probable' * 64) / 64   # about the tokens of an entry, alike for all examples
+  entry = draw.count(b' 100. probable' * 64) / 64   # tokens of one, about, alike for all examples
   fixed = 2 * draw.count((head + question).encode()) + NEW_TOKENS['cwe'] + COMMON * entry
   least = entry * (LONG.shown_entries + COMMON * (LONG.often + LONG.seldom)) + fixed
   form = LONG if draw.length >= max(LONG_FROM, least) else SHORT
 
-  most = int(draw.length / entry * 1.5) + COMMON * form.often   # entries: numbers and words differ in length
+  # Entries: numbers and words differ in length.
+  most = int(draw.length / entry * 1.5) + COMMON * form.often
   distinct = form.shown + COMMON + -(-most // form.seldom)
   pool = words.vocabulary() if distinct <= len(words.vocabulary()) else words.keys()
   drawn = [pool[i] for i in rng.choice(len(pool), size=distinct, replace=False).tolist()]
@@ -67,8 +69,9 @@ def cwe(draw: Draw) -> Example:
   example = [example[i] for i in rng.permutation(len(example))]
   before = f'{head}{numbered(example)}{question} {numbered(shown[:COMMON])}\n{head}'.encode()
 
-  entries = drawn[:COMMON] * form.often + [word for word in drawn[COMMON:] for _ in range(form.seldom)]
-  places = rng.random(len(entries))   # an entry more goes somewhere among the others, and moves none of them
+  entries = [word for word in drawn[:COMMON] for _ in range(form.often)]
+  entries += [word for word in drawn[COMMON:] for _ in range(form.seldom)]
+  places = rng.random(len(entries))   # one more goes somewhere among the others
   size = lambda n: COMMON * form.often + n
   arranged = lambda n: [entries[i] for i in np.argsort(places[:size(n)])]
   first_seen = dict.fromkeys(arranged(0))   # of the common words; entries of others change nothing
@@ -110,7 +113,8 @@ def fwe(draw: Draw) -> Example:
 
 TASKS = {
     'ruler_cwe': Task(
-        make=cwe, score=scoring.match_all, floor=COMMON / len(words.vocabulary()),   # ten words of the list
+        make=cwe, score=scoring.match_all,
+        floor=COMMON / len(words.vocabulary()),   # ten words of the list
         source='NVIDIA/RULER, scripts/data/synthetic/common_words_extraction.py, balanced',
         published=ruler_prompts.published('cwe')),
     'ruler_fwe': Task(

@@ -1,8 +1,9 @@
-"""Prompts of whole units (lines, words of a list, documents) and, at the end, the begin of one more.
+"""Prompts of whole units (lines, words of a list, documents) and the begin of one more.
 
-A prompt is `lay(n)` with n units whole, the begin of another unit, and `after`. n is the largest that fits;
-what is then missing is a cut through the next unit, found by counting the tokens near the cut alone: those
-of the rest stay as they are, but for rare merges, which the count of the whole prompt finds and mends.
+A prompt is `lay(n)` with n units whole, the begin of another unit, and `after`. n is the largest
+that fits; what is then missing is a cut through the next unit, found by counting the tokens near
+the cut alone: those of the rest stay as they are, but for rare merges, which the count of the whole
+prompt finds and mends.
 Held by: tests/test_task_units.py.
 """
 
@@ -56,8 +57,9 @@ def fitted(draw: Draw, name: str, *, lay: Callable[[int], bytes], tail: Callable
     return counted[n]
 
   if tokens(least) > want:
-    raise ConfigError(f'{name}: length={draw.length}: must be at least {tokens(least) + 1 + new_tokens} in '
-                      f"this model's tokens ({new_tokens} of them for the answer)")
+    raise ConfigError(f'{name}: length={draw.length}: must be at least '
+                      f"{tokens(least) + 1 + new_tokens} in this model's tokens ({new_tokens} of "
+                      'them for the answer)')
   n = _most(tokens, want, least)
   return _ended(draw, name, lay(n), tail(n), after, want, tokens(n)), n
 
@@ -76,15 +78,16 @@ def _most(tokens: Callable[[int], int], want: int, least: int) -> int:
     if tokens(n) > want:
       high = n
       continue
-    if high is None:   # as far as the rate so far says, and a little more, to come to the other side soon
+    if high is None:   # as far as the rate so far says, and a little more: to the other side soon
       rate = max(1e-3, (tokens(n) - tokens(low)) / (n - low))
       step = max(1, int((want - tokens(n)) / rate * 1.02)) + 1
     low = n
   return low
 
 
-def _ended(draw: Draw, name: str, before: bytes, text: bytes, after: bytes, want: int, have: int) -> bytes:
-  """before + some begin of `text` + after, of exactly `want` tokens; with none of it there are `have`."""
+def _ended(draw: Draw, name: str, before: bytes, text: bytes, after: bytes, want: int,
+           have: int) -> bytes:
+  """before + some begin of `text` + after, of `want` tokens; without it they have `have`."""
   if have == want:
     return before + after
   left = before[between(before, max(0, len(before) - WINDOW)):]
@@ -105,12 +108,12 @@ def _ended(draw: Draw, name: str, before: bytes, text: bytes, after: bytes, want
     if found == want:
       return before + filler + after
     missing += want - found
-  raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many tokens with '
-                    f'this tokenizer; try {draw.length + 1}')
+  raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many '
+                    f'tokens with this tokenizer; try {draw.length + 1}')
 
 
 def _filler(count: Callable[[bytes], int], text: bytes, want: int) -> bytes | None:
-  """A begin of `text`, at need with full stops, with which `count` says `want`; None if there is none."""
+  """A begin of `text`, at need with full stops, with which `count` says `want`, or None."""
   low, high = 0, len(text)
   while high - low > 1:
     middle = (low + high) // 2
@@ -120,7 +123,7 @@ def _filler(count: Callable[[bytes], int], text: bytes, want: int) -> bytes | No
       part = text[:between(text, min(max(cut, 0), len(text)))]
       if count(part) == want:
         return part
-  for stops in (*(b' .' * n for n in range(1, STOPS + 1)), *(b'.' * n for n in range(1, STOPS + 1))):
+  for stops in (stop * n for stop in (b' .', b'.') for n in range(1, STOPS + 1)):
     for back in range(NEAR):
       part = text[:between(text, max(0, low - back))] + stops
       if count(part) == want:
@@ -132,8 +135,8 @@ def among(units: Sequence[bytes], golds: Sequence[bytes],
           depths: Sequence[float]) -> tuple[list[bytes], list[int]]:
   """(the units with the golds among them, the place of each gold in that list).
 
-  Every gap between two units, and before the first and after the last, has as much of 0 to 1 as any other;
-  golds of one gap stand in the order of their depths.
+  Every gap between two units, and before the first and after the last, has as much of 0 to 1 as any
+  other; golds of one gap stand in the order of their depths.
   """
   out, places, last = [], [0] * len(golds), 0
   for i in sorted(range(len(golds)), key=lambda i: (depths[i], i)):
@@ -144,7 +147,8 @@ def among(units: Sequence[bytes], golds: Sequence[bytes],
   return [*out, *units[last:]], places
 
 
-def spans(units: Sequence[bytes], places: Sequence[int], part: bytes, start: int) -> list[tuple[int, int]]:
+def spans(units: Sequence[bytes], places: Sequence[int], part: bytes,
+          start: int) -> list[tuple[int, int]]:
   """Bytes [start, stop) of the units at some places, where `part` stands between two units."""
   begins = start + np.cumsum([0, *(len(unit) + len(part) for unit in units)])
   return [(int(begins[i]), int(begins[i]) + len(units[i])) for i in places]

@@ -1,7 +1,7 @@
-"""English words: the lists of the wonderwords package (MIT), which RULER's keys and lists are made of.
+"""English words: the lists of the wonderwords package (MIT), of which RULER's prompts are made.
 
-    keys()          every "adjective-noun", in alphabetical order, as NVIDIA's niah.py has them: six million
-                    words, of which none is made before it is asked for
+    keys()          every "adjective-noun", in alphabetical order, as NVIDIA's niah.py has them:
+                    six million words, of which none is made before it is asked for
     vocabulary()    every noun, adjective and verb: common_words_extraction.py's 8,166
 Held by: tests/test_task_ruler_compat.py (the order, by the reference's own prompts).
 """
@@ -15,15 +15,16 @@ from collections.abc import Iterable, Sequence
 @functools.cache
 def listed(kind: str) -> tuple[str, ...]:
   """The words of one list: 'noun', 'adjective' or 'verb', as they stand in it."""
-  text = importlib.resources.files('wonderwords').joinpath('assets', f'{kind}list.txt').read_text('utf-8')
-  return tuple(line.rstrip() for line in text.splitlines())
+  file = importlib.resources.files('wonderwords').joinpath('assets', f'{kind}list.txt')
+  return tuple(line.rstrip() for line in file.read_text('utf-8').splitlines())
 
 
 class Pairs(Sequence):
   """sorted({f'{first}-{second}'}) of all firsts and seconds, without making them all.
 
-  Pairs with another first stand in the order of 'first-', unless one 'first-' begins with the other, as
-  "blue-eyed-" does with "blue-": only the pairs of such firsts are made and sorted together.
+  Pairs with another first stand in the order of 'first-', unless one 'first-' begins with the
+  other, as "blue-eyed-" does with "blue-": only the pairs of such firsts are made and sorted
+  together.
   """
 
   def __init__(self, firsts: Iterable[str], seconds: Iterable[str]):
