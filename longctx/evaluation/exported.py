@@ -1,14 +1,18 @@
 """Examples from a .jsonl file beside this one, and the score of an answer: what an exported lm_eval task calls.
 
-`harness_tasks.export` copies this file, as longctx_tasks.py, and data/tasks/scoring.py into the folder that it
-writes: they need the standard library, and Hugging Face's datasets, which lm_eval has.
-Held by: tests/test_lm_eval.py (run by lm_eval from a folder that knows nothing of longctx).
+`harness_tasks.export` copies this file, as longctx_tasks.py, and the modules that score, as the package
+longctx_scores, into the folder that it writes. They need the standard library, and Hugging Face's datasets,
+which lm_eval has.
+Held by: tests/test_lm_eval.py (run where neither longctx nor NumPy can be imported).
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
+import sys
 import types
+import zlib
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent
@@ -24,8 +28,16 @@ def load(longctx_file: str, **metadata: Any) -> dict[str, Any]:
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
   """{'score': 0 to 1} of what a model wrote."""
-  spec = importlib.util.spec_from_file_location('longctx_scoring', FOLDER / 'scoring.py')
-  scoring = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(scoring)
+  module, _, function = doc['scorer'].partition('.')
   example = types.SimpleNamespace(references=tuple(doc['references']), info=json.loads(doc['info']))
-  return {'score': getattr(scoring, doc['scorer'])(results[0], example)}
+  return {'score': getattr(_scores(module), function)(results[0], example)}
+
+
+@functools.cache
+def _scores(module: str) -> types.ModuleType:
+  package = f'longctx_scores_{zlib.crc32(bytes(FOLDER))}'   # another folder's may be of another version
+  if package not in sys.modules:
+    spec = importlib.util.spec_from_file_location(package, FOLDER / 'longctx_scores' / '__init__.py')
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package])
+  return importlib.import_module(f'{package}.{module}')

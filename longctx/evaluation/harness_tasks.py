@@ -7,15 +7,14 @@ Held by: tests/test_lm_eval.py.
 """
 
 import json
-import os
 import pathlib
-import shutil
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from longctx.data.tasks import scoring
+from longctx.data.tasks import babilong_metric, scoring
 from longctx.data.tasks.example import Example, Task, example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes, Tokenizer
@@ -23,6 +22,7 @@ from longctx.errors import ConfigError, check_choice
 from longctx.evaluation import exported
 from longctx.files import atomic_write
 
+SCORES = (scoring, babilong_metric)   # where the score of a task may stand: modules of the standard library, and of each other
 YAML = """\
 task: {name}
 tag: [{tag}]
@@ -51,9 +51,7 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
   made = {(name, length): _examples(name, length, samples, tokenizer, seed, depths, haystack, paragraphs)
           for name in names for length in lengths}   # all before any is written: a length may be too short
   try:
-    os.makedirs(folder, exist_ok=True)
-    for file, source in (('longctx_tasks.py', exported), ('scoring.py', scoring)):
-      shutil.copyfile(source.__file__, os.path.join(folder, file))
+    _write_python(pathlib.Path(folder))
     for (name, length), examples in made.items():
       about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint, seed=seed, depths=depths,
                    haystack=haystack, paragraphs=paragraphs, floor=TASKS[name].floor, source=TASKS[name].source)
@@ -71,6 +69,21 @@ def _examples(name: str, length: int, samples: int, tokenizer: Tokenizer, seed: 
           for index in range(samples)]
 
 
+def _write_python(folder: pathlib.Path) -> None:
+  package = folder / 'longctx_scores'
+  package.mkdir(parents=True, exist_ok=True)
+  atomic_write(folder / 'longctx_tasks.py', pathlib.Path(exported.__file__).read_bytes())
+  atomic_write(package / '__init__.py', b'"""How the answers to tasks of longctx are scored."""\n')
+  for module in SCORES:
+    source = pathlib.Path(module.__file__).read_text(encoding='utf-8')
+    source = re.sub(r'^( *)from longctx\.data\.tasks\.', r'\1from .', source, flags=re.MULTILINE)
+    atomic_write(package / f'{_stem(module.__name__)}.py', source.encode())
+
+
+def _stem(name: str) -> str:
+  return name.rpartition('.')[2]
+
+
 def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Example], about: dict[str, Any]) -> None:
   file = f'{name}_{length}.jsonl'
   lines = [json.dumps(_line(index, TASKS[name], one), ensure_ascii=False) for index, one in enumerate(examples)]
@@ -81,11 +94,12 @@ def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Exam
 
 
 def _line(index: int, task: Task, one: Example) -> dict[str, Any]:
-  if getattr(scoring, task.score.__name__, None) is not task.score:
-    raise AssertionError(f'{task.score}: must be a function of data/tasks/scoring.py, which is what is exported')
+  if task.score.__module__ not in [module.__name__ for module in SCORES]:
+    raise AssertionError(f'{task.score.__module__}.{task.score.__name__}: is in none of the modules that are exported, '
+                         'harness_tasks.SCORES')
   return dict(index=index, prompt=one.prompt.decode(), question=one.question, target=one.target.decode(),
               references=list(one.references), new_tokens=one.new_tokens, depth=one.depth,
-              needles=[list(span) for span in one.needles], scorer=task.score.__name__,
+              needles=[list(span) for span in one.needles], scorer=f'{_stem(task.score.__module__)}.{task.score.__name__}',
               info=json.dumps(dict(one.info)))   # a string: data sets want the same fields in every line
 
 

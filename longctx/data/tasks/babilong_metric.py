@@ -11,13 +11,20 @@
     contains_target      that of EleutherAI's lm-evaluation-harness (tasks/babilong): right if the target's letters
                          stand anywhere in the answer, whatever else does. Higher; not to be compared with the others
 
+As scoring.py, this file is written beside exported tasks: evaluation/harness_tasks.py.
 Held by: tests/test_task_babilong.py.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from longctx.data.tasks.scoring import cleaned
+
+if TYPE_CHECKING:
+  from longctx.data.tasks.example import Example
 
 _PLACES = ('bathroom', 'bedroom', 'garden', 'hallway', 'kitchen', 'office')
 _YES_NO = ('no', 'yes')
@@ -56,3 +63,9 @@ def compare_words(target: str, output: str, question: str, labels: Collection[st
 
 def contains_target(target: str, output: str) -> bool:
   return target.strip().lower() in cleaned(output).lower()
+
+
+def score(text: str, example: Example) -> float:
+  number = example.info['number']
+  compare = compare_words if number == 7 else compare_answers
+  return float(compare(example.references[0], text, example.info['asked'], LABELS[number]))
