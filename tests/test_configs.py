@@ -35,6 +35,9 @@ PARAMETERS = {
     'lstm_ptb_medium:debug': 33_088,
     'lstm_ptb_small': 11_354_112,
     'lstm_ptb_small:debug': 33_088,
+    'passkey': 246_336,
+    'passkey:debug': 13_152,
+    'passkey:memory': 432_512,
     'quickstart': 824_576,
     'quickstart:debug': 20_864,
     'ring_1m_v5e': 8_030_261_248,
@@ -53,6 +56,7 @@ PARAMETERS = {
     'translate:debug': 37_632,
 }
 CONFIGS = sorted(PARAMETERS)
+OTHER_VARIANTS = ('passkey:memory',)
 
 
 def flag(name: str) -> str:
@@ -94,7 +98,7 @@ def another(value):
 
 
 def test_every_config_file_is_in_the_table():
-  assert sorted([*FILES, *(f'{stem}:debug' for stem in FILES)]) == CONFIGS
+  assert sorted([*FILES, *(f'{stem}:debug' for stem in FILES), *OTHER_VARIANTS]) == CONFIGS
 
 
 @pytest.mark.parametrize('name, leaf', LEAVES, ids=[f'{n}-{leaf}' for n, leaf in LEAVES])
@@ -183,8 +187,8 @@ def no_compilation_cache():
 # Of configs that differ in size alone one stands for the others.
 ALIKE = ('bert', 'books', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
          'summarise', 'tinyshakespeare')
-# These make their examples, of which they say how many are right: a number without a figure.
-EXAMPLES = ('sentiment', 'summarise', 'translate')
+# These make their examples; of all but passkeys they say how many are right, a number without a figure.
+EXAMPLES = ('passkey', 'sentiment', 'summarise', 'translate')
 
 
 @pytest.mark.parametrize('stem', [
