@@ -93,7 +93,10 @@ def test_an_asked_depth_is_met_within_a_sentence(name):
 
 
 def test_a_number_that_the_haystack_holds_is_drawn_again(tmp_path):
-  (tmp_path / 'x.txt').write_text(' '.join(f'{n}.' for n in range(10_000, 99_000)))
+  drawn = example.Draw(rng=np.random.default_rng(0), tokenizer=Bytes(), length=99, index=0)
+  text = ' '.join(str(n) for n in range(10, 100) if n not in (37, 64)).encode()
+  assert {needles.number(drawn, 2, text) for _ in range(20)} == {'37', '64'}
+  (tmp_path / 'x.txt').write_text(' '.join(f'{n}.' for n in range(10_000, 30_000)))
   for index in range(20):
     one = draw('passkey', 70_000, index, haystack=f'{tmp_path}/x.txt')
     assert context(one).count(one.references[0]) == 2
