@@ -7,8 +7,8 @@ several in one place too. The prompt is BABILong's: instruction, examples, how t
 question; in our words, with two examples of the same kind of story, and with "Answer:" begun.
 Background: `eval.haystack`, BABILong's is books; by itself one sentence over and over. Differs:
 stories are drawn from a seed (babilong_people, babilong_relations) and short enough for any length
-that is not refused; lengths are exact; asked for a depth, the first fact that the answer needs stands
-there, and the others evenly before and after it.
+that is not refused; lengths are exact; asked for a depth, the first fact that the answer needs
+stands there, and the others evenly before and after it.
 
 Scored by BABILong's metric, task 7 by whole words (babilong_metric has both, and the harness' one).
 Held by: tests/test_tasks.py, tests/test_task_babilong.py.
@@ -108,8 +108,8 @@ def babilong(draw: Draw, number: int) -> Example:
   name, most = f'babilong_qa{number}', MOST_FACTS[number]
   new_tokens = 1 + max(map(len, [','.join(OBJECTS)] if number == 8 else LABELS[number]))
   least = 1 + draw.count(head(number)) + most * FACT_BYTES + QUESTION_BYTES + new_tokens
-  check(draw.length >= least, f"{name}: length={draw.length}: must be at least {least} in this model's "
-        f'tokens, so that every story of {most} facts fits ({new_tokens} of them for the answer)')
+  check(draw.length >= least, f"{name}: length={draw.length}: must be at least {least} in this "
+        f"model's tokens, so that every story of {most} facts fits ({new_tokens} for the answer)")
   story = STORIES[number](draw.rng, most)
   depths = np.sort(draw.rng.random(len(story.facts)))
   first = story.support[0]
@@ -126,7 +126,7 @@ def babilong(draw: Draw, number: int) -> Example:
 
 
 # Of the best answer to the question without its facts: derived where all answers are alike likely,
-# else counted (7: that one thing is carried, 8: that nothing is). In 20 a place or thing tells much.
+# else counted (7: that one thing is carried, 8: that nothing is). In 20 the question tells much.
 FLOORS = {
     **dict.fromkeys((1, 2, 11, 12, 13), 1 / 6), **dict.fromkeys((3, 4, 14), 1 / 5),
     **dict.fromkeys((6, 9, 17, 18), 1 / 2), **dict.fromkeys((15, 16), 1 / 4),

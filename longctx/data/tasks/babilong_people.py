@@ -1,14 +1,15 @@
 """Stories of bAbI 1 to 3 and 5 to 13: people who move, take things, put them down and hand them on.
 
-    1 where is who    2 where is what    3 where was what before    5 who gave what to whom    6 is who where
-    7 how many things does who carry     8 what does who carry      9 and no longer           10 either or
-    11 then she ...   12 two together    13 then they ...
+    1 where is who              2 where is what           3 where was what before
+    5 who gave what to whom     6 is who where            7 how many things does who carry
+    8 what does who carry       9 and no longer          10 either or
+    11 then she ...            12 two together           13 then they ...
 
-(Weston et al. 2015, arXiv:1502.05698; facebookarchive/bAbI-tasks; its words.) Every story is drawn anew, from a
-world whose places are all alike: where things lie and people stand at first is random, where bAbI's apple is
-always in the kitchen. Differs besides: one question a story, with as many facts before it as are asked for;
-answers of yes, no and maybe are drawn evenly first (6, 9, 10); 3 asks where a thing was before its last place,
-and that place only once.
+(Weston et al. 2015, arXiv:1502.05698; facebookarchive/bAbI-tasks; its words.) Every story is drawn
+anew, from a world whose places are all alike: where things lie and people stand at first is random,
+where bAbI's apple is always in the kitchen. Differs besides: one question a story, with as many
+facts before it as are asked for; answers of yes, no and maybe are drawn evenly (6, 9, 10), and the
+kinds of question (5); 3 asks where a thing was before its last place, where it was only once.
 Held by: tests/test_task_babilong.py (a solver that reads the text).
 """
 
@@ -30,8 +31,8 @@ OBJECTS = ('apple', 'football', 'milk')
 SEX = {'Daniel': 'he', 'John': 'he', 'Mary': 'she', 'Sandra': 'she'}
 PEOPLE = tuple(SEX)
 GIVERS = ('Bill', 'Fred', 'Jeff', 'Mary')
-TOWN_PEOPLE, TOWN_PLACES = ('Bill', 'Fred', 'Julie', 'Mary'), ('bedroom', 'cinema', 'kitchen', 'office', 'park',
-                                                               'school')
+TOWN_PEOPLE = ('Bill', 'Fred', 'Julie', 'Mary')
+TOWN_PLACES = ('bedroom', 'cinema', 'kitchen', 'office', 'park', 'school')
 MOVED = ('moved to', 'went to', 'went back to', 'journeyed to', 'travelled to')
 TOOK = ('got', 'grabbed', 'took', 'picked up')
 DROPPED = ('dropped', 'discarded', 'put down', 'left')
@@ -46,14 +47,15 @@ class World:
   def __init__(self, rng: np.random.Generator, people: Sequence[str] = PEOPLE):
     self.rng, self.people = rng, people
     self.at = {person: self.pick(PLACES) for person in people}
-    self.lies = {thing: self.pick(PLACES) for thing in OBJECTS}   # also where its holder took it
+    self.lies = {thing: self.pick(PLACES) for thing in OBJECTS}   # or where its holder took it
     self.holds: dict[str, list[str]] = {person: [] for person in people}
     self.facts: list[str] = []
-    self.told: dict[str, tuple[str, int]] = {}                    # person -> place, the fact that told it
-    self.got: dict[str, int] = {}                                 # thing -> the fact by which its holder has it
+    self.told: dict[str, tuple[str, int]] = {}          # person -> place, the fact that told it
+    self.got: dict[str, int] = {}                       # thing -> the fact by which it is held
     self.handled: dict[str, list[int]] = {person: [] for person in people}
-    self.trail: dict[str, list[tuple[str, set[int]]]] = {thing: [] for thing in OBJECTS}   # places, from which facts
-    self.gifts: list[tuple[str, str, str, int]] = []              # who, what, to whom, fact
+    # Places where a thing was told to be, and by which facts.
+    self.trail: dict[str, list[tuple[str, set[int]]]] = {thing: [] for thing in OBJECTS}
+    self.gifts: list[tuple[str, str, str, int]] = []    # who, what, to whom, fact
 
   def pick(self, of: Sequence):
     return of[self.rng.integers(len(of))]
@@ -94,7 +96,8 @@ class World:
             if whom != who and self.at[whom] == self.at[who]]
 
   def _take(self, who: str, thing: str) -> None:
-    self.got[thing] = number = self.tell(f'{who} {self.pick(TOOK)} the {thing}{self.pick(["", " there"])}')
+    number = self.tell(f'{who} {self.pick(TOOK)} the {thing}{self.pick(["", " there"])}')
+    self.got[thing] = number
     self.holds[who].append(thing)
     self.handled[who].append(number)
     self._seen(who, thing, number)
@@ -131,11 +134,11 @@ class World:
     return Story(self.facts, question, answer, sorted(set(support)))
 
 
-def _played(people: Sequence[str], verbs: Sequence[str], least: int, ask: Callable[..., Story | None],
-            wishes: Sequence = ((),)):
-  """rng, most facts -> a story of `least` to `most` facts, at the end of which there is something to ask.
+def _played(people: Sequence[str], verbs: Sequence[str], least: int,
+            ask: Callable[..., Story | None], wishes: Sequence = ((),)):
+  """rng, most -> a story of `least` to `most` facts, at the end of which there is something to ask.
 
-  What is asked is drawn from `wishes` before the story, so that none is rarer for being seldom possible.
+  What is asked is drawn from `wishes` before the story: none is rarer for being seldom possible.
   """
   def make(rng: np.random.Generator, most: int) -> Story:
     wish = wishes[rng.integers(len(wishes))]
@@ -178,8 +181,8 @@ def _where_was_what(world: World) -> Story | None:
 
 
 GIFT_QUESTIONS = (   # in which the gift is given as (who, thing, whom), and which of them is asked
-    ('What did {0} give to {2}?', 1), ('Who gave the {1} to {2}?', 0), ('Who did {0} give the {1} to?', 2),
-    ('Who gave the {1}?', 0), ('Who received the {1}?', 2))
+    ('What did {0} give to {2}?', 1), ('Who gave the {1} to {2}?', 0),
+    ('Who did {0} give the {1} to?', 2), ('Who gave the {1}?', 0), ('Who received the {1}?', 2))
 
 
 def _who_gave_what(world: World, text: str, asked: int) -> Story | None:
@@ -205,7 +208,8 @@ def _how_many(world: World) -> Story | None:
   if not known:
     return None
   who = world.pick(known)
-  return world.story(f'How many objects is {who} carrying?', NUMBERS[len(world.holds[who])], world.handled[who])
+  return world.story(f'How many objects is {who} carrying?', NUMBERS[len(world.holds[who])],
+                     world.handled[who])
 
 
 def _carries_what(world: World) -> Story | None:
@@ -213,7 +217,8 @@ def _carries_what(world: World) -> Story | None:
   if not known:
     return None
   who = world.pick(known)
-  return world.story(f'What is {who} carrying?', ','.join(world.holds[who]) or 'nothing', world.handled[who])
+  return world.story(f'What is {who} carrying?', ','.join(world.holds[who]) or 'nothing',
+                     world.handled[who])
 
 
 def _no_longer(rng: np.random.Generator, most: int) -> Story:
@@ -225,10 +230,11 @@ def _no_longer(rng: np.random.Generator, most: int) -> Story:
       kind = world.pick(['moves', 'moves', 'is', 'not'])
       if kind == 'not':
         place = world.pick([place for place in PLACES if place != world.at[who]])
-        number = world.tell(f'{who} is {"no longer" if place in been[who] else "not"} in the {place}')
-        not_in[who][place] = number
+        how = 'no longer' if place in been[who] else 'not'
+        not_in[who][place] = world.tell(f'{who} is {how} in the {place}')
         continue
-      place = world.at[who] if kind == 'is' else world.pick([p for p in PLACES if p != world.at[who]])
+      others = [place for place in PLACES if place != world.at[who]]
+      place = world.at[who] if kind == 'is' else world.pick(others)
       world.goes(who, place, f'{who} is in the {place}' if kind == 'is' else
                  f'{who} {world.pick(MOVED)} the {place}')
       been[who].append(place)
@@ -261,7 +267,8 @@ def _either(rng: np.random.Generator, most: int) -> Story:
                   'either': f'{who} is either in the {one} or the {other}'}[kind])
       last[who] = ((one, other) if kind == 'either' else (one,), number)
     answer = world.pick(['yes', 'no', 'maybe'])
-    known = [who for who in last if answer == 'no' or len(last[who][0]) == (1 if answer == 'yes' else 2)]
+    places = {'yes': (1,), 'no': (1, 2), 'maybe': (2,)}[answer]
+    known = [who for who in last if len(last[who][0]) in places]
     if known:
       who = world.pick(known)
       places, number = last[who]
@@ -270,7 +277,7 @@ def _either(rng: np.random.Generator, most: int) -> Story:
 
 
 def _paired(first: int, then: bool):
-  """rng, most -> a story of twos of facts: of `first` people together, then in the next of the same or of others."""
+  """rng, most -> a story of twos of facts: of `first` people, then of the same or of others."""
   def make(rng: np.random.Generator, most: int) -> Story:
     world = World(rng)
     together = None

@@ -2,21 +2,24 @@
 
     4 north of what     14 where before, by times of day   15 who fears what (all wolves ...)
     16 of what colour, as another of its kind               17 left of, above: two steps
-    18 what fits into what: two steps                       19 which way from here to there: two steps
+    18 what fits into what: two steps                       19 which way to go: two steps
     20 where to, and why
 
-(Weston et al. 2015, arXiv:1502.05698; facebookarchive/bAbI-tasks; its words.) One question a story; the kinds of
-questions, and yes and no, are drawn evenly. In 20 the question alone says much of the answer.
+(Weston et al. 2015, arXiv:1502.05698; facebookarchive/bAbI-tasks; its words.) One question a story;
+the kinds of questions, and yes and no, are drawn evenly. In 20 the question alone says much of the
+answer.
 Held by: tests/test_task_babilong.py (a solver that reads the text).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from longctx.data.tasks.babilong_people import MOVED, PLACES, TOOK, TOWN_PEOPLE, TOWN_PLACES, Story
 
-COMPASS = {'n': ('north', (0, 1)), 's': ('south', (0, -1)), 'e': ('east', (1, 0)), 'w': ('west', (-1, 0))}
+COMPASS = {'n': ('north', (0, 1)), 's': ('south', (0, -1)),
+           'e': ('east', (1, 0)), 'w': ('west', (-1, 0))}
 BACK = {'n': 's', 's': 'n', 'e': 'w', 'w': 'e'}
 TIMES = ('yesterday', 'this morning', 'this afternoon', 'this evening')
 KINDS = {'cat': 'cats', 'mouse': 'mice', 'sheep': 'sheep', 'wolf': 'wolves'}
@@ -26,9 +29,10 @@ PETS = ('Bernhard', 'Brian', 'Greg', 'Julius', 'Lily')
 SHAPES = tuple(f'{colour} {shape}' for colour in ('red', 'blue', 'pink', 'yellow')
                for shape in ('square', 'rectangle', 'triangle', 'sphere'))
 SIDES = {'to the left of': (-1, 0), 'to the right of': (1, 0), 'above': (0, 1), 'below': (0, -1)}
-BOXES = ('chocolate', 'box of chocolates', 'box', 'suitcase', 'chest', 'container')   # rising in size
-NEEDS = {'hungry': ('kitchen', 'apple'), 'thirsty': ('kitchen', 'milk'), 'bored': ('garden', 'football'),
-         'tired': ('bedroom', 'pajamas')}
+# Rising in size.
+BOXES = ('chocolate', 'box of chocolates', 'box', 'suitcase', 'chest', 'container')
+NEEDS = {'hungry': ('kitchen', 'apple'), 'thirsty': ('kitchen', 'milk'),
+         'bored': ('garden', 'football'), 'tired': ('bedroom', 'pajamas')}
 TIRED_PEOPLE = ('Antoine', 'Jason', 'Sumit', 'Yann')
 
 
@@ -114,9 +118,11 @@ def _coloured(rng: np.random.Generator, most: int) -> Story:
       break
   colour = dict(zip(BEASTS, _some(rng, COLOURS), strict=True))
   others = [pet for pet in PETS if pet != who]
-  facts = [f'{pet} is a {of[pet]}' for pet in PETS] + [f'{pet} is {colour[of[pet]]}' for pet in others]
+  facts = [f'{pet} is a {of[pet]}' for pet in PETS]
+  facts += [f'{pet} is {colour[of[pet]]}' for pet in others]
   alike = [pet for pet in others if of[pet] == of[who]]
-  support = [PETS.index(pet) for pet in [who, *alike]] + [len(PETS) + others.index(pet) for pet in alike]
+  support = [PETS.index(pet) for pet in [who, *alike]]
+  support += [len(PETS) + others.index(pet) for pet in alike]
   return _shuffled(rng, facts, f'What color is {who}?', colour[of[who]], support)
 
 
@@ -127,7 +133,8 @@ def _beside(rng: np.random.Generator, most: int) -> Story:
   first = _pick(rng, sides)
   back = tuple(-step for step in SIDES[first])
   second = _pick(rng, [side for side in sides if SIDES[side] != back])   # no two in one place
-  facts = [f'the {shapes[0]} is {first} the {shapes[1]}', f'the {shapes[1]} is {second} the {shapes[2]}']
+  facts = [f'the {shapes[0]} is {first} the {shapes[1]}',
+           f'the {shapes[1]} is {second} the {shapes[2]}']
   at = [np.add(SIDES[first], SIDES[second]), np.array(SIDES[second]), np.zeros(2, int)]
   one, other = _some(rng, [0, 1, 2], 2)
   apart = np.sign(at[one] - at[other])
@@ -141,21 +148,24 @@ def _beside(rng: np.random.Generator, most: int) -> Story:
 def _fits(rng: np.random.Generator, most: int) -> Story:
   """18: what is larger than what; a question whose answer takes two facts and not one."""
   while True:
-    pairs = [(small, large) for small in range(len(BOXES)) for large in range(small + 1, len(BOXES))]
+    pairs = list(itertools.combinations(range(len(BOXES)), 2))   # smaller, larger
     told = _some(rng, pairs, rng.integers(3, most + 1))
     between = {(small, large): middle for small, large in pairs if (small, large) not in told
-               for middle in range(small + 1, large) if (small, middle) in told and (middle, large) in told}
+               for middle in range(small + 1, large)
+               if (small, middle) in told and (middle, large) in told}
     if between:
       break
   facts = [_pick(rng, [f'the {BOXES[small]} fits inside the {BOXES[large]}',
-                       f'the {BOXES[large]} is bigger than the {BOXES[small]}']) for small, large in told]
+                       f'the {BOXES[large]} is bigger than the {BOXES[small]}'])
+           for small, large in told]
   small, large = _pick(rng, list(between))
   answer, bigger = _pick(rng, ['yes', 'no']), rng.random() < 0.5
   one, other = (large, small) if bigger == (answer == 'yes') else (small, large)
   question = (f'Is the {BOXES[one]} bigger than the {BOXES[other]}?' if bigger else
               f'Does the {BOXES[one]} fit in the {BOXES[other]}?')
   middle = between[small, large]
-  return _shuffled(rng, facts, question, answer, [told.index((small, middle)), told.index((middle, large))])
+  return _shuffled(rng, facts, question, answer,
+                   [told.index((small, middle)), told.index((middle, large))])
 
 
 def _way(rng: np.random.Generator, most: int) -> Story:
@@ -180,7 +190,8 @@ def _way(rng: np.random.Generator, most: int) -> Story:
             if (spot := tuple(np.add(at[beside], COMPASS[way][1]).tolist())) not in at.values()
             and not all(abs(np.subtract(spot, at[end])).sum() == 1 for end in (names[0], names[2]))]
     put(name, *_pick(rng, free))
-  return _shuffled(rng, facts, f'How do you go from the {names[0]} to the {names[2]}?', f'{first},{second}', [0, 1])
+  return _shuffled(rng, facts, f'How do you go from the {names[0]} to the {names[2]}?',
+                   f'{first},{second}', [0, 1])
 
 
 def _why(rng: np.random.Generator, most: int) -> Story:
@@ -209,4 +220,5 @@ def _why(rng: np.random.Generator, most: int) -> Story:
 
 
 STORIES: dict[int, Callable[[np.random.Generator, int], Story]] = {
-    4: _north_of_what, 14: _before, 15: _fears, 16: _coloured, 17: _beside, 18: _fits, 19: _way, 20: _why}
+    4: _north_of_what, 14: _before, 15: _fears, 16: _coloured, 17: _beside, 18: _fits, 19: _way,
+    20: _why}

@@ -1,18 +1,20 @@
-"""ListOps: the value of nested lists (Nangia & Bowman 2018, arXiv:1804.06028) as in Long Range Arena.
+"""ListOps as in Long Range Arena: the value of nested lists.
 
     [MAX 4 3 [MIN 2 3 ] 1 0 [SM 8 9 2 ] ]  ->  9
 
-MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10) of 2 to 10 things each, a digit or a list;
-a thing is a list once in four times, and never at depth 10. LRA (arXiv:2011.04006, its data/listops.py) keeps
-the trees of more than 500 and fewer than 2,000 symbols ("[MAX", "4" and "]" are one each), drops the round
-brackets it writes around every pair, spells "]" as X, numbers the words that remain and pads with zeros to
-2,000. Its most frequent answers are 0 and 9, each 17 %: 15.8 to 18.0 %, as several rows of its table have, is
+(Nangia & Bowman 2018, arXiv:1804.06028.) MIN, MAX, MED (the median, rounded down) and SM (the sum
+modulo 10) of 2 to 10 things each, a digit or a list; a thing is a list once in four times, and
+never at depth 10. LRA (arXiv:2011.04006, its data/listops.py) keeps the trees of more than 500 and
+fewer than 2,000 symbols ("[MAX", "4" and "]" are one each), drops the round brackets it writes
+around every pair, spells "]" as X, numbers the words that remain and pads with zeros to 2,000. Its
+most frequent answers are 0 and 9, each 17 %: 15.8 to 18.0 %, as several rows of its table have, is
 what guessing gives.
 
-Here a tree fills about nine tenths of the length or more, in any tokenizer, and full stops before the question
-fill the rest; above 2,000 symbols trees may be as much deeper as they must be to grow so large, a level for
-each half as long again. Differs: drawn from a seed (LRA's generator has none, and cuts its sets out of a
-Python set, in another order each time); no two examples are compared, since none is drawn twice.
+Here a tree fills about nine tenths of the length or more, in any tokenizer, and full stops before
+the question fill the rest; above 2,000 symbols trees may be as much deeper as they must be to grow
+so large, a level for each half as long again. In short ones 0 and 9 are less frequent, 14 % at 400
+bytes. Differs: drawn from a seed (LRA's generator has none, and cuts its sets out of a Python set,
+in another order each time); no two examples are compared, since none is drawn twice.
 Held by: tests/test_tasks.py, tests/test_task_reasoning.py.
 """
 
@@ -25,12 +27,12 @@ from longctx.data.tasks import fit, scoring
 from longctx.data.tasks.example import Draw, Example, Task
 from longctx.errors import check
 
-HEAD = (b'The value of nested lists. MIN: the least. MAX: the greatest. MED: the median, rounded down. '
-        b'SM: the sum modulo 10.\n')
+HEAD = (b'The value of nested lists. MIN: the least. MAX: the greatest. MED: the median, '
+        b'rounded down. SM: the sum modulo 10.\n')
 QUESTION = b'\nIts value is'
 TARGET_BYTES = 2
 LIST, MOST_ARGS, DEPTH, SYMBOLS = 0.25, 10, 10, 2000   # LRA's
-GROWTH = (2 + MOST_ARGS) / 2 * LIST                    # lists at a level for each at the level above
+GROWTH = (2 + MOST_ARGS) / 2 * LIST                    # lists at a level for each one above
 FILLED = 0.9                                           # of the length, by a tree, at least
 BATCH, TRIES = 512, 200
 SAMPLE = b'[MIN 3 4 [SM 5 6 7 ] 2 [MED 1 8 ] 9 0 [MAX 5 5 3 2 ] ]', 22   # a text, and its symbols
@@ -55,7 +57,7 @@ class Shapes(NamedTuple):
 
 
 def shapes(rng: np.random.Generator, count: int, depth: int) -> Shapes:
-  """Shapes of `count` trees that are no digit, by the law of LRA's generator; depth 1 is the root's."""
+  """Shapes of `count` trees that are no digit, by the law of LRA's generator; the root is at 1."""
   arities = np.arange(2, MOST_ARGS + 1)
   nodes, lists, level, symbols = [], [], np.ones(count, int), np.zeros(count, int)
   for at in range(1, depth):
@@ -74,9 +76,10 @@ def written(rng: np.random.Generator, nodes: Sequence[int], lists: np.ndarray) -
   """(text, value) of a tree of this shape, all trees of the shape alike likely."""
   names, levels = list(OPERATIONS), []
   for count, of_size in zip(nodes, lists, strict=True):
-    sizes = np.concatenate([np.repeat(np.arange(2, MOST_ARGS + 1), of_size), np.zeros(count - of_size.sum(), int)])
-    levels.append([iter(column.tolist()) for column in
-                   (rng.permutation(sizes), rng.integers(0, 10, count), rng.integers(0, len(names), count))])
+    digits = np.zeros(count - of_size.sum(), int)
+    sizes = np.concatenate([np.repeat(np.arange(2, MOST_ARGS + 1), of_size), digits])
+    levels.append([iter(column.tolist()) for column in (
+        rng.permutation(sizes), rng.integers(0, 10, count), rng.integers(0, len(names), count))])
   pieces = []
 
   def walk(level: int) -> int:
@@ -109,14 +112,14 @@ def listops(draw: Draw) -> Example:
   want = draw.length - 1 - TARGET_BYTES
   count = lambda text: draw.count(HEAD + text.encode() + QUESTION)
   least = count('[MIN 0 0 ]')
-  check(least <= want, f'listops: length={draw.length}: must be at least {least + 1 + TARGET_BYTES} in this '
-        f"model's tokens ({TARGET_BYTES} of them for the answer)")
+  check(least <= want, f'listops: length={draw.length}: must be at least '
+        f"{least + 1 + TARGET_BYTES} in this model's tokens ({TARGET_BYTES} for the answer)")
   most = max((want - draw.count(HEAD + QUESTION)) * SAMPLE[1] / draw.count(SAMPLE[0]), 4)
   depth = DEPTH + max(0, int(np.ceil(np.log(most / SYMBOLS) / np.log(GROWTH))))
   text, value = tree(draw.rng, min(int(FILLED * most), int(most) - 2), int(most) + 1, depth,
                      lambda text: count(text) <= want)
-  prompt, _ = fit.filled(draw, lambda part: part + HEAD + text.encode() + QUESTION, dots(draw), TARGET_BYTES,
-                         'listops')
+  prompt, _ = fit.filled(draw, lambda part: part + HEAD + text.encode() + QUESTION, dots(draw),
+                         TARGET_BYTES, 'listops')
   return Example(prompt=prompt, question=len(prompt) - len(QUESTION), target=f' {value}'.encode(),
                  references=(str(value),), new_tokens=TARGET_BYTES)
 

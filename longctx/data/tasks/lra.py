@@ -1,23 +1,25 @@
-"""The tasks of Long Range Arena over files: Tay et al. 2020, arXiv:2011.04006 (google-research/long-range-arena).
+"""The tasks of Long Range Arena over files: Tay et al. 2020, arXiv:2011.04006.
 
 `eval.files` is a folder that holds, each as its makers pack it,
 
     lra_text        aclImdb/{train,test}/{pos,neg}/*.txt      IMDB reviews: positive or negative
-    lra_retrieval   tsv_data/new_aan_pairs.{train,test}.tsv   label, two ids, two papers: does one cite the other
+    lra_retrieval   tsv_data/new_aan_pairs.{train,test}.tsv   label, two ids, two papers: cited?
     lra_listops     listops-1000/basic_{train,test}.tsv       Source, Target, of LRA's generator
-    lra_image       cifar-10-batches-bin/ or -py/             CIFAR-10 in grey, 1,024 pixels, a byte each
-    lra_pathfinder  pathfinder32/curv_contour_length_14/      metadata/*.npy, imgs/: is there a path; its "hard" one
+    lra_image       cifar-10-batches-bin/ or -py/             CIFAR-10 in grey: 1,024 bytes
+    lra_pathfinder  pathfinder32/curv_contour_length_14/      metadata/*.npy, imgs/: is there a path
+                                                              (LRA's "hard")
 
-and lra_text_train ... read what models are trained on. An example is a whole item with full stops before it, up
-to the length. LRA cuts what is longer; here items of more bytes than there is room for are left out, the same ones
-for every tokenizer, and info['fit'] and info['of'] say how many remain. Items come in an order of the seed, each
-once; where they are used up a test is refused, and training begins anew in another order (held-out text of
-data.corpus='tasks' is of the set that its tasks name: evaluate with the tasks of the test). Pixels are bytes, which
-need data.tokenizer='bytes'.
+and lra_text_train ... read what models are trained on. An example is a whole item with full stops
+before it, up to the length. LRA cuts what is longer; here items of more bytes than there is room
+for are left out, the same ones for every tokenizer, and info['fit'] and info['of'] say how many
+remain. Items come in an order of the seed, each once; where they are used up a test is refused, and
+training begins anew in another order (held-out text of data.corpus='tasks' is of the set that its
+tasks name: evaluate with the tasks of the test). Pixels are bytes: data.tokenizer='bytes'.
 
-As LRA's pipeline: round brackets of ListOps are dropped; grey is TensorFlow's rgb_to_grayscale; of Pathfinder the
-first eighty in a hundred are for training and the last ten for the test, empty images skipped. Differs: IMDB's
-and CIFAR's training sets are not cut for validation; "]" stays "]", which LRA spells X.
+As google-research/long-range-arena: round brackets of ListOps are dropped; grey is TensorFlow's
+rgb_to_grayscale; of Pathfinder the first eighty in a hundred are for training and the last ten for
+the test, empty images skipped. Differs: IMDB's and CIFAR's training sets are not cut for
+validation; "]" stays "]", which LRA spells X.
 Held by: tests/test_task_lra.py.
 """
 
@@ -61,21 +63,22 @@ def _there(folder: pathlib.Path, *names: str) -> pathlib.Path:
   for name in names:
     if (folder / name).exists():
       return folder / name
-  raise ConfigError(f'eval.files={str(folder)!r}: holds no {" or ".join(names)}; give the folder in which it '
-                    'is, see longctx/data/tasks/lra.py')
+  raise ConfigError(f'eval.files={str(folder)!r}: holds no {" or ".join(names)}; give the folder '
+                    'in which it is, see longctx/data/tasks/lra.py')
 
 
 def _reviews(folder: pathlib.Path, split: str) -> Items:
   found = []
   for part, label in (('neg', 'negative'), ('pos', 'positive')):
     with os.scandir(_there(folder, f'aclImdb/{split}/{part}')) as entries:
-      found += sorted((one.path, one.stat().st_size, label) for one in entries if one.name.endswith('.txt'))
+      found += sorted((one.path, one.stat().st_size, label) for one in entries
+                      if one.name.endswith('.txt'))
   return Items(np.array([size for _, size, _ in found]),
                lambda i: (pathlib.Path(found[i][0]).read_bytes(), found[i][2]))
 
 
 def _lines(path: pathlib.Path, first: int, parse: Callable[[bytes], tuple[bytes, str]]) -> Items:
-  """The lines of a table from line `first` on, of which only the places are kept: it may be large."""
+  """The lines of a table from `first` on, of which only the places are kept: it may be large."""
   places, sizes, at = [], [], 0
   with path.open('rb') as file:
     for number, line in enumerate(file):
@@ -83,8 +86,8 @@ def _lines(path: pathlib.Path, first: int, parse: Callable[[bytes], tuple[bytes,
         try:
           body, _ = parse(line.rstrip(b'\r\n'))
         except (ValueError, KeyError, IndexError) as e:
-          raise ConfigError(f'{path}: line {number + 1} is not as Long Range Arena writes it; make the file anew '
-                            f'({e})') from e
+          raise ConfigError(f'{path}: line {number + 1} is not as Long Range Arena writes it; make '
+                            f'the file anew ({e})') from e
         places.append((at, len(line)))
         sizes.append(len(body))
       at += len(line)
@@ -130,9 +133,10 @@ def _pictures(folder: pathlib.Path, split: str) -> Items:
   for name in names:
     if where.name.endswith('-bin'):
       rows = np.frombuffer(_there(where, f'{name}.bin').read_bytes(), np.uint8)
-      check(rows.size % (1 + COLOURS * PIXELS) == 0, f'{where / name}.bin: has {rows.size} bytes, not a multiple '
-            f'of {1 + COLOURS * PIXELS}; fetch it again')
-      rows = rows.reshape(-1, 1 + COLOURS * PIXELS)
+      row = 1 + COLOURS * PIXELS
+      check(rows.size % row == 0, f'{where / name}.bin: has {rows.size} bytes, not a multiple of '
+            f'{row}; fetch it again')
+      rows = rows.reshape(-1, row)
       labels.append(rows[:, 0])
       pixels.append(rows[:, 1:])
       continue
@@ -152,7 +156,8 @@ def _pictures(folder: pathlib.Path, split: str) -> Items:
 def _paths(folder: pathlib.Path, split: str) -> Items:
   where = _there(folder, 'pathfinder32/curv_contour_length_14')
   rows = []
-  for path in sorted(_there(where, 'metadata').glob('*.npy'), key=lambda path: (len(path.name), path.name)):
+  by_number = lambda path: (len(path.name), path.name)
+  for path in sorted(_there(where, 'metadata').glob('*.npy'), key=by_number):
     rows += [line.split() for line in path.read_text().splitlines() if line]
   check(bool(rows), f"{where / 'metadata'}: holds no line of any *.npy; make the images anew")
   count = len(rows)
@@ -171,6 +176,7 @@ def _png(path: pathlib.Path) -> bytes:
 
 
 YES_NO = ('no', 'yes')
+PICTURE = b'The grey values of a picture, 32 rows of 32:\n'
 KINDS = {
     'lra_text': Kind(_reviews, b'A review of a film:\n', b'\nIs it positive or negative? It is',
                      ('negative', 'positive')),
@@ -178,11 +184,10 @@ KINDS = {
         _there(folder, f'tsv_data/new_aan_pairs.{split}.tsv'), 0, _two_papers), b'Two papers.\n',
                           b'\nDoes one cite the other?', YES_NO),
     'lra_listops': Kind(lambda folder, split: _lines(
-        _there(folder, f'listops-1000/basic_{split}.tsv'), 1, _lists), listops.HEAD, listops.QUESTION,
-                        tuple('0123456789')),
-    'lra_image': Kind(_pictures, b'The grey values of a picture, 32 rows of 32:\n', b'\nIt shows a', CIFAR),
-    'lra_pathfinder': Kind(_paths, b'The grey values of a picture, 32 rows of 32:\n',
-                           b'\nDoes a path join the two dots?', YES_NO),
+        _there(folder, f'listops-1000/basic_{split}.tsv'), 1, _lists),
+                        listops.HEAD, listops.QUESTION, tuple('0123456789')),
+    'lra_image': Kind(_pictures, PICTURE, b'\nIt shows a', CIFAR),
+    'lra_pathfinder': Kind(_paths, PICTURE, b'\nDoes a path join the two dots?', YES_NO),
 }
 
 
@@ -202,34 +207,41 @@ def _order(*names) -> np.ndarray:
 
 def make(draw: Draw, name: str, split: str) -> Example:
   kind, full = KINDS[name], name if split == 'test' else f'{name}_{split}'
-  check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files) to the folder that '
-        'holds them, see longctx/data/tasks/lra.py')
+  check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files) to '
+        'the folder that holds them, see longctx/data/tasks/lra.py')
   items = _items(name, draw.files, split)
   new_tokens = 1 + max(map(len, kind.labels))
   # In bytes, of which no tokenizer makes more tokens: the same items for all.
   around = 1 + new_tokens + len(kind.head) + len(kind.question)
   fitting = np.flatnonzero(items.sizes + around <= draw.length)
-  check(len(fitting) > 0, f'{full}: length={draw.length}: must be at least {around + items.sizes.min()}, for its '
-        f'shortest item; with {around + items.sizes.max()} all fit')
+  check(len(fitting) > 0, f'{full}: length={draw.length}: must be at least '
+        f'{around + items.sizes.min()}, for its shortest item; with {around + items.sizes.max()} '
+        'all fit')
   turn, at = divmod(draw.index, len(fitting))
-  check(turn == 0 or split == 'train', f'{full}: example {draw.index}: only {len(fitting)} items of at most '
-        f'{draw.length} bytes are there, each once; set eval.samples to at most that, or a greater length')
-  body, label = items.read(int(fitting[_order(full, draw.length, draw.seed, turn, len(fitting))[at]]))
-  prompt, _ = fit.filled(draw, lambda part: part + kind.head + body + kind.question, listops.dots(draw), new_tokens,
-                         full)
-  return Example(prompt=prompt, question=len(prompt) - len(kind.question), target=f' {label}'.encode(),
-                 references=(label,), new_tokens=new_tokens, info=dict(fit=len(fitting), of=len(items.sizes)))
+  check(turn == 0 or split == 'train', f'{full}: example {draw.index}: only {len(fitting)} items '
+        f'of at most {draw.length} bytes are there, each once; set eval.samples to at most '
+        'that, or a greater length')
+  order = _order(full, draw.length, draw.seed, turn, len(fitting))
+  body, label = items.read(int(fitting[order[at]]))
+  prompt, _ = fit.filled(draw, lambda part: part + kind.head + body + kind.question,
+                         listops.dots(draw), new_tokens, full)
+  return Example(
+      prompt=prompt, question=len(prompt) - len(kind.question), target=f' {label}'.encode(),
+      references=(label,), new_tokens=new_tokens,
+      info=dict(fit=len(fitting), of=len(items.sizes)))
 
 
 # Of the Transformer of the paper's table 1, with the tokens it reads.
-PUBLISHED = {'lra_listops': (36.37, 2000), 'lra_text': (64.27, 4000), 'lra_retrieval': (57.46, 8000),
-             'lra_image': (42.44, 1024), 'lra_pathfinder': (71.40, 1024)}
+PUBLISHED = {'lra_listops': (36.37, 2000), 'lra_text': (64.27, 4000),
+             'lra_retrieval': (57.46, 8000), 'lra_image': (42.44, 1024),
+             'lra_pathfinder': (71.40, 1024)}
 
 # Floors: of sets with as many of each label; of ListOps, the most frequent answer.
 TASKS = {
     name + suffix: Task(
         make=functools.partial(make, name=name, split=split), score=scoring.exact, files=True,
-        floor=0.17 if name == 'lra_listops' else 1 / len(kind.labels), source='Long Range Arena, arXiv:2011.04006',
+        floor=0.17 if name == 'lra_listops' else 1 / len(kind.labels),
+        source='Long Range Arena, arXiv:2011.04006',
         published={f'Transformer at {PUBLISHED[name][1]}': PUBLISHED[name][0]})
     for name, kind in KINDS.items() for split, suffix in (('test', ''), ('train', '_train'))
 }

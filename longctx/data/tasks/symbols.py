@@ -1,18 +1,19 @@
-"""Tasks of symbols, spelt for a model of bytes and readable by a person; `symbolic` has them as arrays.
+"""Tasks of symbols, spelt for a model of bytes and readable by a person; as arrays: `symbolic`.
 
-    mqar             key=value pairs in noise, four keys asked at once: say each with its value (Zoology,
-                     arXiv:2312.04927). A pair for each 32 tokens, so that longer means more to keep
-    segment_recall   one pair a line, a line for each 64 tokens (associative recall by segments of ARMT,
-                     arXiv:2407.04841)
+    mqar             key=value pairs in noise, four keys asked at once: say each with its value
+                     (Zoology, arXiv:2312.04927). A pair for each 32 tokens: longer is more to keep
+    segment_recall   one pair a line, a line for each 64 tokens (associative recall by segments of
+                     ARMT, arXiv:2407.04841)
     segment_rewrite  the same, each key twice with different values: the last one counts
-    selective_copy   eight capitals in noise: say them in order (Mamba, arXiv:2312.00752, section 4.3.1)
-    induction        a mark and a letter in noise, at the end the mark: say the letter (the same, 4.3.2)
+    selective_copy   eight capitals in noise: say them in order (Mamba, arXiv:2312.00752, 4.3.1)
+    induction        a mark and a letter in noise, at the end the mark: say the letter (the same)
     parity           zeros and ones: is the number of ones odd or even (state of two values)
-    s3               moves of three letters, one after the other: what is their order now (state of six, and
-                     it matters in which order; Liu et al. 2022, arXiv:2210.10749)
+    s3               moves of three letters, one after the other: what is their order now (state of
+                     six, and it matters in which order; Liu et al. 2022, arXiv:2210.10749)
 
-Differs: noise is of random letters in words of five, so that it can be neither foretold nor packed into few
-tokens; all is asked in one answer, which must be right as a whole. `eval.haystack` changes nothing here.
+Differs: noise is of random letters in words of five, so that it can be neither foretold nor packed
+into few tokens; all is asked in one answer, which must be right as a whole. `eval.haystack` changes
+nothing here.
 Held by: tests/test_tasks.py, tests/test_task_symbols.py.
 """
 
@@ -33,7 +34,8 @@ CAPITALS = 8
 WORD = 6                         # bytes of a word of noise and the space after it
 LETTERS = np.frombuffer(string.ascii_lowercase.encode(), np.uint8)
 # Where each letter of the new order stands in the old one.
-MOVES = {'e': (0, 1, 2), 'l': (1, 2, 0), 'r': (2, 0, 1), 'x': (1, 0, 2), 'y': (0, 2, 1), 'z': (2, 1, 0)}
+MOVES = {'e': (0, 1, 2), 'l': (1, 2, 0), 'r': (2, 0, 1),
+         'x': (1, 0, 2), 'y': (0, 2, 1), 'z': (2, 1, 0)}
 START = 'abc'
 
 
@@ -44,8 +46,9 @@ def noise(rng: np.random.Generator, size: int) -> bytes:
   return words.tobytes()
 
 
-def scattered(draw: Draw, name: str, *, head: bytes, items: Sequence[bytes], places: Sequence[float],
-              needed: Sequence[int], question: bytes, target: bytes, **info: Any) -> Example:
+def scattered(draw: Draw, name: str, *, head: bytes, items: Sequence[bytes],
+              places: Sequence[float], needed: Sequence[int], question: bytes, target: bytes,
+              **info: Any) -> Example:
   """An example with each item between two words of noise.
 
   Args:
@@ -61,7 +64,8 @@ def scattered(draw: Draw, name: str, *, head: bytes, items: Sequence[bytes], pla
     at = (places * (len(filler) // WORD)).astype(int) * WORD
     cuts = zip([0, *at], [*at, len(filler)], strict=True)
     pieces = [filler[start:stop] for start, stop in cuts]
-    return [head, *(piece for pair in zip(pieces, items) for piece in pair), pieces[-1], question], at
+    between = (piece for pair in zip(pieces, items) for piece in pair)
+    return [head, *between, pieces[-1], question], at
 
   prompt, filler = fit.filled(draw, lambda part: b''.join(laid(part)[0]), text, len(target), name)
   sizes = np.array([len(item) for item in items])
@@ -69,7 +73,8 @@ def scattered(draw: Draw, name: str, *, head: bytes, items: Sequence[bytes], pla
   span = len(prompt) - len(head) - len(question)
   return Example(
       prompt=prompt, question=len(prompt) - len(question), target=target,
-      references=(target.decode().strip(),), new_tokens=len(target),   # no token is of less than a byte
+      references=(target.decode().strip(),),
+      new_tokens=len(target),   # no token is of less than a byte
       depth=float(begins[needed[0]] - len(head)) / max(1, span),
       needles=tuple((int(begins[i]), int(begins[i] + sizes[i])) for i in needed), info=info)
 
@@ -90,8 +95,9 @@ def mqar(draw: Draw) -> Example:
   asked = np.arange(ASKED)   # any four: the pairs' places are random
   items = [b'%s=%d ' % (keys[i], values[i]) for i in order]
   rank = np.argsort(order)
-  return scattered(draw, 'mqar', head=b'remember each key=value\n', items=items, places=places[order],
-                   needed=rank[asked].tolist(), **_asked([keys[i] for i in asked], values[asked]))
+  return scattered(draw, 'mqar', head=b'remember each key=value\n', items=items,
+                   places=places[order], needed=rank[asked].tolist(),
+                   **_asked([keys[i] for i in asked], values[asked]))
 
 
 def _asked(keys: Sequence[bytes], values: Sequence[int]) -> dict[str, bytes]:
@@ -111,7 +117,8 @@ def segment_recall(draw: Draw, name: str = 'segment_recall', times: int = 1) -> 
   others = np.setdiff1d(np.arange(lines), mine)
   lines_of = np.array([mine, *np.sort(rng.permutation(others).reshape(-1, times), axis=1)])
   # No value stands again when its key is written anew.
-  changes = np.concatenate([rng.integers(0, 10, (count, 1)), rng.integers(1, 10, (count, times - 1))], axis=1)
+  changes = np.concatenate(
+      [rng.integers(0, 10, (count, 1)), rng.integers(1, 10, (count, times - 1))], axis=1)
   values = np.cumsum(changes, axis=1) % 10
   keys = [_key(int(i)) for i in rng.choice(KEYS, count, replace=False)]
   fractions = rng.random(lines)
@@ -125,7 +132,8 @@ def segment_recall(draw: Draw, name: str = 'segment_recall', times: int = 1) -> 
   places = np.stack([np.arange(lines), np.arange(lines) + fractions], axis=1).reshape(-1) / lines
   head = b'remember each key=value' + (b'; the last value counts' if times > 1 else b'') + b'\n'
   return scattered(draw, name, head=head, items=items, places=places,
-                   needed=(2 * lines_of[:ASKED, -1] + 1).tolist(), **_asked(keys[:ASKED], values[:ASKED, -1]))
+                   needed=(2 * lines_of[:ASKED, -1] + 1).tolist(),
+                   **_asked(keys[:ASKED], values[:ASKED, -1]))
 
 
 def segment_rewrite(draw: Draw) -> Example:
@@ -139,25 +147,29 @@ def selective_copy(draw: Draw) -> Example:
   places = first + (1 - first) * np.sort(rng.random(CAPITALS))
   if draw.depth is not None:
     places[0] = first
-  return scattered(draw, 'selective_copy', head=b'copy the capitals\n', items=[b'%c ' % c for c in capitals],
-                   places=places, needed=range(CAPITALS), question=b'\ncapitals:', target=b' ' + capitals)
+  return scattered(draw, 'selective_copy', head=b'copy the capitals\n',
+                   items=[b'%c ' % c for c in capitals], places=places, needed=range(CAPITALS),
+                   question=b'\ncapitals:', target=b' ' + capitals)
 
 
 def induction(draw: Draw) -> Example:
   letter = bytes(LETTERS[[draw.rng.integers(0, 26)]])
   place = draw.rng.random() if draw.depth is None else draw.depth
-  return scattered(draw, 'induction', head=b'a mark and its letter; at the mark again, say the letter\n',
-                   items=[b'#' + letter + b' '], places=[place], needed=[0], question=b'\n#', target=letter)
+  return scattered(draw, 'induction',
+                   head=b'a mark and its letter; at the mark again, say the letter\n',
+                   items=[b'#' + letter + b' '], places=[place], needed=[0], question=b'\n#',
+                   target=letter)
 
 
 def _sequence(draw: Draw, name: str, head: bytes, symbols: bytes, question: bytes,
               answers: Sequence[str], answer: Callable[[str], str]) -> Example:
-  """A sequence of random symbols, as many as there is room for, and `answer(sequence)`, one of `answers`."""
+  """As many random symbols as there is room for, and `answer(sequence)`, one of `answers`."""
   size = fit.bytes_for(draw)
   text = np.frombuffer(symbols, np.uint8)[draw.rng.integers(0, len(symbols), size)].tobytes()
   new_tokens = 1 + max(len(said) for said in answers)
   # The first symbol always stands, so that no sequence is empty.
-  prompt, filler = fit.filled(draw, lambda part: head + text[:1] + part + question, text[1:], new_tokens, name)
+  prompt, filler = fit.filled(draw, lambda part: head + text[:1] + part + question, text[1:],
+                              new_tokens, name)
   said = answer((text[:1] + filler).decode())
   return Example(prompt=prompt, question=len(prompt) - len(question), target=b' ' + said.encode(),
                  references=(said,), new_tokens=new_tokens)
@@ -170,8 +182,8 @@ def parity(draw: Draw) -> Example:
 
 def s3(draw: Draw) -> Example:
   legend = ' '.join(f'{move}={"".join(START[i] for i in order)}' for move, order in MOVES.items())
-  return _sequence(draw, 's3', f'{START}; {legend}; move by move\n'.encode(), ''.join(MOVES).encode(), b'\nnow:',
-                   (START,), moved)
+  return _sequence(draw, 's3', f'{START}; {legend}; move by move\n'.encode(),
+                   ''.join(MOVES).encode(), b'\nnow:', (START,), moved)
 
 
 def moved(moves: str) -> str:
@@ -189,11 +201,12 @@ MAMBA, AUTOMATA = 'Mamba, arXiv:2312.00752, section 4.3', 'Liu et al. 2022, arXi
 
 # Floors: every answer that the rules allow is as likely as any other.
 TASKS = {
-    'mqar': Task(make=mqar, score=scoring.exact, floor=10.0 ** -ASKED, source=ZOOLOGY),
-    'segment_recall': Task(make=segment_recall, score=scoring.exact, floor=10.0 ** -ASKED, source=ARMT),
-    'segment_rewrite': Task(make=segment_rewrite, score=scoring.exact, floor=10.0 ** -ASKED, source=ARMT),
-    'selective_copy': Task(make=selective_copy, score=scoring.exact, floor=26.0 ** -CAPITALS, source=MAMBA),
-    'induction': Task(make=induction, score=scoring.exact, floor=1 / 26, source=MAMBA),
-    'parity': Task(make=parity, score=scoring.exact, floor=1 / 2, source=AUTOMATA),
-    's3': Task(make=s3, score=scoring.exact, floor=1 / 6, source=AUTOMATA),
-}
+    name: Task(make=make, score=scoring.exact, floor=floor, source=source)
+    for name, make, floor, source in (
+        ('mqar', mqar, 10.0 ** -ASKED, ZOOLOGY),
+        ('segment_recall', segment_recall, 10.0 ** -ASKED, ARMT),
+        ('segment_rewrite', segment_rewrite, 10.0 ** -ASKED, ARMT),
+        ('selective_copy', selective_copy, 26.0 ** -CAPITALS, MAMBA),
+        ('induction', induction, 1 / 26, MAMBA),
+        ('parity', parity, 1 / 2, AUTOMATA),
+        ('s3', s3, 1 / 6, AUTOMATA))}
