@@ -32,7 +32,7 @@ PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
          'inner_rate': inner_rate}
 NAMES = tuple(dict.fromkeys((*models.RECALL, *models.PASSKEY, *models.BOOKS)))
 
-# The first rate and seed come first, of all models. 'hour': that alone, and books of fewer bytes.
+# The first rate and seed come first, of all models. 'hour': that alone, and four passkeys.
 TIERS = {
     'smoke': dict(
         seeds=(0,), rates=(3e-3,), recall=('infini',), recall_tasks=('segment_rewrite',),
@@ -48,7 +48,7 @@ TIERS = {
 }
 TIERS['hour'] = TIERS['cpu'] | dict(
     seeds=(0,), rates=(3e-3,), passkey=('infini', 'gated_delta', 'armt', 'titans_mag'),
-    passkey_rates=(3e-3,), books_steps=200)
+    passkey_rates=(3e-3,))
 
 
 def main() -> None:
