@@ -69,6 +69,13 @@ def test_a_line_has_all_that_is_needed_to_ask_again(tmp_path):
     assert line['answer_logprob'] == pytest.approx(-6 * math.log(257)) and not line['answer_greedy']
 
 
+def test_an_answer_is_as_long_as_its_own_example_allows(tmp_path):
+  evaluate(Constant(Bytes(), b'x' * 999), tmp_path, tasks=('mrcr_2',), lengths=(1300,), samples=4)
+  lines = lines_of(tmp_path)
+  assert len({line['new_tokens'] for line in lines}) > 1
+  assert [len(line['written']) for line in lines] == [line['new_tokens'] for line in lines]
+
+
 class Counted:
   """Passes calls on, counts examples, and dies after so many calls."""
 
