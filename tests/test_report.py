@@ -147,7 +147,7 @@ def test_the_command_makes_the_same_evaluation_again(made):
 
 
 def test_lines_of_other_evaluations_and_torn_ones_are_not_counted(tmp_path):
-  old = [line_of(index=i, score=0.0, key='other') for i in range(3)]
+  old = [line_of(index=i, score=0.0, key='other') for i in range(3, 6)]
   folder = write(tmp_path / 'w', lines=[*old, *LINES[:4], dict(LINES[0], score=0.0)])
   with open(folder / 'tasks.jsonl', 'a') as file:
     file.write('{"key": "k", "task": "pass')
