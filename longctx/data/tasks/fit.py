@@ -8,6 +8,7 @@ Held by: tests/test_task_fit.py.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -81,11 +82,9 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
       if exact(cut):
         return build(text[:cut]), text[:cut]
   best = max(cut for cut, found in seen.items() if found <= want)
-  for count in range(1, STOPS + 1):
-    for stop in ENDS:
-      for back in range(NEAR):
-        filler = text[:between(text, max(0, best - back))] + count * stop
-        if draw.count(build(filler)) == want:
-          return build(filler), filler
+  for back, count, stop in itertools.product(range(NEAR), range(1, STOPS + 1), ENDS):
+    filler = text[:between(text, max(0, best - back))] + count * stop
+    if draw.count(build(filler)) == want:
+      return build(filler), filler
   raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many tokens with '
                     f'this tokenizer; try {draw.length + 1}')
