@@ -104,8 +104,9 @@ def read_text(f: flags.FlagValues, flag: str) -> tuple[bytes, str]:
   try:
     data.decode('utf-8')
   except UnicodeDecodeError as e:
-    raise ConfigError(f'--{flag}: byte {e.start} ({data[e.start]:#04x}) is not UTF-8; to read text in '
-                      f'another encoding give --{flag}_file=FILE') from None
+    raise ConfigError(f'--{flag}: byte {e.start} ({data[e.start]:#04x}) is not UTF-8; to '
+                      f'{"continue" if flag == "prompt" else "read"} text in another encoding give '
+                      f'--{flag}_file=FILE') from None
   return data, f'--{flag}'
 
 

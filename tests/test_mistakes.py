@@ -160,7 +160,8 @@ FILES = [
     ('c.py:debug', 'from longctx.configuration import base\ndef get_config():\n  return base()\n',
      ["c.py:debug: variant 'debug': get_config of this file takes no variant"]),
     ('c.py', BASE + '  return base("decodr")\n',
-     ["model='decodr': must be one of decoder, memory, elman, lstm, gru, slstm (did you mean \"decoder\"?)"]),
+     ["model='decodr': must be one of decoder, memory, elman, lstm, gru, slstm, encoder, "
+      'encoder_decoder (did you mean "decoder"?)']),
     ('c.py', BASE + '  c = base()\n  c.data.length = "64"\n', ['c.py: line 4: TypeError: ',
      'length']),
     ('c.py', BASE + '  c = base()\n  c.data.lenght = 64\n  return c\n',
@@ -178,8 +179,8 @@ FILES = [
     ('c.py', BASE + '  c = base()\n  del c.data.files\n  c.data.files = None\n  return c\n',
      ['data.files=None: must be of type str, not NoneType']),
     ('c.py', BASE + '  c = base()\n  c.model.name = "gur"\n  return c\n',
-     ["model.name='gur': must be one of decoder, memory, elman, lstm, gru, slstm (did you mean "
-      '"gru"?)']),
+     ["model.name='gur': must be one of decoder, memory, elman, lstm, gru, slstm, encoder, "
+      'encoder_decoder (did you mean "gru"?)']),
     ('c.py', BASE + '  c = base("lstm")\n  c.model.num_heads = 4\n  return c\n',
      ['model.num_heads: no such field; model has name, vocab_size']),
 ]
@@ -213,7 +214,7 @@ FIELDS = [
      "model.layers=('rglru',)"),
     # Names.
     ('modle.num_layers=3', 'modle.num_layers: no such field (did you mean "model.num_layers"?); a '
-     'config has data, loss, mesh'),
+     'config has data, eval, loss'),
     ('model.num_layer=3',
      'model.num_layer: no such field (did you mean "model.num_layers"?); model '
      'has attention, dropout, dtype'),
