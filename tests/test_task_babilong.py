@@ -228,6 +228,41 @@ def test_answers_follow_from_all_facts_and_from_those_that_are_needed(number):
     assert solve(needed, story.question) == story.answer, (story, needed)
 
 
+@pytest.mark.parametrize('number', [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13])
+def test_stories_do_not_contradict_themselves(number):
+  for story in stories(number):
+    may_be, lies, has = {}, {}, {}
+    for i, fact in enumerate(story.facts):
+      if match := re.search(r'(\w+) is (?:not|no longer) in the (\w+)', fact):
+        assert may_be.get(match[1]) != {match[2]}
+      elif match := re.search(r'(\w+) is either in the (\w+) or the (\w+)', fact):
+        may_be[match[1]] = {match[2], match[3]}
+      for at, names, place in moves(story.facts[:i + 1]):
+        if at == i:
+          for name in names:
+            # Who is somewhere has not moved; nobody moves to where he is.
+            assert (place in may_be.get(name, {place})) if ' is in ' in fact else (
+                number == 10 or may_be.get(name) != {place}), story.facts
+            may_be[name] = {place}
+      for at, who, thing, holder in handlings(story.facts):
+        if at == i:
+          assert has.get(thing) == (None if who == holder else who)   # taken when free, else by its holder
+          has[thing] = holder
+          if holder and holder != who and who in may_be and holder in may_be:
+            assert may_be[who] == may_be[holder]
+          if holder == who and thing in lies and who in may_be:
+            assert lies[thing] == may_be[who]
+          lies.pop(thing, None)
+          if not holder and who in may_be:
+            lies[thing] = may_be[who]
+
+
+def test_what_fits_is_never_told_in_one_fact():
+  for story in stories(18):
+    asked = set(re.search(r'the ([\w ]+) (?:bigger than|fit in) the ([\w ]+)\?', story.question).groups())
+    assert all(set(pair) != asked for fact in story.facts for pair in bigger([fact]))
+
+
 @pytest.mark.parametrize('number', NUMBERS)
 def test_stories_are_of_many_kinds_and_have_the_labels_of_the_benchmark(number):
   labels = {part for story in stories(number) for part in
