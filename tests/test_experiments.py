@@ -117,3 +117,16 @@ def test_the_places_of_the_arena_share_what_is_equal():
   places = leaderboard.ranks(leaderboard.best_lines(rows))
   assert places == {'rglru': (1 + 3) / 2, 'gru': (2.5 + 2) / 2, 'lstm': (2.5 + 1) / 2}
   assert '| rglru | 2.0 | 0.900 |' in leaderboard.table(rows)
+
+
+def test_generators(tmp_path):
+  run = ROOT / 'experiments' / '04_arena' / 'generators.py'
+  done = subprocess.run(
+      [sys.executable, run, '--tasks=ruler_fwe,passkey', '--lengths=1024,2048', '--seconds=0.05',
+       f'--out={tmp_path}/made.json'], capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / 'made.json').read_text())['rows']
+  assert [(row['task'], row['length']) for row in rows] == [
+      ('ruler_fwe', 1024), ('ruler_fwe', 2048), ('passkey', 1024), ('passkey', 2048)]
+  for row in rows:   # what fits into the time, and one more
+    assert row['examples'] / row['per_second'] >= 0.05 and row['per_second'] > 1

@@ -33,6 +33,12 @@ def draw(name, length=4096, index=0, tok=Bytes, **kwargs):
                          index=index, **kwargs)
 
 
+def ranks(one):
+  """Words of fwe's context with their counts, the most frequent first."""
+  context = parts(one)[0].split('most frequently appeared coded words. ')[1]
+  return collections.Counter(context.split(' ')).most_common()
+
+
 def parts(one):
   """(the text before the question, the question)."""
   return one.prompt[:one.question].decode(), one.prompt[one.question:].decode()
@@ -147,7 +153,7 @@ def test_three_coded_words_are_most_frequent_after_the_dots(length, tok):
   for index in range(3):
     one = draw('fwe', length, index, tok)
     coded = parts(one)[0].split('most frequently appeared coded words. ')[1].split(' ')
-    ranked = collections.Counter(coded).most_common()
+    ranked = ranks(one)
     assert ranked[0][0] == '...' and [word for word, _ in ranked[1:4]] == [*one.references]
     assert one.target.decode().split(', ') == [f' {one.references[0]}', *one.references[1:]]
     counts = [count for _, count in ranked]
@@ -183,3 +189,13 @@ def test_a_prompt_that_has_no_room_says_how_much_it_needs():
     need = int(re.search(r'at least (\d+)', str(caught.value))[1])
     assert 300 < need < 3000
     draw(name, need + 200)
+    if name == 'fwe':   # the shortest one has an answer, too
+      (_, third), (_, fourth), *rest = ranks(draw(name, need))[2:]
+      assert third > fourth > max([count for _, count in rest], default=0)
+
+
+def test_the_key_that_is_asked_for_has_one_needle(monkeypatch):
+  monkeypatch.setattr(words, 'keys', lambda: words.Pairs('abcdefg', 'abcdefghij'))   # 70 of them
+  for index in range(4):
+    one = draw.__wrapped__('niah_multikey_2', 8000, index)
+    assert values_of(one)[0] == [*one.references]
