@@ -129,4 +129,4 @@ def test_generators(tmp_path):
   assert [(row['task'], row['length']) for row in rows] == [
       ('ruler_fwe', 1024), ('ruler_fwe', 2048), ('passkey', 1024), ('passkey', 2048)]
   for row in rows:   # what fits into the time, and one more
-    assert row['examples'] / row['per_second'] >= 0.05 and row['per_second'] > 1
+    assert row['examples'] / row['per_second'] > 0.049 and row['per_second'] > 1
