@@ -27,6 +27,9 @@ HASHES = {
     ('pieces', 4096, 42, 10): {
         'niah_single_1': 'd1262226636dfb4d', 'niah_multikey_2': '524bfe0602c33370',
         'niah_multikey_3': 'b3b9a43f4f66a9ef', 'vt': '8351f51e4bfcb2f3', 'fwe': '1b9f99f8c3620b9a'},
+    ('pieces', 4096, 7, 5): {
+        'niah_single_1': 'bf67e17f79a86802', 'niah_multikey_2': '4bcf64c53b18277c',
+        'niah_multikey_3': '608f4cae7c502e77', 'vt': '9a9532793bdfc107', 'fwe': '1b896508fe5dca48'},
     ('by hand', 8192, 42, 10): {
         'niah_single_1': '768aba17392c719a', 'niah_multikey_2': 'ac9eae5e3973cea2',
         'niah_multikey_3': 'a961e901623a212c', 'vt': '79ea731672b403b7', 'fwe': '39e417562b3cd8d8'},
