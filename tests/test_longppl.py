@@ -19,7 +19,7 @@ def scored(document, start, stop):
 
 
 def expected(documents, length, short, stride):
-  """[(position, full nats, short nats)] of every token: the short context begins within the full one's window."""
+  """[(position, full nats, short nats)] of every token; short contexts begin in the window."""
   rows = []
   for document in documents:
     for low in range(0, len(document), length or len(document)):
@@ -67,8 +67,10 @@ def test_keys_and_gains_are_those_of_the_definition(length, short, stride, segme
 
 def test_one_letter_over_and_over():
   """After n of one letter, its nats are log((257 + n) / n); short contexts of 16 know 12 to 16."""
-  found = evaluate(toy_models.CountModel(VOCAB), repetitive([1025]), short_context=16, short_stride=1)
-  nats = lambda n: math.log((257 + n) / n)   # of SEP and n - 1 letters, and the next one: 1 + (n - 1) of 257 + n
+  found = evaluate(toy_models.CountModel(VOCAB), repetitive([1025]), short_context=16,
+                   short_stride=1)
+  # of SEP and n - 1 letters, and the next one: 1 + (n - 1) of 257 + n
+  nats = lambda n: math.log((257 + n) / n)
   full = [nats(n) for n in range(1, 1025)]
   short = [nats(n) if n <= 16 else math.log((257 + 16) / 17) for n in range(1, 1025)]
   key = [a for a, b in zip(full, short) if b - a > 2 and a < 2]
@@ -76,14 +78,16 @@ def test_one_letter_over_and_over():
   assert int(found.keys.keys.sum()) == len(key)
   assert found.keys.perplexity == pytest.approx(math.exp(np.mean(key)), rel=1e-5)
   assert found.keys.keys[:7].sum() == 0 and found.keys.keys[9] == 256   # all of 256 to 511
-  assert f'{len(key):,} key tokens' in found.table() and 'last 15 to 16 tokens alone' in found.table()
+  assert f'{len(key):,} key tokens' in found.table()
+  assert 'last 15 to 16 tokens alone' in found.table()
   told = json.loads(json.dumps(found.to_json(), allow_nan=False))['key_tokens']
   assert (told['keys'], told['short_context'], told['stride']) == (len(key), 16, 1)
   assert told['positions'][9]['keys'] == 256 and told['positions'][9]['gain'] > 2
 
 
 def test_a_model_of_the_last_tokens_gains_nothing():
-  found = evaluate(toy_models.TailModel(VOCAB), make_documents([200, 90]), length=128, short_context=16,
+  found = evaluate(toy_models.TailModel(VOCAB), make_documents([200, 90]), length=128,
+                   short_context=16,
                    segment=16, batch_size=2).keys
   assert (found.stride, int(found.keys.sum())) == (4, 0)
   np.testing.assert_allclose(found.gain, 0, atol=1e-3)
@@ -111,12 +115,14 @@ def test_the_other_passes_are_as_they_were():
 def test_windows_inside_score_the_same_tokens_from_within(short, stride):
   full = windows.cut(np.array([1, 30, 0, 17]), 12, 12)
   found = longppl.inside(full, short, stride)
-  covered = lambda one: [(d, i) for d, low, high in zip(one.document, one.scored, one.stop) for i in range(low, high)]
+  covered = lambda one: [(d, i) for d, low, high in zip(one.document, one.scored, one.stop)
+                         for i in range(low, high)]
   assert sorted(covered(found)) == sorted(covered(full))
   assert len(covered(found)) == len(set(covered(found)))
   for d, start, first, stop in zip(*found):
     assert stop - start <= short
-    around = [(a, b) for e, a, b in zip(full.document, full.start, full.stop) if e == d and a <= start < b]
+    around = [(a, b) for e, a, b in zip(full.document, full.start, full.stop) if e == d
+              and a <= start < b]
     (low, high), = around
     assert stop <= high
     assert start == low or first - start >= short - stride
@@ -141,8 +147,10 @@ def test_long_texts_are_compared_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize('settings, message', [
     (dict(short_context=-1), r'short_context=-1: must be at least 0'),
-    (dict(short_context=4, short_stride=5), r'perplexity\.short_stride=5: must be at most perplexity\.short_context=4'),
-    (dict(short_context=0, short_stride=5), r'perplexity\.short_stride=5: must be at most perplexity\.short_context=0')])
+    (dict(short_context=4, short_stride=5), r'perplexity\.short_stride=5: must be at most '
+                                            r'perplexity\.short_context=4'),
+    (dict(short_context=0, short_stride=5), r'perplexity\.short_stride=5: must be at most '
+                                            r'perplexity\.short_context=0')])
 def test_mistakes(settings, message):
   with pytest.raises(ConfigError, match=message):
     perplexity.Config(**settings)
@@ -150,6 +158,8 @@ def test_mistakes(settings, message):
 
 def test_a_short_context_must_be_shorter():
   for length, longest in ((16, 0), (0, 16)):
-    with pytest.raises(ConfigError, match=r'perplexity\.short_context=16: must be less than .*length, 16 tokens'):
-      evaluate(toy_models.CountModel(VOCAB, max_length=longest), make_documents([40]), length=length,
+    with pytest.raises(ConfigError, match=r'perplexity\.short_context=16: must be less than '
+                                          r'.*length, 16 tokens'):
+      evaluate(toy_models.CountModel(VOCAB, max_length=longest), make_documents([40]),
+               length=length,
                short_context=16)

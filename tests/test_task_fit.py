@@ -16,7 +16,8 @@ TEXTS = {'prose': PROSE, **OTHER_SCRIPTS}
 
 
 def draw(length, tokenizer=None, **kwargs):
-  return example.Draw(rng=np.random.default_rng(0), tokenizer=tokenizer or Bytes(), length=length, index=0,
+  return example.Draw(rng=np.random.default_rng(0), tokenizer=tokenizer or Bytes(), length=length,
+                      index=0,
                       **kwargs)
 
 
@@ -30,7 +31,8 @@ def test_every_length_is_met_exactly_and_no_character_is_cut(tokenizer, script):
     assert prompt == build(filler)
     assert len(tok.encode(prompt)) == length - 1 - 5
     kept = filler.decode()   # UTF-8
-    begun = next(i for i in range(len(kept), -1, -1) if TEXTS[script] * 8 == kept[:i] + (TEXTS[script] * 8)[i:])
+    begun = next(i for i in range(len(kept), -1, -1)
+                 if TEXTS[script] * 8 == kept[:i] + (TEXTS[script] * 8)[i:])
     assert set(kept[begun:]) <= set(' .the')   # what may end it
 
 
@@ -48,9 +50,11 @@ class Pairs:
 
 
 def test_least_and_no_fit_are_told():
-  with pytest.raises(ConfigError, match=r'^x: length=9: must be at least 13 in .*tokens \(2 of them'):
+  with pytest.raises(ConfigError,
+                     match=r'^x: length=9: must be at least 13 in .*tokens \(2 of them'):
     fit.filled(draw(9), lambda part: b'0123456789' + part, b'abc', 2, 'x')
-  assert fit.filled(draw(13), lambda part: b'0123456789' + part, b'abc', 2, 'x') == (b'0123456789', b'')
+  assert fit.filled(draw(13), lambda part: b'0123456789' + part, b'abc', 2, 'x') == (b'0123456789',
+                                                                                     b'')
   with pytest.raises(AssertionError, match='3 bytes of filler are too few for 30 tokens'):
     fit.filled(draw(30), lambda part: b'0123456789' + part, b'abc', 2, 'x')
   # A prompt that grows by three tokens at a time can have no other number of them.
@@ -83,14 +87,16 @@ def test_between_is_the_last_character_that_is_whole(text, cut):
 
 def test_needles_stand_between_sentences_of_any_script():
   for text, parts in (
-      ('One. Two!  Three? "Four." Five (six.) Seven', ['One. ', 'Two!  ', 'Three? ', '"Four." ', 'Five (six.) ',
-                                                      'Seven']),
+      ('One. Two!  Three? "Four." Five (six.) Seven',
+       ['One. ', 'Two!  ', 'Three? ', '"Four." ', 'Five (six.) ', 'Seven']),
       ('3.14 is e.g. no end', ['3.14 is e.g. ', 'no end']),
-      ('天。地！「人。」山', ['天。', '地！', '「人。」', '山']), ('राम आया। गया।', ['राम आया। ', 'गया।']),
-      ('هل جاء؟ نعم', ['هل جاء؟ ', 'نعم']), ('Ja… «Nein.» Doch', ['Ja… ', '«Nein.» ', 'Doch']), ('', [''])):
+      ('天。地！「人。」山', ['天。', '地！', '「人。」', '山']),
+      ('राम आया। गया।', ['राम आया। ', 'गया।']), ('هل جاء؟ نعم', ['هل جاء؟ ', 'نعم']),
+      ('Ja… «Nein.» Doch', ['Ja… ', '«Nein.» ', 'Doch']), ('', [''])):
     starts = haystack.sentence_starts(text.encode())
     cuts = [*starts.tolist(), len(text.encode())]
-    assert [text.encode()[a:b].decode() for a, b in itertools.pairwise(cuts) if a < b or not text] == parts
+    assert [text.encode()[a:b].decode() for a, b in itertools.pairwise(cuts) if a < b
+            or not text] == parts
 
 
 def test_a_long_stretch_without_sentences_is_cut_between_words():
@@ -118,7 +124,8 @@ def test_real_text_goes_round_from_a_sentence_on(tmp_path):
 
 
 def test_haystacks_by_name():
-  assert haystack.of(draw(1))(50) == haystack.of(draw(1, haystack='repeated'), len)(50) == haystack.GRASS[:50]
+  assert haystack.of(draw(1))(50) == haystack.of(draw(1, haystack='repeated'),
+                                                 len)(50) == haystack.GRASS[:50]
   assert haystack.of(draw(1), lambda size: b'own')(50) == b'own'
   one, two = (haystack.of(draw(1, haystack='noise'))(size).decode() for size in (10, 5000))
   assert len(one) >= 10 and len(two) >= 5000

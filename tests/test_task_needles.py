@@ -1,4 +1,5 @@
-"""What each needle and retrieval task says, against what is written by hand, and where its needles stand."""
+"""What each needle and retrieval task says, against what is written by hand, and where its needles
+stand."""
 
 import collections
 import json
@@ -34,8 +35,10 @@ def test_passkey_is_the_published_prompt():
   one = draw('passkey', length=400, depth=1)
   key, = one.references
   assert one.prompt.decode().startswith(
-      'There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz '
-      'you about the important information there.\nThe grass is green. The sky is blue. The sun is yellow. Here we '
+      'There is an important info hidden inside a lot of irrelevant text. Find it and memorize '
+      'them. I will quiz '
+      'you about the important information there.\nThe grass is green. The sky is blue. The sun '
+      'is yellow. Here we '
       'go. There and back again. ')
   assert question(one) == '\nWhat is the pass key? The pass key is'
   assert needle(one) == f'The pass key is {key}. Remember it. {key} is the pass key. '
@@ -48,8 +51,10 @@ def test_niah_asks_for_one_city_in_the_words_of_lwm():
   found, = one.references
   city = re.fullmatch(rf'\nThe special magic (.+) number is: {found}\n', needle(one)).group(1)
   assert question(one) == (
-      f" What is the special magic {city} number? Don't give information outside the document or repeat your "
-      f'findings. Keep your response short and direct. ASSISTANT: The special magic {city} number is:')
+      f" What is the special magic {city} number? Don't give information outside the document or "
+      f"repeat your "
+      f'findings. Keep your response short and direct. ASSISTANT: The special magic {city} number '
+      f'is:')
   assert context(one).startswith('You are a helpful assistant. USER: The grass is green. ')
   assert re.fullmatch(r'[1-9]\d{6}', found) and context(one).count('special magic') == 1
   assert len(set(needles.CITIES)) == len(needles.CITIES)
@@ -65,7 +70,8 @@ def test_niah_multi_hides_four_and_asks_for_two():
   assert TASKS['niah_multi'].score(f' {pairs[second]}', one) == 0.5
 
 
-@pytest.mark.parametrize('name, count', [('passkey', 1), ('niah', 1), ('niah_multi', 2), ('association', 1)])
+@pytest.mark.parametrize('name, count', [('passkey', 1), ('niah', 1), ('niah_multi', 2),
+                                         ('association', 1)])
 def test_needles_stand_whole_between_two_sentences(name, count):
   for index in range(20):
     one = draw(name, index=index)
@@ -76,11 +82,14 @@ def test_needles_stand_whole_between_two_sentences(name, count):
       assert re.match('[A-Z\n]', one.prompt[stop:].decode())
 
 
-@pytest.mark.parametrize('name', ['passkey', 'niah', 'niah_multi', 'association', 'json_kv', 'mrcr_2'])
+@pytest.mark.parametrize('name', ['passkey', 'niah', 'niah_multi', 'association', 'json_kv',
+                                  'mrcr_2'])
 def test_depths_of_two_hundred_are_uniform(name):
   depths = np.sort([draw(name, 4096, index).depth for index in range(200)])
   grid = np.arange(201) / 200
-  assert max(np.abs(depths - grid[1:]).max(), np.abs(depths - grid[:-1]).max()) < 1.63 / np.sqrt(200)   # 1 %
+  # 1 %
+  assert max(np.abs(depths - grid[1:]).max(),
+             np.abs(depths - grid[:-1]).max()) < 1.63 / np.sqrt(200)
 
 
 @pytest.mark.parametrize('name', ['passkey', 'niah'])
@@ -89,7 +98,8 @@ def test_an_asked_depth_is_met_within_a_sentence(name):
     one = draw(name, 4096, depth=depth)
     assert one.depth == pytest.approx(depth, abs=60 / 3700)
     head = len(needles.PASSKEY_HEAD if name == 'passkey' else needles.LWM_HEAD)
-    assert (one.needles[0][0] - head) / (one.question - head) == pytest.approx(depth, abs=110 / 3700)
+    assert (one.needles[0][0] - head) / (one.question - head) == pytest.approx(depth,
+                                                                               abs=110 / 3700)
 
 
 def test_a_number_that_the_haystack_holds_is_drawn_again(tmp_path):
@@ -109,11 +119,14 @@ def test_associations_have_one_answer_and_no_word_in_common(name, step):
     one = draw(name, index=index)
     pairs = re.findall(r'Nowadays (\w+) lives beside (.+?)\. ', context(one))
     facts = {place[0]: place for place in associations.PLACES}
-    asked = re.fullmatch(r'\nQuestion: Which person has been to (.+)\?\nAnswer by a name:', question(one)).group(1)
+    asked = re.fullmatch(r'\nQuestion: Which person has been to (.+)\?\nAnswer by a name:',
+                         question(one)).group(1)
     assert len(pairs) == len({person for person, _ in pairs}) == 4
-    assert [person for person, place in pairs if facts[place][step] == asked] == list(one.references)
+    assert [person for person, place in pairs
+            if facts[place][step] == asked] == list(one.references)
     assert set(one.info['choices']) == {person for person, _ in pairs}
-    said = {word for pair in pairs for word in ' '.join(['Nowadays lives beside', *pair]).lower().split()}
+    said = {word for pair in pairs for word in ' '.join(['Nowadays lives beside',
+                                                         *pair]).lower().split()}
     assert not said & set(re.sub(r'[?:\n]', ' ', question(one)).lower().split())
     seen[facts[dict(pairs)[one.references[0]]][0]] += 1
   assert len(seen) > 25   # all places are asked for
@@ -130,13 +143,15 @@ def test_no_fact_makes_a_question_with_a_shared_word():
     for one in associations.PLACES:
       for step in (1, 2):
         if one[2] != place[2] or one == place:
-          associations.apart([f'Nowadays Anna lives beside {one[0]}. '], f'Which person has been to {place[step]}?')
+          associations.apart([f'Nowadays Anna lives beside {one[0]}. '],
+                             f'Which person has been to {place[step]}?')
   assert len({place[0] for place in associations.PLACES}) == len(associations.PLACES) == 42
 
 
 def test_a_haystack_with_all_the_names_is_refused(tmp_path):
   (tmp_path / 'x.txt').write_text('. '.join(associations.NAMES[:-3]) + '. ')
-  with pytest.raises(ConfigError, match=r"^eval\.haystack='.*': holds all but 3 of the names of association, 4"):
+  with pytest.raises(ConfigError, match=r"^eval\.haystack='.*': holds all but 3 of the names of "
+                                        r"association, 4"):
     draw('association', haystack=f'{tmp_path}/x.txt')
 
 
@@ -157,7 +172,8 @@ def test_json_is_valid_and_holds_the_pair_once():
 
 
 def documents(one):
-  found = re.findall(r'(?s)ID: (\d{6}) \| TITLE: (.*?) \| CONTENT: (.*?) \| END ID: (\d{6})\n', context(one))
+  found = re.findall(r'(?s)ID: (\d{6}) \| TITLE: (.*?) \| CONTENT: (.*?) \| END ID: (\d{6})\n',
+                     context(one))
   assert all(begin == end for begin, _, _, end in found)
   return {number: (title, content) for number, title, content, _ in found}
 
@@ -167,19 +183,23 @@ def test_one_document_of_the_corpus_answers_the_query():
     one = draw('corpus_in_context', 4096, index)
     corpus = documents(one)
     assert len(corpus) == context(one).count('| TITLE:') > 10
-    builder, stuff = re.search(r'query: What did (\w+) build of (\w+)\?\nFinal Answer:$', question(one)).groups()
-    fits = [number for number, (_, content) in corpus.items() if f'{builder} built it of {stuff} in ' in content]
+    builder, stuff = re.search(r'query: What did (\w+) build of (\w+)\?\nFinal Answer:$',
+                               question(one)).groups()
+    fits = [number for number, (_, content) in corpus.items() if f'{builder} built it of {stuff} '
+                                                                 f'in ' in content]
     assert fits == list(one.references)
     assert context(one).count(builder) == 1
 
 
 def test_the_corpus_may_be_passages_of_any_text(tmp_path):
-  (tmp_path / 'x.txt').write_text(''.join(f'Sentence {i} is about {i * 7919 % 1000} horses. ' for i in range(90)))
+  (tmp_path / 'x.txt').write_text(''.join(f'Sentence {i} is about {i * 7919 % 1000} horses. '
+                                          for i in range(90)))
   for index in range(10):
     one = draw('corpus_in_context', 2600, index, haystack=f'{tmp_path}/x.txt')
     corpus = documents(one)
     sentence = re.search(r'query: (.*)\nFinal Answer:$', question(one)).group(1)
-    assert [number for number, (_, content) in corpus.items() if sentence in content] == list(one.references)
+    assert [number for number, (_, content) in corpus.items()
+            if sentence in content] == list(one.references)
   for repeated in ('repeated', f'{tmp_path}/y.txt'):
     (tmp_path / 'y.txt').write_text('It is the same again and again and again. ' * 9)
     with pytest.raises(ConfigError, match='no sentence of it is of 24 bytes and seldom enough'):
@@ -199,7 +219,8 @@ def test_mrcr_asks_for_the_ith_answer_to_the_same_request(count):
     one = draw(f'mrcr_{count}', 6000, index)
     rounds = re.findall(r'User: (.*)\nAssistant: (.*)\n\n', context(one))
     mark, ordinal, kind, topic = re.fullmatch(
-        r'User: Write (\w{12}) and then, word for word, the (\w+) (\w+) about (\w+) that you wrote\.\nAssistant:',
+        r'User: Write (\w{12}) and then, word for word, the (\w+) (\w+) about (\w+) that you '
+        r'wrote\.\nAssistant:',
         question(one)).groups()
     answers = [said for request, said in rounds if request == f'Write a {kind} about {topic}.']
     assert len(set(answers)) == count and mark not in context(one)

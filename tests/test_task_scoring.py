@@ -20,7 +20,8 @@ def one(*references, **info):
     ('Spain', FRANCE, 0.0, 0.0), ('', FRANCE, 0.0, 0.0),
     ('12, 34', ('12', '34', '56'), 2 / 3, 1.0),
     ('1234', ('123', '34'), 1.0, 1.0),        # inside a longer word too
-    ('a\x00b', ('ab',), 0.0, 0.0), ('a\x1fb', ('a\nb',), 1.0, 1.0),   # control characters are line ends
+    # control characters are line ends
+    ('a\x00b', ('ab',), 0.0, 0.0), ('a\x1fb', ('a\nb',), 1.0, 1.0),
     ('\x07 red \x07', ('red',), 1.0, 1.0), ('ÉTÉ', ('été',), 1.0, 1.0),
 ])
 def test_rulers_rules(said, references, all_of, part_of):
@@ -29,7 +30,8 @@ def test_rulers_rules(said, references, all_of, part_of):
 
 
 @pytest.mark.parametrize('said, score', [
-    ('12345', 1), (' 12345. Remember', 1), ('the key is 12345', 1), ('123456', 0), ('1 12345', 0), ('', 0),
+    ('12345', 1), (' 12345. Remember', 1), ('the key is 12345', 1), ('123456', 0), ('1 12345', 0),
+    ('', 0),
     ('no number', 0), ('012345', 0)])
 def test_the_first_number_counts(said, score):
   assert scoring.first_number(said, one('12345')) == score
@@ -41,20 +43,24 @@ def test_an_answer_starts_with_it(said, score):
 
 
 @pytest.mark.parametrize('said, score', [
-    (' Anna', 1), ('It was Anna, not Bob', 1), ('Bob or Anna', 0), ('Bobby and Anna', 1), ('Annabel', 0),
+    (' Anna', 1), ('It was Anna, not Bob', 1), ('Bob or Anna', 0), ('Bobby and Anna', 1),
+    ('Annabel', 0),
     ('anna', 0), ('', 0)])
 def test_the_choice_that_is_named_first_counts(said, score):
   assert scoring.first_choice(said, one('Anna', choices=('Anna', 'Bob'))) == score
 
 
 def test_what_follows_the_last_mark_is_compared():
-  text, other = 'It rains in the old town, and nobody minds the bells. ' * 5, 'Quite unlike: zebra fjord! ' * 9
+  text = 'It rains in the old town, and nobody minds the bells. ' * 5
+  other = 'Quite unlike: zebra fjord! ' * 9
   score = lambda said: scoring.after_mark(said, one(text, mark='Xy7'))
-  assert score(f'Xy7 {text}') == score(f'thinking Xy7 {other} Xy7{text}') == score(f' Xy7\n\n{text}\n') == 1
+  for said in (f'Xy7 {text}', f'thinking Xy7 {other} Xy7{text}', f' Xy7\n\n{text}\n'):
+    assert score(said) == 1
   assert score(text) == score('') == score(f'xy7 {text}') == 0
   assert score('Xy7') == 0
   assert score(f'Xy7 {text[:135]}') == pytest.approx(2 * 135 / (135 + 269))
-  # As published: from 200 letters of answer on, common letters begin no run. A judge without that rule says more.
+  # As published: from 200 letters of answer on, common letters begin no run. A judge without that
+  # rule says more.
   plain = difflib.SequenceMatcher(None, text.strip(), other.strip(), autojunk=False).ratio()
   assert score(f'Xy7 {other}') == 0
   assert plain > 0.2

@@ -1,4 +1,5 @@
-"""Laws of every text task: exact length in any tokenizer, seeds, scores, needles, depths, floors, haystacks.
+"""Laws of every text task: exact length in any tokenizer, seeds, scores, needles, depths, floors,
+haystacks.
 
 A task joins by its entry in the table. What cannot hold for it is said here, once, with the reason.
 """
@@ -20,8 +21,8 @@ from longctx.data.tasks.table import TASKS
 from longctx.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Of ruler_compat_* lengths are bounds and examples come one after another, as in what they repeat byte for
-# byte: tests/test_task_ruler_compat.py.
+# Of ruler_compat_* lengths are bounds and examples come one after another, as in what they repeat
+# byte for byte: tests/test_task_ruler_compat.py.
 # What reads a benchmark's own files is held by the tests of its file, with such files.
 NAMES = sorted(name for name in TASKS if TASKS[name].exact and not TASKS[name].files)
 MANY = 48                      # examples by which depths and floors are judged
@@ -30,7 +31,8 @@ SURE = 1.95 / np.sqrt(MANY)    # Kolmogorov's bound, passed by chance once in a 
 BABILONG = [name for name in NAMES if name.startswith('babilong_')]
 # The answer's words stand outside the needles too, so that what they mean must be understood.
 ELSEWHERE = {
-    **dict.fromkeys(['ruler_qa_1', 'ruler_qa_2'], 'other documents may tell the same of another town'),
+    **dict.fromkeys(['ruler_qa_1', 'ruler_qa_2'], 'other documents may tell the same of another '
+                                                  'town'),
     **dict.fromkeys(BABILONG, 'other facts tell of the same places, people and things'),
     'induction': 'the letter is also one of the noise',
     'selective_copy': 'each capital is a needle, and the reference is all of them',
@@ -43,15 +45,20 @@ NOT_UNIFORM = {
 }
 # eval.haystack is not read.
 OWN_TEXT = {
-    **dict.fromkeys(['mqar', 'segment_recall', 'segment_rewrite', 'selective_copy', 'induction', 'parity', 's3',
+    **dict.fromkeys(['mqar', 'segment_recall', 'segment_rewrite', 'selective_copy', 'induction',
+                     'parity', 's3',
                      'listops'], 'the noise belongs to the task'),
     **dict.fromkeys(['ruler_niah_single_1', 'ruler_vt'], 'the noise is that of the benchmark'),
-    **dict.fromkeys(['ruler_niah_multikey_2', 'ruler_niah_multikey_3', 'ruler_cwe', 'ruler_fwe', 'ruler_qa_1',
+    **dict.fromkeys(['ruler_niah_multikey_2', 'ruler_niah_multikey_3', 'ruler_cwe', 'ruler_fwe',
+                     'ruler_qa_1',
                      'ruler_qa_2'], 'it consists of like parts, made for it'),
-    **dict.fromkeys(['json_kv', 'mrcr_2', 'mrcr_4', 'mrcr_8'], 'it consists of like parts, made for it'),
+    **dict.fromkeys(['json_kv', 'mrcr_2', 'mrcr_4', 'mrcr_8'], 'it consists of like parts, made '
+                                                               'for it'),
 }
-PROSE = ('Call me what you like, she said. The old road went down to the harbour! Did anybody see it? Each of the '
-         'boats had a lamp at its bow, and none of the lamps was lit. We counted them twice. "So many," he said. ')
+PROSE = ('Call me what you like, she said. The old road went down to the harbour! Did anybody see '
+         'it? Each of the '
+         'boats had a lamp at its bow, and none of the lamps was lit. We counted them twice. "So '
+         'many," he said. ')
 OTHER_SCRIPTS = {
     'greek': 'Ο ήλιος έδυε αργά πάνω από το λιμάνι. Κανείς δεν μίλησε; Τα πλοία γύρισαν. ',
     'chinese': '春天来了，花都开了。他沿着河走了很远！谁在那里？没有人回答。',
@@ -134,8 +141,10 @@ def digests(names):
 def test_another_process_draws_the_same_in_any_order():
   seed = '1' if os.environ.get('PYTHONHASHSEED') != '1' else '2'
   done = subprocess.run(
-      [sys.executable, '-c', 'from tests import test_tasks as t; print(*t.digests(t.NAMES[::-1]))'], cwd=ROOT,
-      env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': seed}, capture_output=True, text=True)
+      [sys.executable, '-c', 'from tests import test_tasks as t; print(*t.digests(t.NAMES[::-1]))'],
+      cwd=ROOT,
+      env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': seed}, capture_output=True,
+      text=True)
   assert done.returncode == 0, done.stderr
   here = digests(NAMES)
   there = dict(zip(NAMES[::-1], done.stdout.split(), strict=True))
@@ -189,12 +198,15 @@ def test_a_guesser_scores_the_floor(name):
   task, half = TASKS[name], MANY // 2
   assert 0 <= task.floor < 1
   if 'choices' in many(name)[0].info:
-    scores = [np.mean([task.score(said, one) for said in one.info['choices']]) for one in many(name)]
+    scores = [np.mean([task.score(said, one) for said in one.info['choices']])
+              for one in many(name)]
     sure = 3.5 * np.std(scores) / np.sqrt(MANY) + 1e-9
   else:
     said = [one.target.decode() for one in many(name)]
-    scores = [task.score(max(set(said[:half]), key=said[:half].count), one) for one in many(name)[half:]]
-    sure = 3.5 * np.sqrt(task.floor * (1 - task.floor) / half) + 1.5 / half   # once by chance, if hardly ever
+    scores = [task.score(max(set(said[:half]), key=said[:half].count), one)
+              for one in many(name)[half:]]
+    # once by chance, if hardly ever
+    sure = 3.5 * np.sqrt(task.floor * (1 - task.floor) / half) + 1.5 / half
   assert task.floor - sure <= np.mean(scores) <= task.floor + sure
 
 
@@ -221,5 +233,6 @@ def test_any_text_can_be_the_haystack(name, books):
       return
     assert ' Line ' in one.prompt.decode()
     assert TASKS[name].score(one.target.decode(), one) == 1
-  with pytest.raises(ConfigError, match=r"^eval\.haystack='.*none\*': no file matches; give a glob"):
+  with pytest.raises(ConfigError,
+                     match=r"^eval\.haystack='.*none\*': no file matches; give a glob"):
     draw(name, length, haystack=f'{books}/none*')

@@ -1,16 +1,18 @@
-"""Which tokens a long context helps to foretell, and how well these are foretold: LongPPL of the model itself.
+"""Which tokens a long context helps to foretell, and how well: LongPPL of the model itself.
 
-Every token is scored twice: with all that stands before it in its window, and with the last `short` tokens
-of that alone (windows inside the window, every `stride`; a token has short - stride or more tokens before it).
+Every token is scored twice: with all that stands before it in its window, and with the last `short`
+tokens of that alone (windows inside the window, every `stride`; a token has short - stride or more
+tokens before it).
 
     gain      nll_short - nll_full
     key       gain > ALPHA and nll_full < BETA
     LongPPL   exp(mean nll_full of the key tokens)
 
-Source: Fang et al. 2024, "What is Wrong with Perplexity for Long-context Language Modeling?", arXiv:2410.23771 (alpha = 2,
-beta = -2 for log-probabilities; 4,096 tokens, every 1,024). Differs: the paper lets a larger model say which tokens
-are key; here each model says so itself. So a model with fewer keys makes less use of its context, and
-perplexities over different keys are not to be compared without their number.
+Source: Fang et al. 2024, "What is Wrong with Perplexity for Long-context Language Modeling?",
+arXiv:2410.23771 (alpha = 2, beta = -2 for log-probabilities; 4,096 tokens, every 1,024). Differs:
+the paper lets a larger model say which tokens are key; here each model says so itself. So a model
+with fewer keys makes less use of its context, and perplexities over different keys are not to be
+compared without their number.
 Held by: tests/test_longppl.py.
 """
 
@@ -64,12 +66,13 @@ class Keys:
 
   def mean_gain(self) -> np.ndarray:
     """Nats a token, by bin; nan where a bin has none."""
-    return np.divide(self.gain, self.tokens, out=np.full(len(self.gain), np.nan), where=self.tokens > 0)
+    return np.divide(self.gain, self.tokens, out=np.full(len(self.gain), np.nan),
+                     where=self.tokens > 0)
 
   def to_json(self) -> dict[str, Any]:
     plain = lambda x: float(x) if math.isfinite(x) else None
-    rows = [dict(zip(('first', 'last'), windows_lib.bin_edges(i)), tokens=int(tokens), keys=int(keys),
-                 gain=plain(gain))
+    rows = [dict(zip(('first', 'last'), windows_lib.bin_edges(i)), tokens=int(tokens),
+                 keys=int(keys), gain=plain(gain))
             for i, (tokens, keys, gain) in enumerate(zip(self.tokens, self.keys, self.mean_gain()))]
     return dict(short_context=self.short, stride=self.stride, alpha=ALPHA, beta=BETA,
                 tokens=int(self.tokens.sum()), keys=int(self.keys.sum()), share=self.share,
@@ -101,5 +104,5 @@ def compare(full_nll: np.ndarray, short_nll: np.ndarray, bin_of: np.ndarray, *, 
     for sums, weights in ((tokens, None), (keys, key), (gains, gain)):
       sums += np.bincount(bin_, weights=weights, minlength=count)
     key_nats += float(full[key].sum())
-  return Keys(short=short, stride=stride, tokens=tokens.astype(np.int64), keys=keys.astype(np.int64), gain=gains,
-              key_nats=key_nats)
+  return Keys(short=short, stride=stride, tokens=tokens.astype(np.int64),
+              keys=keys.astype(np.int64), gain=gains, key_nats=key_nats)

@@ -1,12 +1,12 @@
 """What a task is: prompts made from a seed, answers scored, and the score of guessing known.
 
-An example is text: a prompt, and what is right to write after it. Its length is counted in the tokens of
-the model that reads it,
+An example is text: a prompt, and what is right to write after it. Its length is counted in the
+tokens of the model that reads it,
 
     length = 1 (the separator) + tokens of the prompt + new_tokens
 
-and is met exactly. Example `index` of a task, length and seed is the same whatever else is drawn, on any
-host: its numbers come from Philox with the hash of all that names it as the key.
+and is met exactly. Example `index` of a task, length and seed is the same whatever else is drawn,
+on any host: its numbers come from Philox with the hash of all that names it as the key.
 Held by: tests/test_tasks.py (laws of every task).
 """
 
@@ -29,8 +29,10 @@ class Example:
   target: bytes                  # what a model that knows all writes next; training learns it
   references: tuple[str, ...]    # what is looked for in the answer
   new_tokens: int                # that an answer may take
-  depth: float | None = None     # where needles[0] begins: 0 the context begins with it, 1 ends with it
-  needles: tuple[tuple[int, int], ...] = ()   # bytes [start, stop) of the prompt that the answer needs
+  # where needles[0] begins: 0 the context begins with it, 1 ends with it
+  depth: float | None = None
+  # bytes [start, stop) of the prompt that the answer needs
+  needles: tuple[tuple[int, int], ...] = ()
   # What a task's score needs, and 'choices' where a guesser picks among answers: see Task.floor.
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,7 +51,8 @@ class Draw:
   length: int                    # tokens, answer and separator too
   index: int                     # of the example among those of its length
   depth: float | None = None     # where the needle is to begin; None: the task draws it, uniformly
-  haystack: str = ''             # what needles are hidden in, see haystack.of; '': the task's own text
+  # what needles are hidden in, see haystack.of; '': the task's own text
+  haystack: str = ''
   paragraphs: str = ''           # the glob of SQuAD or HotpotQA files; '': invented documents
   files: str = ''                # the folder of a benchmark's own files, for tasks that read them
   seed: Any = 0                  # which rng comes from; for what is drawn once for all examples
@@ -64,14 +67,15 @@ class Task:
   """A kind of examples, and how answers to them are scored.
 
   Attributes:
-    make: a Draw -> an Example of exactly its length; ConfigError with the least length if that is too short.
+    make: a Draw -> an Example of exactly its length; ConfigError with the least length if that is
+      too short.
     score: (what a model wrote, its example) -> 0 to 1.
-    floor: the mean score of guessing: of one who has read the rules and not the context, and says what is most
-      often right; where examples have info['choices'], of one who says any of these.
+    floor: the mean score of guessing: of one who has read the rules and not the context, and says
+      what is most often right; where examples have info['choices'], of one who says any of these.
     source: paper and section, or the file whose generator this follows.
     published: 'model at length' -> score in percent, where there is a number to compare with.
-    exact: whether lengths are met exactly; else they are bounds, as in the benchmark that is repeated, and do not
-      count the separator.
+    exact: whether lengths are met exactly; else they are bounds, as in the benchmark that is
+      repeated, and do not count the separator.
     files: whether it reads the files of a benchmark, which must be given.
   """
 
@@ -91,10 +95,16 @@ def generator(*names: Any) -> np.random.Generator:
 
 
 def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: Any = 0,
-            depth: float | None = None, haystack: str = '', paragraphs: str = '', files: str = '') -> Example:
-  """Example `index` of a task; the same for the same arguments, everywhere. `seed`: a number, or names."""
-  made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer, length=length,
-                        index=index, depth=depth, haystack=haystack, paragraphs=paragraphs, files=files,
+            depth: float | None = None, haystack: str = '', paragraphs: str = '',
+            files: str = '') -> Example:
+  """Example `index` of a task; the same for the same arguments everywhere.
+
+  Args:
+    seed: a number, or names.
+  """
+  made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer,
+                        length=length, index=index, depth=depth, haystack=haystack,
+                        paragraphs=paragraphs, files=files,
                         seed=seed))
   tokens = 1 + len(tokenizer.encode(made.prompt)) + made.new_tokens
   if tokens != length if task.exact else tokens - 1 > length:

@@ -1,9 +1,9 @@
 """Text cut so that a prompt has exactly so many tokens in the model's own tokenizer.
 
-A prompt is `build(filler)` for some text that may be cut anywhere. Tokens of subwords do not add up: where
-a cut goes through a word, its rest is other tokens. So the cut is found by trying: by the rate of tokens a
-byte so far, then byte by byte about the place, and at last with a few full stops, or words of one token in
-most tokenizers, in place of what is there.
+A prompt is `build(filler)` for some text that may be cut anywhere. Tokens of subwords do not add
+up: where a cut goes through a word, its rest is other tokens. So the cut is found by trying: by the
+rate of tokens a byte so far, then byte by byte about the place, and at last with a few full stops,
+or words of one token in most tokenizers, in place of what is there.
 Held by: tests/test_task_fit.py.
 """
 
@@ -18,8 +18,10 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
 NEAR = 48          # bytes tried on either side of the cut
-ENDS, STOPS = (b' .', b' the', b'.'), 8   # of many and of few tokens a byte; so many at the end, at most
-BYTES = 8          # a token of running text, at most, on average; with fewer an example is refused, not short
+# of many and of few tokens a byte; so many at the end, at most
+ENDS, STOPS = (b' .', b' the', b'.'), 8
+# a token of running text, at most, on average; with fewer an example is refused, not short
+BYTES = 8
 ENDING = STOPS * max(map(len, ENDS))   # bytes of it
 RATE_BYTES = 4096  # of the text, by which tokens a byte are guessed
 
@@ -56,8 +58,8 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
   want = draw.length - 1 - new_tokens
   least = draw.count(build(b''))
   if least > want:
-    raise ConfigError(f'{name}: length={draw.length}: must be at least {least + 1 + new_tokens} in this '
-                      f"model's tokens ({new_tokens} of them for the answer)")
+    raise ConfigError(f'{name}: length={draw.length}: must be at least {least + 1 + new_tokens} '
+                      f"in this model's tokens ({new_tokens} of them for the answer)")
   seen = {0: least}
 
   def exact(cut: int) -> bool:
@@ -76,7 +78,8 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
       break
   best = max(cut for cut, found in seen.items() if found <= want)
   if best == len(text) and seen[best] < want:
-    raise AssertionError(f'{name}: {len(text)} bytes of filler are too few for {draw.length} tokens')
+    raise AssertionError(f'{name}: {len(text)} bytes of filler are too few for {draw.length} '
+                         'tokens')
   for away in range(1, NEAR + 1):   # the nearest first, and on: seldom more than a few
     for cut in (between(text, max(0, best - away)), between(text, min(best + away, len(text)))):
       if exact(cut):
@@ -86,5 +89,5 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
     filler = text[:between(text, max(0, best - back))] + count * stop
     if draw.count(build(filler)) == want:
       return build(filler), filler
-  raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many tokens with '
-                    f'this tokenizer; try {draw.length + 1}')
+  raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many '
+                    f'tokens with this tokenizer; try {draw.length + 1}')

@@ -1,7 +1,8 @@
 """Text to hide needles in: a sentence over and over, random words, or any text by its path.
 
-A haystack gives at least so many bytes of whole characters, and says where a needle may stand: between two
-sentences; in a long stretch without a sentence's end, such as a table's, between two words.
+A haystack gives at least so many bytes of whole characters, and says where a needle may stand:
+between two sentences; in a long stretch without a sentence's end, such as a table's, between two
+words.
 Held by: tests/test_task_fit.py.
 """
 
@@ -19,22 +20,25 @@ from longctx.data.tasks.fit import between
 from longctx.errors import ConfigError, check
 
 # RULER's noise, Mohtashami & Jaggi's before it.
-GRASS = (b'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ')
+GRASS = (b'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back '
+         b'again. ')
 # Words of `noise`: common ones of one or two syllables, no name and no number among them.
-COMMON = ('about above again along apple ask away back ball bank begin bell below bird boat bone book bread '
-          'bridge bring brown build call carry chair clean climb close cloud coat cold come corner count cover '
-          'dance day deep door draw dream drink dry early earth empty every face fall farm fast field find fire '
-          'fish floor flower follow garden gate gather gentle give glass grow hand happy hear heavy hill hold '
-          'home hope horse house keep kind ladder lake lamp laugh leaf learn leave letter light listen little '
-          'long look lost make map meadow meet milk moon morning mountain move never night old open orange over '
-          'paint paper path picture plain plant play quick quiet rain reach read rest return ride river road '
-          'roof root rope round run salt sand sea season send shadow shape shelf ship shore short silver simple '
-          'sing slow small smoke snow soft song sound spoon spring stand star stone storm street summer sweet '
-          'table talk tall tell thin throw tired tower town travel tree turn under valley wait walk wall warm '
-          'wash watch water wheel wild wind window winter wood work write yard year young')
+COMMON = ('about above again along apple ask away back ball bank begin bell below bird boat bone '
+          'book bread bridge bring brown build call carry chair clean climb close cloud coat cold '
+          'come corner count cover dance day deep door draw dream drink dry early earth empty '
+          'every face fall farm fast field find fire fish floor flower follow garden gate gather '
+          'gentle give glass grow hand happy hear heavy hill hold home hope horse house keep kind '
+          'ladder lake lamp laugh leaf learn leave letter light listen little long look lost make '
+          'map meadow meet milk moon morning mountain move never night old open orange over paint '
+          'paper path picture plain plant play quick quiet rain reach read rest return ride river '
+          'road roof root rope round run salt sand sea season send shadow shape shelf ship shore '
+          'short silver simple sing slow small smoke snow soft song sound spoon spring stand star '
+          'stone storm street summer sweet table talk tall tell thin throw tired tower town travel '
+          'tree turn under valley wait walk wall warm wash watch water wheel wild wind window '
+          'winter wood work write yard year young')
 WORDS = COMMON.split()
-# The end of a sentence in Latin, Greek, Cyrillic, Arabic and Indic scripts, with what closes after it, and
-# in Chinese and Japanese, where no space follows.
+# The end of a sentence in Latin, Greek, Cyrillic, Arabic and Indic scripts, with what closes after
+# it, and in Chinese and Japanese, where no space follows.
 SENTENCE_END = re.compile(
     '(?:[.!?]|…|؟|।)(?:["\')\\]]|»|”|’)*\\s+|(?:。|！|？)(?:」|』|”|’|）)*\\s*'.encode())
 WORD_END = re.compile(rb'\s+')
@@ -62,7 +66,8 @@ def noise(rng: np.random.Generator, size: int) -> bytes:
 @functools.lru_cache(maxsize=4)
 def _read(pattern: str) -> tuple[bytes, np.ndarray]:
   """(the files' text, where its sentences begin)."""
-  paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))   # in any file system's order alike
+  # in any file system's order alike
+  paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
   check(bool(paths), f'eval.haystack={pattern!r}: no file matches; give a glob of text files')
   try:
     text = b'\n\n'.join(pathlib.Path(path).read_bytes() for path in paths if os.path.isfile(path))
@@ -75,14 +80,14 @@ def _read(pattern: str) -> tuple[bytes, np.ndarray]:
   text = re.sub(rb'\s+', b' ', text).strip() + b' '
   starts = sentence_starts(text)
   longest = int(np.diff([*starts, len(text)]).max())
-  check(longest <= 2 * STRETCH, f'eval.haystack={pattern!r}: has {longest} bytes without the end of a '
-        'sentence or a word, so that needles could not stand where they are asked for; give running text')
+  check(longest <= 2 * STRETCH, f'eval.haystack={pattern!r}: has {longest} bytes without the end '
+        'of a sentence or a word, so that needles could not stand where they are asked for; give '
+        'running text')
   return text, starts
 
 
 def real(pattern: str, rng: np.random.Generator, size: int) -> bytes:
-  """At least `size` bytes of the files, in the order of their names, from a sentence anywhere; round and
-  round."""
+  """At least `size` bytes of the files, by name, from a sentence anywhere; round and round."""
   text, starts = _read(pattern)
   start = int(starts[rng.integers(len(starts))])
   around = text[start:start + size + 4]
@@ -92,8 +97,8 @@ def real(pattern: str, rng: np.random.Generator, size: int) -> bytes:
 
 
 def of(draw: Draw, own: Callable[[int], bytes] = repeated) -> Callable[[int], bytes]:
-  """Size -> at least so many bytes of the haystack drawn: '' is the task's own, 'repeated' a sentence over
-  and over, 'noise' random words; all else is a glob."""
+  """Size -> at least so many bytes of the haystack drawn: '' is the task's own, 'repeated' a
+  sentence over and over, 'noise' random words; all else is a glob."""
   if draw.haystack in ('', 'repeated'):
     return repeated if draw.haystack else own
   if draw.haystack == 'noise':
@@ -102,7 +107,7 @@ def of(draw: Draw, own: Callable[[int], bytes] = repeated) -> Callable[[int], by
 
 
 def sentence_starts(text: bytes) -> np.ndarray:
-  """Bytes at which a needle may stand: 0, after each sentence, and after words where none ends for long."""
+  """Where a needle may stand: 0, ends of sentences, and of words where none ends for long."""
   starts = np.array([0, *(match.end() for match in SENTENCE_END.finditer(text))])
   if (long := np.flatnonzero(np.diff(starts, append=len(text)) > STRETCH)).size:
     ends = [*starts[1:].tolist(), len(text)]

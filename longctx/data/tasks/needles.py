@@ -1,15 +1,17 @@
 """Facts hidden in a long text, and asked for at its end.
 
-    passkey      five digits said twice among "The grass is green ..."; asked at the end (Mohtashami & Jaggi
-                 2023, arXiv:2305.16300, their prompt). Differs: digits are drawn from a seed, all five of them.
-    niah         one city's seven-digit number in a haystack, in the words of Liu et al. 2024, arXiv:2402.08268
-                 (LWM, scripts/eval_needle.py). Differs: no city is twice as likely for being twice in the list;
-                 the place is met in bytes and not in another model's tokens; the answer is begun, so that a
-                 model that follows no instructions can be asked; the number must not stand in the haystack.
+    passkey      five digits said twice among "The grass is green ..."; asked at the end (Mohtashami
+                 & Jaggi 2023, arXiv:2305.16300, their prompt). Differs: digits are drawn from a
+                 seed, all five of them.
+    niah         one city's seven-digit number in a haystack, in the words of Liu et al. 2024,
+                 arXiv:2402.08268 (LWM, scripts/eval_needle.py). Differs: no city is twice as likely
+                 for being twice in the list; the place is met in bytes and not in another model's
+                 tokens; the answer is begun, so that a model that follows no instructions can be
+                 asked; the number must not stand in the haystack.
     niah_multi   four cities' numbers, of which two are asked for: the share of them that is found.
 
-A needle stands between two sentences, as near as may be to the depth that is drawn: uniformly, so that
-accuracy by depth has as many examples everywhere.
+A needle stands between two sentences, as near as may be to the depth that is drawn: uniformly, so
+that accuracy by depth has as many examples everywhere.
 Held by: tests/test_tasks.py, tests/test_task_needles.py.
 """
 
@@ -22,24 +24,26 @@ from longctx.data.tasks import fit, haystack, scoring
 from longctx.data.tasks.example import Draw, Example, Task
 
 # The epfml prompt.
-PASSKEY_HEAD = (b'There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. '
+PASSKEY_HEAD = (b'There is an important info hidden inside a lot of irrelevant text. Find it and '
+                b'memorize them. '
                 b'I will quiz you about the important information there.\n')
 PASSKEY_QUESTION = b'\nWhat is the pass key? The pass key is'
 
 # LWM's prompt, cut at its {context}; what is asked; and how an answer is to be.
 LWM_HEAD = b'You are a helpful assistant. USER: '
 LWM_ONE, LWM_MORE = 'What is the special magic {} number?', 'What are the special magic {} numbers?'
-LWM_RULES = (" Don't give information outside the document or repeat your findings. Keep your response short "
-             'and direct. ASSISTANT: ')
+LWM_RULES = (" Don't give information outside the document or repeat your findings. Keep your "
+             'response short and direct. ASSISTANT: ')
 CITIES = (
-    'Almaty', 'Amman', 'Amsterdam', 'Antananarivo', 'Astana', 'Athens', 'Baghdad', 'Bangalore', 'Bangkok',
-    'Barcelona', 'Beirut', 'Belgrade', 'Berlin', 'Bratislava', 'Brussels', 'Bucharest', 'Budapest',
-    'Buenos Aires', 'Cairo', 'Chicago', 'Colombo', 'Copenhagen', 'Dakar', 'Damascus', 'Delhi', 'Doha', 'Dubai',
-    'Helsinki', 'Ho Chi Minh City', 'Istanbul', 'Jakarta', 'Johannesburg', 'Kampala', 'Khartoum', 'Kigali',
-    'Kuala Lumpur', 'Lagos', 'Lima', 'Lisbon', 'Los Angeles', 'Madrid', 'Maputo', 'Melbourne', 'Mexico City',
-    'Moscow', 'Mumbai', 'Nairobi', 'Oslo', 'Paris', 'Port Louis', 'Rabat', 'San Francisco', 'Santiago',
-    'Sarajevo', 'Seattle', 'Seoul', 'Shanghai', 'Sofia', 'Sydney', 'Tashkent', 'Thimphu', 'Tokyo', 'Toronto',
-    'Tunis', 'Vancouver', 'Victoria', 'Vienna', 'Yangon', 'Yerevan')
+    'Almaty', 'Amman', 'Amsterdam', 'Antananarivo', 'Astana', 'Athens', 'Baghdad', 'Bangalore',
+    'Bangkok', 'Barcelona', 'Beirut', 'Belgrade', 'Berlin', 'Bratislava', 'Brussels', 'Bucharest',
+    'Budapest', 'Buenos Aires', 'Cairo', 'Chicago', 'Colombo', 'Copenhagen', 'Dakar', 'Damascus',
+    'Delhi', 'Doha', 'Dubai', 'Helsinki', 'Ho Chi Minh City', 'Istanbul', 'Jakarta',
+    'Johannesburg', 'Kampala', 'Khartoum', 'Kigali', 'Kuala Lumpur', 'Lagos', 'Lima', 'Lisbon',
+    'Los Angeles', 'Madrid', 'Maputo', 'Melbourne', 'Mexico City', 'Moscow', 'Mumbai', 'Nairobi',
+    'Oslo', 'Paris', 'Port Louis', 'Rabat', 'San Francisco', 'Santiago', 'Sarajevo', 'Seattle',
+    'Seoul', 'Shanghai', 'Sofia', 'Sydney', 'Tashkent', 'Thimphu', 'Tokyo', 'Toronto', 'Tunis',
+    'Vancouver', 'Victoria', 'Vienna', 'Yangon', 'Yerevan')
 
 
 def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], depths: Sequence[float],
@@ -48,7 +52,7 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
            text: bytes | Callable[[int], bytes] = haystack.repeated,
            places: np.ndarray | None = None, rest: Callable[[bytes], bytes] | None = None,
            **info: Any) -> Example:
-  """An example with each needle between two sentences at its depth of a text as long as there is room for.
+  """An example with each needle between two sentences, at its depth of as much text as fits.
 
   Args:
     head, question: what stands before and after the text.
@@ -56,15 +60,16 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
     depths: 0 to 1, one for each needle.
     target, references, new_tokens: see Example.
     needed: which needles the answer needs; None: all.
-    text: what to hide them in, of fit.bytes_for bytes; or the task's own, size in bytes -> so many bytes,
-      in place of which the haystack drawn is read.
-    places: bytes of `text` between which its parts stand, where it is made of such; needles stand between
-      two of them, and no part is cut. None: sentences.
-    rest: with places, what becomes of a part that is cut: something well formed, of as many tokens as it.
+    text: what to hide them in, of fit.bytes_for bytes; or the task's own, size in bytes -> so many
+      bytes, in place of which the haystack drawn is read.
+    places: bytes of `text` between which its parts stand, where it is made of such; needles stand
+      between two of them, and no part is cut. None: sentences.
+    rest: with places, what becomes of a part that is cut: something well formed, of as many tokens
+      as it.
   """
   most = text if isinstance(text, bytes) else haystack.of(draw, text)(fit.bytes_for(draw))
   starts = haystack.sentence_starts(most) if places is None else places
-  # Not among what ends a text for its length's sake; where there are parts, nor in the one that is cut.
+  # Not among what ends a text for its length's sake; of parts, not in the one that is cut.
   spare = fit.ENDING if places is None else -1
   order = sorted(range(len(needles)), key=lambda i: (depths[i], i))
 
@@ -87,8 +92,9 @@ def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], dept
   which = range(len(needles)) if needed is None else needed
   span = len(prompt) - len(head) - len(question) - len(needles[which[0]])
   return Example(
-      prompt=prompt, question=len(prompt) - len(question), target=target, references=tuple(references),
-      new_tokens=new_tokens, depth=(begins[which[0]] - len(head)) / max(1, span),
+      prompt=prompt, question=len(prompt) - len(question), target=target,
+      references=tuple(references), new_tokens=new_tokens,
+      depth=(begins[which[0]] - len(head)) / max(1, span),
       needles=tuple((begins[i], begins[i] + len(needles[i])) for i in which), info=info)
 
 
@@ -130,7 +136,8 @@ def niah(draw: Draw, name: str, hidden_cities: int, asked: int) -> Example:
       needles=[f'\nThe special magic {city} number is: {found}\n'.encode()
                for city, found in zip(cities, numbers)],
       question=f' {(LWM_ONE if asked == 1 else LWM_MORE).format(named)}{LWM_RULES}{begun}'.encode(),
-      target=target, references=numbers[:asked], new_tokens=len(target), needed=range(asked), text=text)
+      target=target, references=numbers[:asked], new_tokens=len(target), needed=range(asked),
+      text=text)
 
 
 LWM = 'Liu et al. 2024, arXiv:2402.08268, scripts/eval_needle.py'

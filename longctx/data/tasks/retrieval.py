@@ -1,14 +1,15 @@
 """One of many like parts of the prompt, asked for by its key or by what it says.
 
-    json_kv            a JSON object of random UUIDs, a value asked for by its key (Liu et al. 2023, arXiv:2307.03172,
-                       their prompt; in HELMET, arXiv:2410.02694, as json_kv). Differs: a last pair, "note", of what
-                       of one more pair there is room for, so that the length is exact; no examples come first.
-    corpus_in_context  the ID of the one document that answers a question, in the format of LOFT (Lee et al. 2024,
-                       arXiv:2406.13121). Documents tell of invented buildings, who built them, when and of what; with
-                       eval.haystack they are passages of that text, and the question is a sentence of one of them.
-                       Differs: documents are few sentences long; a last one, ID 000000, has what of one more there
-                       is room for.
-
+    json_kv            a JSON object of random UUIDs, a value asked for by its key (Liu et al. 2023,
+                       arXiv:2307.03172, their prompt; in HELMET, arXiv:2410.02694, as json_kv).
+                       Differs: a last pair, "note", of what of one more pair there is room for, so
+                       that the length is exact; no examples come first.
+    corpus_in_context  the ID of the one document that answers a question, in the format of LOFT
+                       (Lee et al. 2024, arXiv:2406.13121). Documents tell of invented buildings,
+                       who built them, when and of what; with eval.haystack they are passages of
+                       that text, and the question is a sentence of one of them. Differs: documents
+                       are few sentences long; a last one, ID 000000, has what of one more there is
+                       room for.
 Held by: tests/test_tasks.py, tests/test_task_needles.py.
 """
 
@@ -21,18 +22,24 @@ from longctx.data.tasks.example import Draw, Example, Task
 from longctx.data.tasks.needles import depths_of, hidden
 from longctx.errors import ConfigError
 
-KV_HEAD = b'Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n{'
+KV_HEAD = (b'Extract the value corresponding to the specified key in the JSON object below.\n\n'
+           b'JSON data:\n{')
 PAIR = 81   # bytes of a pair, its comma and its line
 IN_NOTE = bytes.maketrans(b'":,\n ', b'-----')   # what ends a string, or looks like a pair
 
-CORPUS_HEAD = b'You will be given a list of documents. Find the one that is asked for.\n\n====== Corpus ======\n'
-PASSAGE, SENTENCE = 300, 24   # bytes of a passage of real text, and of a sentence asked for, at least
-IN_SCRAPS = bytes.maketrans(b'|:\n0123456789', b',,,0000000000')   # what looks like a document or an ID
-KINDS = ('bridge', 'lighthouse', 'mill', 'library', 'theatre', 'harbour', 'school', 'hospital', 'granary', 'tower',
-         'chapel', 'market hall', 'aqueduct', 'observatory', 'prison', 'bakery')
-STUFFS = ('basalt', 'brick', 'limestone', 'oak', 'granite', 'iron', 'larch', 'marble', 'sandstone', 'slate', 'clay',
-          'copper', 'chalk', 'cedar', 'concrete', 'flint')
-ONSETS = ('b', 'br', 'd', 'dr', 'f', 'g', 'gr', 'h', 'k', 'l', 'm', 'n', 'p', 'r', 's', 'st', 't', 'tr', 'v', 'z')
+CORPUS_HEAD = (b'You will be given a list of documents. Find the one that is asked for.\n\n'
+               b'====== Corpus ======\n')
+# bytes of a passage of real text, and of a sentence asked for, at least
+PASSAGE, SENTENCE = 300, 24
+# what looks like a document or an ID
+IN_SCRAPS = bytes.maketrans(b'|:\n0123456789', b',,,0000000000')
+KINDS = ('bridge', 'lighthouse', 'mill', 'library', 'theatre', 'harbour', 'school', 'hospital',
+         'granary', 'tower', 'chapel', 'market hall', 'aqueduct', 'observatory', 'prison',
+         'bakery')
+STUFFS = ('basalt', 'brick', 'limestone', 'oak', 'granite', 'iron', 'larch', 'marble', 'sandstone',
+          'slate', 'clay', 'copper', 'chalk', 'cedar', 'concrete', 'flint')
+ONSETS = ('b', 'br', 'd', 'dr', 'f', 'g', 'gr', 'h', 'k', 'l', 'm', 'n', 'p', 'r', 's', 'st', 't',
+          'tr', 'v', 'z')
 VOWELS, CODAS = ('a', 'e', 'i', 'o', 'u'), ('l', 'm', 'n', 'r', 's', 'th', 'x', 'nd', 'rk', 'lt')
 
 
@@ -41,7 +48,8 @@ def uuids(rng: np.random.Generator, count: int) -> list[str]:
   out = []
   for digits in rng.bytes(16 * count).hex(' ', 16).split():
     variant = '89ab'[int(digits[16], 16) & 3]
-    out.append(f'{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}')
+    out.append(f'{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-'
+               f'{digits[20:]}')
   return out
 
 
@@ -53,7 +61,8 @@ def json_kv(draw: Draw) -> Example:
   target = f' "{found[1]}"'.encode()
   return hidden(
       draw, 'json_kv', head=KV_HEAD, needles=pairs[:1], depths=depths, text=b''.join(pairs[1:]),
-      places=PAIR * np.arange(count + 1), rest=lambda cut: b'"note": "' + cut.translate(IN_NOTE) + b'"}',
+      places=PAIR * np.arange(count + 1),
+      rest=lambda cut: b'"note": "' + cut.translate(IN_NOTE) + b'"}',
       question=f'\n\nKey: "{found[0]}"\nCorresponding value:'.encode(), target=target,
       references=found[1:2], new_tokens=len(target))
 
@@ -82,13 +91,14 @@ def buildings(draw: Draw, size: int) -> tuple[list[tuple[str, str]], str]:
   out = []
   for i in range(count):
     kind, stuff, builder = KINDS[kinds[i]], STUFFS[stuffs[i]], names[2 * i + 1]
-    out.append((f'The {kind} of {names[2 * i]}', f'{builder} built it of {stuff} in {1000 + years[i]}. It has '
+    out.append((f'The {kind} of {names[2 * i]}',
+                f'{builder} built it of {stuff} in {1000 + years[i]}. It has '
                 f'{10 + windows[i]} windows. {". ".join(told[3 * i:3 * i + 3])}.'))
   return out, f'What did {names[1]} build of {STUFFS[stuffs[0]]}?'
 
 
 def passages(draw: Draw, size: int) -> tuple[list[tuple[str, str]], str]:
-  """The same of the haystack: ((title, content) of its passages, a sentence that the first alone has)."""
+  """The same of the haystack's passages; the query is a sentence that the first alone has."""
   text = haystack.of(draw)(size)
   starts = haystack.sentence_starts(text)
   cuts = [0]
@@ -103,8 +113,8 @@ def passages(draw: Draw, size: int) -> tuple[list[tuple[str, str]], str]:
     others = [one for one in parts if sentence not in one]
     if len(sentence) >= SENTENCE and len(others) > len(parts) // 2:
       return [('Passage', one.decode()) for one in [parts[i], *others]], sentence.decode()
-  raise ConfigError(f'eval.haystack={draw.haystack!r}: no sentence of it is of {SENTENCE} bytes and seldom enough '
-                    'to tell one passage from another; give another text')
+  raise ConfigError(f'eval.haystack={draw.haystack!r}: no sentence of it is of {SENTENCE} bytes '
+                    'and seldom enough to tell one passage from another; give another text')
 
 
 def corpus_in_context(draw: Draw) -> Example:
@@ -116,12 +126,12 @@ def corpus_in_context(draw: Draw) -> Example:
                    for i, (title, content) in zip(ids, documents))
   target = f' {ids[0]}'.encode()
   return hidden(
-      draw, 'corpus_in_context', head=CORPUS_HEAD, needles=[gold], depths=depths, text=b''.join(others),
-      places=np.cumsum([0, *map(len, others)]),
+      draw, 'corpus_in_context', head=CORPUS_HEAD, needles=[gold], depths=depths,
+      text=b''.join(others), places=np.cumsum([0, *map(len, others)]),
       rest=lambda cut: (b'ID: 000000 | TITLE: Scraps | CONTENT: ' + cut.translate(IN_SCRAPS)
                         + b' | END ID: 000000\n'),
-      question=('\n====== Query ======\nWhich document is the most relevant to the query? Give its ID.\n'
-                f'query: {query}\nFinal Answer:').encode(),
+      question=('\n====== Query ======\nWhich document is the most relevant to the query? Give '
+                f'its ID.\nquery: {query}\nFinal Answer:').encode(),
       target=target, references=[str(ids[0])], new_tokens=len(target))
 
 
@@ -129,5 +139,6 @@ TASKS = {
     'json_kv': Task(make=json_kv, score=scoring.match_all, floor=16. ** -30,
                     source='Liu et al. 2023, arXiv:2307.03172'),
     'corpus_in_context': Task(make=corpus_in_context, score=scoring.first_number, floor=1 / 900_000,
-                              source='after Lee et al. 2024 (LOFT), arXiv:2406.13121; documents are our own'),
+                              source='after Lee et al. 2024 (LOFT), arXiv:2406.13121; documents '
+                                     'are our own'),
 }

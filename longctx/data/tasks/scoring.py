@@ -1,8 +1,9 @@
 """How an answer is scored: functions of (text, example) -> 0 to 1.
 
-The two of RULER (NVIDIA/RULER, scripts/eval/synthetic/constants.py): letters alike in both cases, and
-control characters of the answer taken as line ends. An answer that says more than is asked is not punished.
-This file runs without the rest of longctx: evaluation/harness_tasks.py writes it beside the tasks it exports.
+The two of RULER (NVIDIA/RULER, scripts/eval/synthetic/constants.py): letters alike in both cases,
+and control characters of the answer taken as line ends. An answer that says more than is asked is
+not punished. This file runs without the rest of longctx: evaluation/harness_tasks.py writes it
+beside the tasks it exports.
 Held by: tests/test_task_scoring.py.
 """
 
@@ -51,18 +52,20 @@ def first_number(text: str, example: Example) -> float:
 
 
 def first_choice(text: str, example: Example) -> float:
-  """1 if of the example's choices the reference is named first; a choice counts where it is a whole word."""
-  named = re.search('|'.join(rf'\b{re.escape(choice)}\b' for choice in example.info['choices']), text)
+  """1 if of the example's choices the reference is named first, each as a whole word."""
+  named = re.search('|'.join(rf'\b{re.escape(choice)}\b' for choice in example.info['choices']),
+                    text)
   return float(named is not None and named.group() == example.references[0])
 
 
 def after_mark(text: str, example: Example) -> float:
-  """How much of the reference follows the last place where the answer has the example's mark; 0 without it.
+  """How much of the reference follows the example's mark, where it is last; 0 without a mark.
 
-  MRCR's (google-deepmind/eval_hub, mrcr_v2): difflib's ratio, 2 M / T with M letters in matching runs and T of both texts.
-  From 200 letters on, difflib takes letters that are common in the answer for no begin of a run (autojunk): two
-  unlike English texts share about 3 % then, shorter ones about 40 %, and the ratio of a and b is not that of b and a. To be
-  comparable it stays so; references that are longer than 200 letters keep answers on one side of it.
+  MRCR's (google-deepmind/eval_hub, mrcr_v2): difflib's ratio, 2 M / T with M letters in matching
+  runs and T of both texts. From 200 letters on, difflib takes letters that are common in the answer
+  for no begin of a run (autojunk): two unlike English texts share about 3 % then, shorter ones
+  about 40 %, and the ratio of a and b is not that of b and a. To be comparable it stays so;
+  references that are longer than 200 letters keep answers on one side of it.
   """
   before, mark, answer = text.strip().rpartition(example.info['mark'])
   del before
