@@ -1,8 +1,8 @@
 """python -m longctx.report --workdir=W [--examples=passkey:512:0,passkey:512:3 | --prompt_file=F]
 
-Writes W/report.html: scores, figures, examples, and how to make them again, on one page that opens from
-disk. With examples of the last evaluation (task:length:index) or a prompt it also shows what the answer
-drew on: which tokens, heads and slots of a memory.
+Writes W/report.html: scores, figures, examples, and how to make them again, on one page that opens
+from disk. With examples of the last evaluation (task:length:index) or a prompt it also shows what
+the answer drew on: which tokens, heads and slots of a memory.
 """
 
 # Flags in, one call. A user's mistake ends in one line on stderr and exit status 2.
@@ -28,13 +28,23 @@ def define_flags() -> flags.FlagValues:
   text = lambda *args: flags.DEFINE_string(*args, flag_values=table)
   whole = lambda *args: flags.DEFINE_integer(*args, flag_values=table)
   text('workdir', '', 'Folder of a run; report.html is written there.')
-  text('examples', '', 'task:length:index of examples in tasks.jsonl to look into, with commas between.')
+  text(
+    'examples',
+    '',
+    'task:length:index of examples in tasks.jsonl to look into, with commas between.',
+  )
   text('prompt', '', 'Text to look into; - reads it from stdin.')
   text('prompt_file', '', 'File with the text to look into, every byte of it.')
-  text('answer', 'written', 'Of examples: written (by the model, now) or right: the answer that is looked into.')
+  text(
+    'answer',
+    'written',
+    'Of examples: written (by the model, now) or right: the answer that is looked into.',
+  )
   whole('max_new_tokens', 32, 'Of a prompt: tokens that are written after it, and looked into.')
   text('layers', '', 'Layers whose heads are shown, with commas between; empty: all.')
-  whole('pieces', 32, 'Parts of the prompt that are put out in turn, a few rounds of them; 0: none.')
+  whole(
+    'pieces', 32, 'Parts of the prompt that are put out in turn, a few rounds of them; 0: none.'
+  )
   whole('segment', 512, 'Tokens a call.')
   text('checkpoint', 'newest', command_line.CHECKPOINT_HELP)
   flags.DEFINE_bool('use_ema', False, 'Use the averaged parameters.', flag_values=table)
@@ -57,8 +67,10 @@ def check_flags(f: flags.FlagValues) -> tuple[list[tuple[str, int, int]], tuple[
     examples = [(task, int(length), int(index)) for task, length, index in
                 (one.strip().split(':') for one in f.examples.split(',') if f.examples)]
   except ValueError:
-    raise ConfigError(f'--examples={f.examples}, --layers={f.layers}: must be task:length:index, such as '
-                      'passkey:512:0, and numbers, such as 0,3, with commas between') from None
+    raise ConfigError(
+      f'--examples={f.examples}, --layers={f.layers}: must be task:length:index, such as '
+      'passkey:512:0, and numbers, such as 0,3, with commas between'
+    ) from None
   return examples, layers
 
 
@@ -69,10 +81,18 @@ class Looker:
     from longctx import assembly
     from longctx.evaluation.subject import ModelSubject
     self.f, self.layers = f, layers
-    self.trained = assembly.load_for_inference(f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint)
+    self.trained = assembly.load_for_inference(
+      f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint
+    )
     self.tokenizer = self.trained.tokenizer
-    self.subject = ModelSubject(self.trained.graphdef, self.trained.params, self.tokenizer, layout=None,
-                                batch_size=8, segment=f.segment)
+    self.subject = ModelSubject(
+      self.trained.graphdef,
+      self.trained.params,
+      self.tokenizer,
+      layout=None,
+      batch_size=8,
+      segment=f.segment,
+    )
 
   def tokens(self, prompt: bytes, name: str) -> Any:
     import numpy as np
@@ -86,8 +106,15 @@ class Looker:
     import dataclasses
 
     from longctx.evaluation import inspect
-    found = inspect.inspect(self.trained.graphdef, self.trained.params, prompt, answer, layers=self.layers,
-                            chunk=self.f.segment)
+
+    found = inspect.inspect(
+      self.trained.graphdef,
+      self.trained.params,
+      prompt,
+      answer,
+      layers=self.layers,
+      chunk=self.f.segment,
+    )
     if self.f.pieces:
       found = dataclasses.replace(found, occlusion_T=inspect.occlude(
           self.subject, prompt, answer, self.f.pieces))
@@ -103,8 +130,11 @@ def example_section(looker: Looker, line: dict) -> str:
   written = looker.write(prompt, made.new_tokens)
   right = looker.f.answer == 'right'
   answer = looker.tokenizer.encode(made.target) if right else written
-  check(len(answer) > 0, f'--examples={line["task"]}:{line["length"]}:{line["index"]}: the model writes nothing '
-        'there; give --answer=right to look into the right answer')
+  check(
+    len(answer) > 0,
+    f'--examples={line["task"]}:{line["length"]}:{line["index"]}: the model writes nothing '
+    'there; give --answer=right to look into the right answer',
+  )
   text = looker.tokenizer.decode(written).decode('utf-8', 'replace')
   told = report.answer(dict(written=text, score=TASKS[line['task']].score(text, made),
                             references=line['references']))
@@ -137,9 +167,13 @@ def run(f: flags.FlagValues) -> None:
     lines = {records.identity(line): line for line in
              report.newest(report.lines_of(f.workdir, 'tasks.jsonl'))[0]}
     for one in examples:
-      check(one in lines, f'--examples={":".join(map(str, one))}: is not in the last evaluation of '
-            f'--workdir={f.workdir}, which has {len(lines):,} examples; evaluate it first: python -m longctx.main '
-            f"--mode=eval --config.eval.tasks=\"('{one[0]}',)\" ...")
+      check(
+        one in lines,
+        f'--examples={":".join(map(str, one))}: is not in the last evaluation of '
+        f'--workdir={f.workdir}, which has {len(lines):,} examples; evaluate it first: '
+        'python -m longctx.main '
+        f'--mode=eval --config.eval.tasks="(\'{one[0]}\',)" ...',
+      )
     check_devices()
     set_compilation_cache('')
     looker = Looker(f, layers)
@@ -151,7 +185,9 @@ def run(f: flags.FlagValues) -> None:
 def main(argv: list[str]) -> int:
   try:
     f = define_flags()
-    command_line.parse_flags(f, argv, stray='give what to look into as --examples=... or --prompt="..."')
+    command_line.parse_flags(
+      f, argv, stray='give what to look into as --examples=... or --prompt="..."'
+    )
     if f.help:
       print(command_line.help_text(__doc__, f))
       return 0

@@ -46,13 +46,19 @@ def test_heads_stand_below_their_layer_and_spans_above(drawn):
 
 def test_a_panel_an_array_and_a_line_a_layer(drawn):
   tokens = np.array([10, 20, 30])
-  series = {(0, 'M'): np.array([1, 2, 3]), (0, 'z'): np.array([5, 6, 7]), (1, 'M'): np.array([2, 2, 2])}
+  series = {
+    (0, 'M'): np.array([1, 2, 3]),
+    (0, 'z'): np.array([5, 6, 7]),
+    (1, 'M'): np.array([2, 2, 2]),
+  }
   memory.draw(tokens, series, io.BytesIO(), title='state', needles=[(12, 15)])
   panels = [axes for axes in drawn[0].axes if axes.get_visible()]
   assert [axes.get_title() for axes in panels] == ['M', 'z']
   lines = {line.get_label(): line.get_ydata().tolist() for line in panels[0].get_lines()}
   assert lines == {'layer 0': [1, 2, 3], 'layer 1': [2, 2, 2]}
-  low, high = panels[1].patches[0].get_extents().transformed(panels[1].transData.inverted()).intervalx
+  low, high = (
+    panels[1].patches[0].get_extents().transformed(panels[1].transData.inverted()).intervalx
+  )
   assert (round(low), round(high)) == (12, 15)
   assert panels[0].get_ylim()[0] == 0
 

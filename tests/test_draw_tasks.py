@@ -1,4 +1,4 @@
-"""Figures of tasks, read back from the figure: accuracy by length, needles by depth, the dark page."""
+"""Figures of tasks, read back from the figure: accuracy by length and by depth, dark pages."""
 
 import io
 
@@ -32,7 +32,9 @@ def test_every_line_has_its_points_bands_and_floor(drawn):
   assert lines['niah'] == [[1024, 2048], [90, 50]]   # in order of length
   assert lines['vt'] == [[1024], [30]]               # a point of no example is no point
   assert lines['trained at 1.5k'][0] == [1536, 1536]
-  across = [line for line in axes.get_lines() if line.get_linestyle() == ':' and len(line.get_ydata())]
+  across = [
+    line for line in axes.get_lines() if line.get_linestyle() == ':' and len(line.get_ydata())
+  ]
   assert sorted(line.get_ydata()[0] for line in across) == [10, 25]
   band, bar = axes.collections
   (x0, y0), (x1, y1) = band.get_paths()[0].get_extents().get_points()
@@ -43,7 +45,9 @@ def test_every_line_has_its_points_bands_and_floor(drawn):
 
 
 def test_one_floor_of_all_lines_is_drawn_once(drawn):
-  accuracy.draw({name: line._replace(floor=.2) for name, line in LINES.items()}, io.BytesIO(), title='')
+  accuracy.draw(
+    {name: line._replace(floor=0.2) for name, line in LINES.items()}, io.BytesIO(), title=''
+  )
   dotted = [line for line in drawn[0].axes[0].get_lines() if line.get_linestyle() == ':']
   assert [line.get_label() for line in dotted] == ['guessing']
   assert dotted[0].get_ydata()[0] == 20
@@ -72,7 +76,7 @@ def test_the_heat_map_shows_each_cell(drawn):
   shown = axes.images[0].get_array()
   np.testing.assert_array_equal(shown.filled(-1), [[-1, 50], [100, 25]])
   assert [t.get_text() for t in axes.texts] == ['50\nn 2', '100\nn 1', '25\nn 1']
-  assert [t.get_text() for t in axes.get_yticklabels()] == ['0–50%', '50–100%']   # start at the top
+  assert [t.get_text() for t in axes.get_yticklabels()] == ['0–50%', '50–100%']
   assert axes.get_ylim()[0] > axes.get_ylim()[1]
   assert 'niah (1 to 2 a cell)' in axes.get_title()
   colour = lambda x: ['#' + ''.join(f'{round(255 * c):02X}' for c in axes.images[0].cmap(x)[:3])]
@@ -97,7 +101,13 @@ def test_a_dark_figure_is_dark_and_the_next_is_not(drawn):
 
 
 def test_short_numbers():
-  assert [theme.short(n) for n in (512, 1024, 1536, 131072, 2**21)] == ['512', '1k', '1.5k', '128k', '2M']
+  assert [theme.short(n) for n in (512, 1024, 1536, 131072, 2**21)] == [
+    '512',
+    '1k',
+    '1.5k',
+    '128k',
+    '2M',
+  ]
 
 
 def test_the_curve_of_a_run_shows_batches_their_means_and_held_out_text(drawn):

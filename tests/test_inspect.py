@@ -1,4 +1,5 @@
-"""What an answer drew on: maps against NumPy, watched passes against plain ones, occlusion of a known model."""
+"""What an answer drew on: maps against NumPy, watched passes against plain ones, occlusion of a
+known model."""
 
 import functools
 
@@ -21,26 +22,40 @@ TOKENS = np.random.default_rng(0).integers(1, VOCAB, P + A).astype(np.int32)
 small = functools.partial(decoder.Config, vocab_size=VOCAB, num_layers=2, embed_dim=16, num_heads=4,
                           max_length=64, init_std=0.4)
 def memory(long_term, **settings):
-  return memory_config.Config(**dict(vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=2, segment=C,
-                                     init_std=0.4, mlp='none', long_term=long_term) | settings)
+  return memory_config.Config(
+    **dict(
+      vocab_size=VOCAB,
+      num_layers=1,
+      embed_dim=16,
+      num_heads=2,
+      segment=C,
+      init_std=0.4,
+      mlp='none',
+      long_term=long_term,
+    )
+    | settings
+  )
 
 MODELS = {
-    'stacked': small(num_kv_heads=2, remat='full', window=(0, 6), num_layers=2),
-    'hybrid': small(layers=('gated_delta', 'attention'), layer_loop='unrolled', mlp='none', num_heads=2),
-    'short': memory('none', short_term=6, num_heads=4, num_kv_heads=2),
-    'relative': memory('none', short_term=3, position='relative'),
-    'memorizing': memory('memorizing', memory_size=8, memory_top=3, short_term=3, num_heads=4,
-                         num_kv_heads=2),
-    'infini': memory('infini', num_heads=4, num_kv_heads=2),
-    'caching': memory('memory_caching', memory_size=3),
-    'caching behind a window': memory('memory_caching', memory_size=3, short_term=6),
-    'states': memory('block_recurrent', memory_tokens=3),
-    'compressive': memory('compressive', short_term=4, memory_size=3, memory_rate=2),
-    'armt': memory('armt', memory_tokens=2, memory_width=8),
-    'rmt': memory('rmt', memory_tokens=2),
-    'titans': memory('titans', memory_chunk=2, memory_variant='mac'),
-    'ttt': memory('ttt', memory_chunk=2),
-    'lstm': recurrent.Config(vocab_size=VOCAB, name='lstm', num_layers=1, embed_dim=8, hidden_dim=8),
+  'stacked': small(num_kv_heads=2, remat='full', window=(0, 6), num_layers=2),
+  'hybrid': small(
+    layers=('gated_delta', 'attention'), layer_loop='unrolled', mlp='none', num_heads=2
+  ),
+  'short': memory('none', short_term=6, num_heads=4, num_kv_heads=2),
+  'relative': memory('none', short_term=3, position='relative'),
+  'memorizing': memory(
+    'memorizing', memory_size=8, memory_top=3, short_term=3, num_heads=4, num_kv_heads=2
+  ),
+  'infini': memory('infini', num_heads=4, num_kv_heads=2),
+  'caching': memory('memory_caching', memory_size=3),
+  'caching behind a window': memory('memory_caching', memory_size=3, short_term=6),
+  'states': memory('block_recurrent', memory_tokens=3),
+  'compressive': memory('compressive', short_term=4, memory_size=3, memory_rate=2),
+  'armt': memory('armt', memory_tokens=2, memory_width=8),
+  'rmt': memory('rmt', memory_tokens=2),
+  'titans': memory('titans', memory_chunk=2, memory_variant='mac'),
+  'ttt': memory('ttt', memory_chunk=2),
+  'lstm': recurrent.Config(vocab_size=VOCAB, name='lstm', num_layers=1, embed_dim=8, hidden_dim=8),
 }
 
 
@@ -74,7 +89,9 @@ def turned(x_TNH, base=10_000.0):
   T, _, H = x_TNH.shape
   angle = np.arange(T)[:, None, None] * base ** (-np.arange(H // 2) * 2 / H)
   a, b = np.split(x_TNH, 2, axis=-1)
-  return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+  return np.concatenate(
+    [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
+  )
 
 
 def first_heads(name):
@@ -103,8 +120,9 @@ def expected_attention(name, seen_RT):
 FAST = ('stacked', 'short', 'memorizing', 'infini', 'lstm')   # what other tests look into too
 
 
-@pytest.mark.parametrize('name', [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-                                  for name in MODELS])
+@pytest.mark.parametrize(
+  'name', [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_the_watched_answer_is_as_likely_as_the_plain_one(name):
   _, _, made = model(name)
   found = inspected(name)
@@ -122,7 +140,9 @@ def test_the_watched_answer_is_as_likely_as_the_plain_one(name):
 
 def test_attention_of_a_decoder_is_the_definition():
   found = inspected('stacked').layers[0].maps['attention']
-  np.testing.assert_allclose(found.tokens_NRT, expected_attention('stacked', ROWS >= KEYS), atol=1e-5)
+  np.testing.assert_allclose(
+    found.tokens_NRT, expected_attention('stacked', ROWS >= KEYS), atol=1e-5
+  )
   assert np.abs(found.other_NR).max() < 1e-5
 
 
@@ -143,7 +163,7 @@ def test_what_a_memorizing_layer_retrieved_is_named_by_its_token():
   q, k, block = first_heads('memorizing')
   unit = lambda x: x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
   score = np.einsum('rnh,tnh->nrt', unit(q[ROWS[:, 0]]), unit(k))
-  fallen = np.maximum(ROWS // C * C - 3, 0)                 # tokens that the short-term memory no longer holds
+  fallen = np.maximum(ROWS // C * C - 3, 0)  # tokens that the short-term memory no longer holds
   kept = (fallen > KEYS) & (fallen - 8 <= KEYS)
   top = np.sort(np.where(kept, score, -np.inf), axis=-1)[..., -3:-2]
   scale = np.asarray(block.store.scale.get_value())[:, None, None]
@@ -157,7 +177,9 @@ def test_the_read_strength_of_infini_attention():
   q, k, _ = first_heads('infini')
   phi = lambda x: np.where(x > 0, x, np.exp(np.minimum(x, 0)) - 1) + 1
   expected = [[phi(q[r, n]) @ phi(k[:r // C * C, n]).sum(0) for r in ROWS[:, 0]] for n in range(4)]
-  np.testing.assert_allclose(inspected('infini').layers[0].numbers_NR['read strength'], expected, rtol=1e-4)
+  np.testing.assert_allclose(
+    inspected('infini').layers[0].numbers_NR['read strength'], expected, rtol=1e-4
+  )
 
 
 @pytest.mark.slow
@@ -165,7 +187,7 @@ def test_the_read_strength_of_infini_attention():
 def test_gates_of_cached_segments_stand_at_their_tokens(name, short):
   read, = inspected(name).layers[0].maps['segments'].tokens_NRT
   for row, at in zip(read, ROWS[:, 0]):
-    fallen = at // C * C - short                  # cached as three segments, the oldest of tokens 0 .. 1 perhaps
+    fallen = at // C * C - short  # cached as three segments, the oldest of tokens 0 .. 1 perhaps
     own = slice(at // C * C, None) if not short else slice(0, 0)
     cached = row[max(0, fallen - 3 * C):fallen]
     assert (cached > 0).all()
@@ -217,9 +239,14 @@ def test_only_the_layers_asked_for_are_kept():
 
 def test_norms_are_those_of_the_state():
   found = inspected('infini').norms
-  assert found.tokens.tolist() == [8, 16]   # whole segments; the rest of the prompt is read with the answer
+  assert found.tokens.tolist() == [
+    8,
+    16,
+  ]  # whole segments; the rest of the prompt is read with the answer
   _, k, _ = first_heads('infini')
-  phi = np.where(k > 0, k, np.exp(np.minimum(k, 0)) - 1)[:16, ::2] + 1   # one of each two heads that share
+  phi = (
+    np.where(k > 0, k, np.exp(np.minimum(k, 0)) - 1)[:16, ::2] + 1
+  )  # one of each two heads that share
   np.testing.assert_allclose(found.series[0, 'store.z'],
                              [np.linalg.norm(phi[:n].sum(0)) for n in (8, 16)], rtol=1e-4)
   caches = inspected('stacked').norms
@@ -241,11 +268,13 @@ def test_layers_without_attention_are_named_and_their_states_measured():
   assert agreement.shape == (2, A) and (agreement > 0).all() and (agreement <= 1 + 1e-5).all()
   assert 'gated_delta' in found.notes[0] and not found.layers[0].maps and found.layers[1].maps
   _, state = jax.jit(lambda t: made(t, made.init_state(1, capacity=24)))(TOKENS[None, :P - 1])
-  assert found.norms.series[0, 'memory'][-1] == pytest.approx(np.linalg.norm(state.layers[0].memory), rel=1e-4)
+  assert found.norms.series[0, 'memory'][-1] == pytest.approx(
+    np.linalg.norm(state.layers[0].memory), rel=1e-4
+  )
 
 
 class Reader:
-  """Answers right if the two tokens at `at` are as they were; else it is 3 nats less sure of each."""
+  """3 nats less sure of its answer for each of the tokens at `at` that is not as it was."""
 
   tokenizer, max_length = Bytes(), 0
 
@@ -255,7 +284,10 @@ class Reader:
   def score(self, rows):
     self.scored += len(rows)
     lost = [3.0 * sum(row[i] != self.row[i] for i in self.at) for row in rows]
-    return [Scored(np.full(len(row) - 1, -x / 2), np.ones(len(row) - 1, bool)) for row, x in zip(rows, lost)]
+    return [
+      Scored(np.full(len(row) - 1, -x / 2), np.ones(len(row) - 1, bool))
+      for row, x in zip(rows, lost)
+    ]
 
 
 def test_occlusion_finds_the_tokens_that_the_answer_needs():
@@ -272,8 +304,14 @@ def test_occlusion_finds_the_tokens_that_the_answer_needs():
 def test_agreement_is_one_where_a_memory_holds_the_key_alone():
   key, value = np.array([.6, .8]), np.array([1., 2., 2.])
   S = np.outer(key, value)
-  ask = np.stack([5 * key, np.array([.8, -.6])])     # the key, and what is orthogonal to it
-  said = watch.Told('delta', dict(q_BTHK=jnp.array(ask)[None, :, None], memory=jnp.array(S)[None, None],
-                                  said_BTHV=jnp.array(ask @ S)[None, :, None]))
+  ask = np.stack([5 * key, np.array([.8, -.6])])  # the key, and what is orthogonal to it
+  said = watch.Told(
+    'delta',
+    dict(
+      q_BTHK=jnp.array(ask)[None, :, None],
+      memory=jnp.array(S)[None, None],
+      said_BTHV=jnp.array(ask @ S)[None, :, None],
+    ),
+  )
   numbers = reads.found([said], slice(0, 2), block=None).numbers_NR
   np.testing.assert_allclose(numbers['agreement'], [[1, 0]], atol=1e-6)

@@ -1,4 +1,4 @@
-"""The report: what stands in a workdir is what stands on the page, made safe; mistakes in one line."""
+"""The report: what is in a workdir is what stands on the page, made safe; mistakes in a line."""
 
 import base64
 import hashlib
@@ -23,20 +23,51 @@ from longctx.training import workdir as workdir_lib
 
 def line_of(task='passkey', length=512, index=0, score=1.0, written=' 12345', **more):
   made = example(task, TASKS[task], Bytes(), length=length, index=index, seed=0)
-  return dict(key='k', task=task, length=length, index=index, seed=0, haystack='', depth_asked=None,
-              depth=made.depth, prompt_sha256=hashlib.sha256(made.prompt).hexdigest(),
-              prompt_tokens=len(made.prompt) + 1, new_tokens=made.new_tokens, references=list(made.references),
-              too_long=False, written=written, score=score, control_written='<b>&amp;', control_score=0.0,
-              step=40, checkpoint='abc', config='def', tokenizer='bytes', use_ema=False,
-              versions=dict(longctx='0.1', jax='0.10')) | more
+  return (
+    dict(
+      key='k',
+      task=task,
+      length=length,
+      index=index,
+      seed=0,
+      haystack='',
+      depth_asked=None,
+      depth=made.depth,
+      prompt_sha256=hashlib.sha256(made.prompt).hexdigest(),
+      prompt_tokens=len(made.prompt) + 1,
+      new_tokens=made.new_tokens,
+      references=list(made.references),
+      too_long=False,
+      written=written,
+      score=score,
+      control_written='<b>&amp;',
+      control_score=0.0,
+      step=40,
+      checkpoint='abc',
+      config='def',
+      tokenizer='bytes',
+      use_ema=False,
+      versions=dict(longctx='0.1', jax='0.10'),
+    )
+    | more
+  )
 
 
 LINES = [line_of(length=n, index=i, score=float(i % 4 > 0 or n < 600), written=f' <i>{i}</i>\x00')
          for n in (512, 1024) for i in range(8)]
 SCORED = dict(tokens=100, bytes=100, not_finite=0, bits_per_byte=2.5, perplexity=5.0, loss=1.7)
-HELD_OUT = dict(step=40, split='validation', length=64, documents=1, stride=0, bits_per_byte=2.5, loss=1.7,
-                modes={'full': dict(SCORED, positions=[dict(SCORED, first=i, last=i, few=False)
-                                                       for i in range(2)])})
+HELD_OUT = dict(
+  step=40,
+  split='validation',
+  length=64,
+  documents=1,
+  stride=0,
+  bits_per_byte=2.5,
+  loss=1.7,
+  modes={
+    'full': dict(SCORED, positions=[dict(SCORED, first=i, last=i, few=False) for i in range(2)])
+  },
+)
 METRICS = [dict(step=i, loss=3.0 - i / 10) for i in range(1, 6)]
 
 
@@ -56,7 +87,7 @@ EMPTY = {'meta', 'link', 'br', 'img', 'source'}   # tags that are never closed
 
 
 class Outline(html.parser.HTMLParser):
-  """Tags that are open at the end, what is linked, texts by the tag that they stand in, rows of tables."""
+  """Tags that are open at the end, what is linked, texts by their tag, rows of tables."""
 
   def __init__(self, data):
     super().__init__()
@@ -66,7 +97,9 @@ class Outline(html.parser.HTMLParser):
   def handle_starttag(self, tag, attrs):
     if tag not in EMPTY:
       self.open.append(tag)
-    self.links += [value for name, value in attrs if name in ('src', 'href', 'srcset', 'action', 'data')]
+    self.links += [
+      value for name, value in attrs if name in ('src', 'href', 'srcset', 'action', 'data')
+    ]
     self.texts.setdefault(tag, []).append('')
     if tag == 'tr':
       self.rows.append([])
@@ -103,7 +136,14 @@ def test_the_page_is_whole_and_loads_nothing(made):
 def test_scores_stand_in_the_table_with_intervals_floors_and_controls(made):
   rows = made[1].rows
   at = next(i for i, row in enumerate(rows) if row[0] == 'task')
-  assert rows[at][:6] == ['task', 'length', 'score, %', '95 % interval', 'guessing', 'without context']
+  assert rows[at][:6] == [
+    'task',
+    'length',
+    'score, %',
+    '95 % interval',
+    'guessing',
+    'without context',
+  ]
   # Wilson's interval of 6 of 8, and of 8 of 8, from tables.
   assert rows[at + 1] == ['passkey', '512', '100.0', '67.6 to 100.0', '0.001', '0.0', '8', '0']
   assert rows[at + 2] == ['passkey', '1,024', '75.0', '40.9 to 92.9', '0.001', '0.0', '8', '0']
@@ -121,7 +161,9 @@ def test_figures_of_tasks_are_files_too(made, tmp_path):
   report_page.write(str(folder))
   files = sorted(path.name for path in (folder / 'figures').iterdir())
   assert files == ['depth_passkey.png', 'score_by_length.png']
-  assert all(base64.b64encode((folder / 'figures' / name).read_bytes()) in made[0] for name in files)
+  assert all(
+    base64.b64encode((folder / 'figures' / name).read_bytes()) in made[0] for name in files
+  )
 
 
 def test_examples_show_the_prompt_its_needle_and_the_answer(made):
@@ -129,7 +171,10 @@ def test_examples_show_the_prompt_its_needle_and_the_answer(made):
   text = ' '.join(outline.texts['details'])
   titles = [t for t in outline.texts['h3'] if t.startswith('passkey')]
   assert [re.sub(', needle.*', '', t) for t in titles] == [
-      'passkey, 512 tokens, example 0', 'passkey, 1,024 tokens, example 0', 'passkey, 1,024 tokens, example 1']
+    'passkey, 512 tokens, example 0',
+    'passkey, 1,024 tokens, example 0',
+    'passkey, 1,024 tokens, example 1',
+  ]
   needles = [example('passkey', TASKS['passkey'], Bytes(), length=n, index=i, seed=0)
              for n, i in ((512, 0), (1024, 0), (1024, 1))]
   assert outline.texts['mark'] == [m.prompt[slice(*m.needles[0])].decode() for m in needles]
@@ -140,8 +185,14 @@ def test_examples_show_the_prompt_its_needle_and_the_answer(made):
 
 def test_the_command_makes_the_same_evaluation_again(made):
   command = made[1].texts['pre'][-2]
-  for flag in ('--mode=eval', '--checkpoint=40', "--config.eval.tasks=('\"'\"'passkey'\"'\"',)",
-               '--config.eval.lengths=(512, 1024)', '--config.eval.samples=8', '--config.eval.controls=True'):
+  for flag in (
+    '--mode=eval',
+    '--checkpoint=40',
+    "--config.eval.tasks=('\"'\"'passkey'\"'\"',)",
+    '--config.eval.lengths=(512, 1024)',
+    '--config.eval.samples=8',
+    '--config.eval.controls=True',
+  ):
     assert flag in command
   assert '"embed_dim"' in made[1].texts['pre'][-1]
 
@@ -177,8 +228,12 @@ def test_what_is_missing_is_left_out_and_nothing_at_all_is_refused(tmp_path):
 
 
 def test_examples_of_rows_that_are_right_have_a_table(tmp_path):
-  folder = write(tmp_path / 'w', lines=[], metrics=[],
-                 held_out=dict(step=3, form='pairs', split='test', right_rows=.25, rows=8, loss=None))
+  folder = write(
+    tmp_path / 'w',
+    lines=[],
+    metrics=[],
+    held_out=dict(step=3, form='pairs', split='test', right_rows=0.25, rows=8, loss=None),
+  )
   rows = Outline(report_page.render(str(folder)).decode()).rows
   assert ['right rows', '0.25'] in rows
 
@@ -209,13 +264,15 @@ def test_an_excerpt_holds_both_ends_and_all_that_is_marked():
 
 
 def looked(weights_T=None, occlusion_T=None):
-  """A prompt of 30 tokens and an answer of 2; one layer of two heads, of which the second reads token 12."""
+  """A prompt of 30 tokens and an answer of 2; of the two heads the second reads token 12."""
   tokens_NRT = np.zeros((2, 2, 32), np.float32)
   tokens_NRT[0, :, 29], tokens_NRT[1, :, 12] = 1, .75
   maps = {'attention': reads.Read(tokens_NRT, 1 - tokens_NRT.sum(-1))}
   layer = inspect.Layer(3, 'infini', maps, None, {'gate': np.full((2, 2), .5)})
   norms = inspect.Norms(np.array([16, 30]), {(3, 'M'): np.array([1., 2.])})
-  tokens = np.concatenate([[256], np.frombuffer('0123456789 n\u00e9edle <b>, what ? = 42'.encode(), np.uint8)])
+  tokens = np.concatenate(
+    [[256], np.frombuffer('0123456789 n\u00e9edle <b>, what ? = 42'.encode(), np.uint8)]
+  )
   return inspect.Inspection(tokens[:32].astype(np.int32), 30, np.log([.5, .25]), (layer,), norms,
                             occlusion_T, ('a note <&>',))
 
@@ -223,13 +280,18 @@ def looked(weights_T=None, occlusion_T=None):
 def test_an_inspection_names_heads_that_read_the_needle():
   found = looked(occlusion_T=np.eye(32, dtype=np.float32)[12])
   text = inspect_page.text_of(found, Bytes(), needles=[(11, 18)], question=24)
-  assert text.needles == [(12, 19)] and text.question == 25   # the separator is a token without a byte
+  assert (
+    text.needles == [(12, 19)] and text.question == 25
+  )  # the separator is a token without a byte
   data = inspect_page.section('t', found, text, '<p>answer</p>')
   outline = Outline(data)
   assert not outline.open
   rows = outline.rows
   at = rows.index(['head', 'of its reading'])
-  assert rows[at + 1:at + 3] == [['layer 3 attention, head 1', '75.0 %'], ['layer 3 attention, head 0', '0.0 %']]
+  assert rows[at + 1 : at + 3] == [
+    ['layer 3 attention, head 1', '75.0 %'],
+    ['layer 3 attention, head 0', '0.0 %'],
+  ]
   assert ['layer 3 attention', '87.5 %', '0.0 %', '12.5 %'] in rows
   assert ['layer 3 infini: gate', '0.5  0.5'] in rows
   assert 'a note <&>' in outline.texts['p'] and any('-2.079 nats' in p for p in outline.texts['p'])
@@ -269,14 +331,27 @@ def test_without_a_needle_the_tokens_that_are_read_most_are_named():
 # The face.
 
 
-@pytest.mark.parametrize('flags, message', [
+@pytest.mark.parametrize(
+  'flags, message',
+  [
     ([], '--workdir: missing'),
     (['--workdir=nowhere'], '--workdir=nowhere: no such folder'),
-    (['--workdir={w}', '--examples=passkey'], '--examples=passkey, --layers=: must be task:length:index'),
-    (['--workdir={w}', '--examples=passkey:512:99'], '--examples=passkey:512:99: is not in the last evaluation'),
-    (['--workdir={w}', '--prompt=a', '--prompt_file=b'], '--prompt, --prompt_file: give one of them'),
+    (
+      ['--workdir={w}', '--examples=passkey'],
+      '--examples=passkey, --layers=: must be task:length:index',
+    ),
+    (
+      ['--workdir={w}', '--examples=passkey:512:99'],
+      '--examples=passkey:512:99: is not in the last evaluation',
+    ),
+    (
+      ['--workdir={w}', '--prompt=a', '--prompt_file=b'],
+      '--prompt, --prompt_file: give one of them',
+    ),
     (['--workdir={w}', '--answer=best'], "--answer='best': must be one of written, right"),
-    (['--workdir={w}', '--pieces=-1'], '--pieces=-1: must be at least 0')])
+    (['--workdir={w}', '--pieces=-1'], '--pieces=-1: must be at least 0'),
+  ],
+)
 def test_mistakes_end_in_one_line(flags, message, tmp_path, capsys):
   folder = write(tmp_path / 'w')
   assert report.main(['report', *(flag.format(w=folder) for flag in flags)]) == 2
@@ -313,6 +388,11 @@ def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch)
                                                              'layer 0 attention, head 1'}
   assert report.main([*given, '--examples=passkey:320:0', '--layers=1']) == 2
   assert '--layers=1: must be at least 0 and at most 0' in capsys.readouterr().err
-  assert report.main([*given, f'--prompt={made.prompt[:200].decode()}', '--max_new_tokens=2', '--pieces=0']) == 0
+  assert (
+    report.main(
+      [*given, f'--prompt={made.prompt[:200].decode()}', '--max_new_tokens=2', '--pieces=0']
+    )
+    == 0
+  )
   outline = Outline((folder / 'report.html').read_text())
   assert 'What the answer drew on: --prompt' in outline.texts['h2']

@@ -1,4 +1,4 @@
-"""The report in a real browser, where there is one: nothing on its console, and pictures that show."""
+"""The report in a real browser, where there is one: a silent console, and pictures that show."""
 
 import shutil
 import subprocess
@@ -13,8 +13,17 @@ from tests.test_report import looked, write
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync', '--hide-scrollbars', '--enable-logging=stderr')
+FLAGS = (
+  '--headless',
+  '--no-sandbox',
+  '--disable-gpu',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+  '--hide-scrollbars',
+  '--enable-logging=stderr',
+)
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason=f'none of {", ".join(BROWSERS)} is installed')
@@ -35,7 +44,9 @@ def shown(path, folder, *flags):
 def path(tmp_path_factory):
   folder = write(tmp_path_factory.mktemp('browser') / 'w')
   found = looked(occlusion_T=np.eye(32, dtype=np.float32)[12])
-  section = inspect_page.section('passkey', found, inspect_page.text_of(found, Bytes(), [(11, 18)], 24), '')
+  section = inspect_page.section(
+    'passkey', found, inspect_page.text_of(found, Bytes(), [(11, 18)], 24), ''
+  )
   report.write(str(folder), [section])
   return folder / 'report.html'
 

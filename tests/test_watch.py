@@ -36,8 +36,13 @@ def read_caching():
   return caching.gates(state, draw(1, 4, 5), draw(1, 4, 5))
 
 
-PARTS = {'attention': attend, 'infini': read_infini, 'memorizing': read_memorizing, 'armt': read_armt,
-         'memory_caching': read_caching}
+PARTS = {
+  'attention': attend,
+  'infini': read_infini,
+  'memorizing': read_memorizing,
+  'armt': read_armt,
+  'memory_caching': read_caching,
+}
 
 
 @pytest.mark.parametrize('name', PARTS)

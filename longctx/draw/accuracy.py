@@ -1,8 +1,8 @@
 """Figure of accuracy by length: how far does an answer still come right?
 
-A line a task (or a model) over the lengths, on a log2 axis, with its confidence interval as a band; the
-score of guessing dotted, and the length of training rows dashed, for what lies right of it was never
-seen in training.
+A line a task (or a model) over the lengths, on a log2 axis, with its confidence interval as a band;
+the score of guessing dotted, and the length of training rows dashed, for what lies right of it was
+never seen in training.
 Held by: tests/test_draw_tasks.py.
 """
 
@@ -59,8 +59,11 @@ def draw(lines: Mapping[str, Line], path: str | os.PathLike | BinaryIO, *, title
                  label=f'trained at {theme.short(trained)}')
   _frame(axes, sorted({*lengths, *([trained] if trained else [])}), title)
   many = len(lines) > 6
-  axes.legend(frameon=False, fontsize=8, **(dict(loc='center left', bbox_to_anchor=(1.01, 0.5)) if many
-                                            else dict(loc='best')))
+  axes.legend(
+    frameon=False,
+    fontsize=8,
+    **(dict(loc='center left', bbox_to_anchor=(1.01, 0.5)) if many else dict(loc='best')),
+  )
   figure.savefig(path, format='png')
 
 

@@ -1,8 +1,8 @@
 """Figure of what an answer's tokens read: a row a head, a column a place of the text.
 
-Each layer is a block of rows, its heads in order; a place is a bin of neighbouring tokens and shows the
-largest weight among them, so that one token that is read alone does not fade in a long text. Shades go by
-the square root of the weight. Bars above mark the needle and the question.
+Each layer is a block of rows, its heads in order; a place is a bin of neighbouring tokens and shows
+the largest weight among them, so that one token that is read alone does not fade in a long text.
+Shades go by the square root of the weight. Bars above mark the needle and the question.
 Held by: tests/test_draw_inspect.py.
 """
 
@@ -76,6 +76,17 @@ def _marks(axes: Any, marks: Mapping[str, Sequence[tuple[int, int]]]) -> None:
                 solid_capstyle='butt', transform=axes.get_xaxis_transform(), clip_on=False)
       if i == 0:
         middle = (low + max(high, low + least)) / 2
-        axes.text(middle, 1.025, name, color=colour, fontsize=8, transform=axes.get_xaxis_transform(),
-                  ha='right' if middle > right - (right - left) / 8 else
-                  'left' if middle < left + (right - left) / 8 else 'center', va='bottom')
+        axes.text(
+          middle,
+          1.025,
+          name,
+          color=colour,
+          fontsize=8,
+          transform=axes.get_xaxis_transform(),
+          ha='right'
+          if middle > right - (right - left) / 8
+          else 'left'
+          if middle < left + (right - left) / 8
+          else 'center',
+          va='bottom',
+        )

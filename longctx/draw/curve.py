@@ -15,7 +15,9 @@ from longctx.draw import theme
 MEANS = 100   # points of the smoothed line
 
 
-def draw(metrics: Sequence[dict[str, Any]], path: str | os.PathLike | BinaryIO, *, title: str) -> None:
+def draw(
+  metrics: Sequence[dict[str, Any]], path: str | os.PathLike | BinaryIO, *, title: str
+) -> None:
   """Writes a PNG of the lines of metrics.jsonl; a loss that is not finite (null) is left out."""
   some = lambda name: [(m['step'], m[name]) for m in metrics if m.get(name) is not None]
   batches, held_out = some('loss'), some('validation_loss')
@@ -33,7 +35,9 @@ def draw(metrics: Sequence[dict[str, Any]], path: str | os.PathLike | BinaryIO, 
       axes.plot(np.add.reduceat(step, starts) / counts, np.add.reduceat(loss, starts) / counts,
                 color='C0', linewidth=1.6, label=f'mean of {size}')
   if held_out:
-    axes.plot(*zip(*held_out), color='C1', marker='o', markersize=3, linewidth=1.2, label='held out')
+    axes.plot(
+      *zip(*held_out), color='C1', marker='o', markersize=3, linewidth=1.2, label='held out'
+    )
   axes.set_xlabel('step')
   axes.set_ylabel('loss, nats per token')
   axes.grid(axis='y', color=theme.faint(), linewidth=0.8)

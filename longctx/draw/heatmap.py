@@ -1,9 +1,9 @@
 """Figure of accuracy by length and depth: where in a long text is a needle found?
 
-A column a length, a row a band of depths, from the text's start at the top to its end; red is 0, green
-is 1, hatched cells hold no example. Numbers stand in the cells where there is room for them, and how
-many examples a cell holds is in the title, or under its number where cells differ.
-Colours: Kamradt's needle in a haystack (github gkamradt/LLMTest_NeedleInAHaystack).
+A column a length, a row a band of depths, from the text's start at the top to its end; red is 0,
+green is 1, hatched cells hold no example. Numbers stand in the cells where there is room for them,
+and how many examples a cell holds is in the title, or under its number where cells differ. Colours:
+Kamradt's needle in a haystack (github gkamradt/LLMTest_NeedleInAHaystack).
 Held by: tests/test_draw_tasks.py.
 """
 

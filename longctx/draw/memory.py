@@ -1,7 +1,7 @@
 """Figure of what the layers' states hold while a text is read: a panel an array, a line a layer.
 
-A state that grows without end, one that is full at once, and one that forgets look different here; the
-needle's place is marked, to see whether it leaves a trace.
+A state that grows without end, one that is full at once, and one that forgets look different here;
+the needle's place is marked, to see whether it leaves a trace.
 Held by: tests/test_draw_inspect.py.
 """
 
@@ -61,8 +61,14 @@ def draw(tokens: np.ndarray, series: Mapping[tuple[int, str], np.ndarray],
             zip(*axes.get_legend_handles_labels())}
     step = -(-len(layers) // 12)
     named = [f'layer {layer}' for layer in layers[::step]]
-    figure.legend([some[n] for n in named], named, frameon=False, fontsize=7, ncols=min(6, len(named)),
-                  loc='outside lower center')
+    figure.legend(
+      [some[n] for n in named],
+      named,
+      frameon=False,
+      fontsize=7,
+      ncols=min(6, len(named)),
+      loc='outside lower center',
+    )
   left = len(names) - len(shown)
   figure.suptitle(title + (f' ({left} more arrays are not shown)' if left else ''), fontsize=10)
   figure.savefig(path, format='png')

@@ -10,12 +10,14 @@ import math
 import os
 from typing import Any, BinaryIO
 
+from longctx.draw import theme
+
 STYLES = {'full': '-', 'sliding': '--'}  # one colour a run, one dash a mode
 MARKS = {'full': 'o', 'sliding': 's'}
 
 
 def points(mode: dict[str, Any]) -> list[tuple[int, float]]:
-  """(bin, bits per byte) of bins with a value above 0 and enough tokens; bin i > 0: from 2^(i-1)."""
+  """(bin, bits per byte) of bins above 0 with enough tokens; bin i > 0: from 2^(i-1)."""
   return [(i, row['bits_per_byte']) for i, row in enumerate(mode['positions'])
           if row['bits_per_byte'] and not row['few']]
 
@@ -89,7 +91,7 @@ def _frame(axes: Any, title: str) -> None:
     axes.minorticks_off()
   axes.margins(y=0.12)
   axes.set_ylabel('bits per byte (log scale)' if wide else 'bits per byte')
-  axes.grid(axis='y', color='0.9', linewidth=0.8)
+  axes.grid(axis='y', color=theme.faint(), linewidth=0.8)
   axes.set_axisbelow(True)
   axes.set_title(title, fontsize=11)
   axes.tick_params(axis='x', length=0)

@@ -1,6 +1,7 @@
 """What figures share: a canvas without a window, and colours for a page that may be dark.
 
-Colours are matplotlib's own settings, so that one function draws both: `with theme.dark(): draw(...)`.
+Colours are matplotlib's own settings, so that one function draws both: `with theme.dark():
+draw(...)`.
 Held by: tests/test_draw_tasks.py.
 """
 

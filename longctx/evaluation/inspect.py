@@ -1,20 +1,24 @@
-"""What one answer drew on: which tokens, heads and slots of a memory, in one prompt on one checkpoint.
+"""What one answer drew on: which tokens, heads and slots of a memory, in one prompt on one
+checkpoint.
 
-The prompt is read as ever, in chunks with the state carried, and what each layer remembers is measured
-after every chunk. The answer's tokens are then read with somebody watching (longctx/watch.py): by a
-decoder one token at a time against its caches, by a memory model in the cells of their segments. Rows of
-the answer's tokens are all that is kept of any [T, T] map, so that long prompts work.
+The prompt is read as ever, in chunks with the state carried, and what each layer remembers is
+measured after every chunk. The answer's tokens are then read with somebody watching
+(longctx/watch.py): by a decoder one token at a time against its caches, by a memory model in the
+cells of their segments. Rows of the answer's tokens are all that is kept of any [T, T] map, so that
+long prompts work.
 
 Occlusion asks the model itself, of whatever kind: pieces of the prompt are put out (spaces in their
-place), and how much less likely that makes the answer is what it owes to the piece, in nats. The two
-pieces that mattered most are cut finer, until tokens are reached.
+place), and how much less likely that makes the answer is what it owes to the piece, in nats. The
+two pieces that mattered most are cut finer, until tokens are reached.
 
-What is shown is what the model did: the log-probabilities of the watched answer are kept beside those of
-the plain pass, and tests hold them to each other. Recurrent stacks (lstm, gru ...) have neither attention
-nor slots: their state's norms and occlusion are all there is, and `notes` says so.
+What is shown is what the model did: the log-probabilities of the watched answer are kept beside
+those of the plain pass, and tests hold them to each other. Recurrent stacks (lstm, gru ...) have
+neither attention nor slots: their state's norms and occlusion are all there is, and `notes` says
+so.
 Held by: tests/test_inspect.py.
 
-R rows: the answer's tokens but the last, and the prompt's last  N heads  T tokens of prompt and answer
+R rows: the answer's tokens but the last, and the prompt's last  N heads  T tokens of prompt and
+answer
 """
 
 import dataclasses
@@ -69,7 +73,9 @@ class Inspection:
   logprobs: np.ndarray                 # of the answer's tokens, as they were watched
   layers: tuple[Layer, ...]
   norms: Norms
-  occlusion_T: np.ndarray | None = None   # nats that the answer loses without the piece a token is in
+  occlusion_T: np.ndarray | None = (
+    None  # nats that the answer loses without the piece a token is in
+  )
   notes: tuple[str, ...] = ()          # what this model has not got
 
 
@@ -82,8 +88,11 @@ def inspect(graphdef: nnx.GraphDef, params: Any, prompt: np.ndarray, answer: np.
     layers: whose maps are kept; (): all. Each takes 4 N R T bytes on the host.
     chunk: tokens a call, at most.
   """
-  check(len(answer) > 0, 'inspect: the answer is empty, so no token of it drew on anything; give a prompt '
-        'that the model answers')
+  check(
+    len(answer) > 0,
+    'inspect: the answer is empty, so no token of it drew on anything; give a prompt '
+    'that the model answers',
+  )
   model = nnx.merge(graphdef, params)
   depth = model.config.num_layers
   for i in layers:
@@ -101,12 +110,16 @@ def inspect(graphdef: nnx.GraphDef, params: Any, prompt: np.ndarray, answer: np.
     run, notes = _decoder_rows, ()
     plain = [m for m in dict.fromkeys(model.config.layers) if m != 'attention']
     if plain:
-      notes = (f'layers of {", ".join(plain)} keep no token by itself, so they have no map over the tokens: '
-               'see what they said, the norms of their states, and occlusion',)
+      notes = (
+        f'layers of {", ".join(plain)} keep no token by itself, so they have no map over tokens: '
+        'see what they said, the norms of their states, and occlusion',
+      )
   else:
     run = _plain_rows
-    notes = (f'model.name={model.config.name!r} has neither attention nor slots of a memory: the norms of its '
-             'states and occlusion are all there is',)
+    notes = (
+      f'model.name={model.config.name!r} has neither attention nor slots of a memory: norms of its '
+      'states and occlusion are all there is',
+    )
   room = -(-len(tokens_T) // chunk) * chunk if model.state_grows else 0
   state, norms = _read(graphdef, params, tokens_T[:split], chunk, room)
   found, logprobs = run(graphdef, params, tokens_T, split, len(prompt) - 1, state, chosen)
@@ -129,7 +142,9 @@ def _read(graphdef, params, tokens_T, chunk, room) -> tuple[Any, Norms]:
     if low % every == 0 or low + chunk >= len(tokens_T):
       points.append(low + len(part))
       measured.append(norms)
-  series = {name: np.array([float(m[name]) for m in measured]) for name in (measured[0] if measured else ())}
+  series = {
+    name: np.array([float(m[name]) for m in measured]) for name in (measured[0] if measured else ())
+  }
   return state, Norms(np.array(points), series)
 
 
@@ -193,7 +208,9 @@ def _decoder_step(graphdef, chosen):
     with watch.told() as calls:
       hidden_B1D, state = model(tokens_B1, state)
     told = reads.layers(calls)
-    found = [reads.found(told[i], slice(0, 1), stack.layer(model.config, model.blocks, i)) for i in chosen]
+    found = [
+      reads.found(told[i], slice(0, 1), stack.layer(model.config, model.blocks, i)) for i in chosen
+    ]
     return jax.nn.log_softmax(model.logits(hidden_B1D)[0, 0]), state, found
   return jax.jit(step, donate_argnums=1)
 
@@ -234,9 +251,13 @@ def _memory_layer(block, index, kind, length, cells) -> Layer:
       maps.setdefault('segments', []).append(places.segments(f.segments_RS))
   join = lambda parts: np.concatenate(parts, axis=1)
   states = [f.states_NRS for _, f in cells if f.states_NRS is not None]
-  return Layer(index, kind, {name: reads.Read(*map(join, zip(*parts))) for name, parts in maps.items()},
-               join(states) if states else None,
-               {name: join([f.numbers_NR[name] for _, f in cells]) for name in cells[0][1].numbers_NR})
+  return Layer(
+    index,
+    kind,
+    {name: reads.Read(*map(join, zip(*parts))) for name, parts in maps.items()},
+    join(states) if states else None,
+    {name: join([f.numbers_NR[name] for _, f in cells]) for name in cells[0][1].numbers_NR},
+  )
 
 
 @functools.lru_cache(maxsize=8)
@@ -246,8 +267,12 @@ def _memory_cell(graphdef, chosen, low, high):
     with watch.told() as calls:
       hidden_BCD, memory = model._read()(tokens_BC, Cell(valid_BC, number_B), memory, None)
     told = reads.layers(calls)
-    found = [reads.found(told[i], slice(rows.start + model.front, rows.stop + model.front), model.blocks[i])
-             for i in chosen]
+    found = [
+      reads.found(
+        told[i], slice(rows.start + model.front, rows.stop + model.front), model.blocks[i]
+      )
+      for i in chosen
+    ]
     return jax.nn.log_softmax(model.logits(hidden_BCD[:, rows])[0]), memory, found
   return jax.jit(read)
 
@@ -270,7 +295,7 @@ def _plain_rows(graphdef, params, tokens_T, split, first, state, chosen):
 
 
 def occlude(subject: Subject, prompt: np.ndarray, answer: np.ndarray, pieces: int) -> np.ndarray:
-  """[T] float32: nats that the answer loses when the piece that a token is in is put out; 0 in the answer.
+  """[T] float32: nats that the answer loses when a token's piece is put out; 0 in the answer.
 
   In each of a few rounds `pieces` texts of the prompt's length are scored.
   """
@@ -283,7 +308,9 @@ def occlude(subject: Subject, prompt: np.ndarray, answer: np.ndarray, pieces: in
   spans = [(1, len(prompt))]
   while spans:
     parts = [part for span in spans for part in _cut(*span, max(2, pieces // len(spans)))]
-    rows = [np.where((np.arange(len(row)) >= a) & (np.arange(len(row)) < b), blank, row) for a, b in parts]
+    rows = [
+      np.where((np.arange(len(row)) >= a) & (np.arange(len(row)) < b), blank, row) for a, b in parts
+    ]
     losses = [whole - logprob(scored) for scored in subject.score(rows)]
     for (low, high), loss in zip(parts, losses):
       lost_T[low:high] = loss

@@ -1,4 +1,5 @@
-"""An inspection (inspect.py) as a part of the report: the prompt coloured by what the answer drew on, heads, memory.
+"""An inspection (inspect.py) as a part of the report: the prompt coloured by what the answer drew
+on, heads, memory.
 
 Held by: tests/test_report.py.
 
@@ -40,19 +41,36 @@ def text_of(found: Inspection, tokenizer: Tokenizer, needles: Sequence[tuple[int
 
 def section(title: str, found: Inspection, text: Text, answer: str) -> str:
   """HTML. `answer`: what report.answer says of it, HTML too."""
-  parts = [page.heading(f'What the answer drew on: {title}'), answer, page.paragraph(
-      f'log-probability of the {len(found.logprobs)} tokens of this answer: {found.logprobs.sum():.3f} nats')]
+  parts = [
+    page.heading(f'What the answer drew on: {title}'),
+    answer,
+    page.paragraph(
+      f'log-probability of the {len(found.logprobs)} tokens of this answer: '
+      f'{found.logprobs.sum():.3f} nats'
+    ),
+  ]
   parts += [page.paragraph(note, soft=True) for note in found.notes]
   if found.occlusion_T is not None:
-    parts += [page.heading('What the answer loses without each piece of the prompt', 3),
-              strip(text, np.maximum(found.occlusion_T[:found.prompt], 0)), page.paragraph(
-                  f'Spaces in the place of a piece; strongest shade: {found.occlusion_T.max():.3f} nats less likely.',
-                  soft=True)]
+    parts += [
+      page.heading('What the answer loses without each piece of the prompt', 3),
+      strip(text, np.maximum(found.occlusion_T[: found.prompt], 0)),
+      page.paragraph(
+        'Spaces in the place of a piece; strongest shade: '
+        f'{found.occlusion_T.max():.3f} nats less likely.',
+        soft=True,
+      ),
+    ]
   read_T = read(found)
   if read_T is not None:
-    parts += [page.heading('What its heads read', 3), strip(text, read_T[:found.prompt]),
-              page.paragraph('The mean of all layers, heads and tokens of the answer; strongest shade: '
-                             f'{read_T[:found.prompt].max():.4f}.', soft=True)]
+    parts += [
+      page.heading('What its heads read', 3),
+      strip(text, read_T[: found.prompt]),
+      page.paragraph(
+        'The mean of all layers, heads and tokens of the answer; strongest shade: '
+        f'{read_T[: found.prompt].max():.4f}.',
+        soft=True,
+      ),
+    ]
     parts += [*_heads(found, text), *_maps(found, text), _shares(found)]
   parts += _memory(found, text)
   return '\n'.join(parts)
@@ -110,9 +128,15 @@ def _shaded(pieces: list[bytes], shades: np.ndarray, inside: np.ndarray) -> list
 
 def _each_head(found: Inspection) -> list[tuple[str, np.ndarray]]:
   """('layer 1 attention, head 2', mean weights [T] over the answer's tokens)."""
-  return [(f'layer {layer.index} {name}' + (f', head {n}' if len(one.tokens_NRT) > 1 else ''),
-           one.tokens_NRT[n].mean(0))
-          for layer in found.layers for name, one in layer.maps.items() for n in range(len(one.tokens_NRT))]
+  return [
+    (
+      f'layer {layer.index} {name}' + (f', head {n}' if len(one.tokens_NRT) > 1 else ''),
+      one.tokens_NRT[n].mean(0),
+    )
+    for layer in found.layers
+    for name, one in layer.maps.items()
+    for n in range(len(one.tokens_NRT))
+  ]
 
 
 def _heads(found: Inspection, text: Text) -> list[str]:
@@ -122,11 +146,18 @@ def _heads(found: Inspection, text: Text) -> list[str]:
     inside = np.zeros(len(found.tokens_T), bool)
     for low, high in text.needles:
       inside[low:high] = True
-    heads = sorted(((weights[inside].sum(), name) for name, weights in _each_head(found)), reverse=True)
-    return [page.heading('Heads that read the needle', 3),
-            page.table(['head', 'of its reading'], [[name, percent(x)] for x, name in heads[:HEADS]]),
-            page.paragraph(f'The needle is {percent(inside.mean())} of the text: so much of a head that reads '
-                           'all alike.', soft=True)]
+    heads = sorted(
+      ((weights[inside].sum(), name) for name, weights in _each_head(found)), reverse=True
+    )
+    return [
+      page.heading('Heads that read the needle', 3),
+      page.table(['head', 'of its reading'], [[name, percent(x)] for x, name in heads[:HEADS]]),
+      page.paragraph(
+        f'The needle is {percent(inside.mean())} of the text: so much of a head that reads '
+        'all alike.',
+        soft=True,
+      ),
+    ]
   read_T = read(found)[:found.prompt]
   best = np.argsort(-read_T, kind='stable')[:WORDS]
   near = lambda i: b''.join(text.pieces[max(0, i - 8):i + 9]).decode('utf-8', 'replace')
@@ -141,20 +172,29 @@ def _maps(found: Inspection, text: Text) -> list[str]:
   marks = {'needle': text.needles} if text.needles else {}
   if text.question:
     marks['question'] = [(text.question, found.prompt)]
-  what = {'attention': 'attention of each head', 'retrieved': 'what each head retrieved from its memory',
-          'segments': 'gates of cached segments'}
+  what = {
+    'attention': 'attention of each head',
+    'retrieved': 'what each head retrieved from its memory',
+    'segments': 'gates of cached segments',
+  }
   for name in dict.fromkeys(name for layer in found.layers for name in layer.maps):
     maps = {f'layer {layer.index}': layer.maps[name].tokens_NRT.mean(1)
             for layer in found.layers if name in layer.maps}
     draw = lambda file, maps=maps, name=name: attention.draw(
         maps, file, title=f'Answer over the text: {what[name]}', marks=marks)
-    parts.append(page.figure(draw, f'{what[name].capitalize()}, mean over the tokens of the answer; heads of a '
-                             'layer from the top.'))
+    parts.append(
+      page.figure(
+        draw,
+        f'{what[name].capitalize()}, mean over the tokens of the answer; heads of a '
+        'layer from the top.',
+      )
+    )
   states = {f'layer {layer.index}': layer.states_NRS.mean(1)
             for layer in found.layers if layer.states_NRS is not None}
   if states:
-    draw = lambda file: attention.draw(states, file, title='Answer over the state vectors', marks={},
-                                       unit='state vector')
+    draw = lambda file: attention.draw(
+      states, file, title='Answer over the state vectors', marks={}, unit='state vector'
+    )
     parts.append(page.figure(draw, 'Attention of each head to the state vectors of the memory.'))
   return parts
 
@@ -166,8 +206,14 @@ def _shares(found: Inspection) -> str:
   for layer in found.layers:
     for name, one in layer.maps.items():
       of_T = one.tokens_NRT.mean((0, 1))
-      rows.append([f'layer {layer.index} {name}', percent(of_T[:found.prompt].sum()),
-                   percent(of_T[found.prompt:].sum()), percent(max(0.0, float(one.other_NR.mean())))])
+      rows.append(
+        [
+          f'layer {layer.index} {name}',
+          percent(of_T[: found.prompt].sum()),
+          percent(of_T[found.prompt :].sum()),
+          percent(max(0.0, float(one.other_NR.mean()))),
+        ]
+      )
   return page.details('Where the reading of each layer goes', page.table(
       ['layer', 'prompt', 'answer so far', "the memory's own tokens, or nothing"], rows))
 
@@ -180,14 +226,30 @@ def _memory(found: Inspection, text: Text) -> list[str]:
                    '  '.join(f'{x:.3g}' for x in values_NR.mean(1))])
   parts = []
   if rows:
-    parts += [page.heading('What the memory said', 3), page.table(['layer', 'head by head'], rows),
-              page.paragraph('gate: how much of what the memory says enters a head; read strength: how much was '
-                             "written under keys like the answer's queries (0: nothing); agreement: of the query "
-                             'with a matrix, 1 where it holds that key alone.', soft=True)]
+    parts += [
+      page.heading('What the memory said', 3),
+      page.table(['layer', 'head by head'], rows),
+      page.paragraph(
+        'gate: how much of what the memory says enters a head; read strength: how much was '
+        "written under keys like the answer's queries (0: nothing); agreement: of the query "
+        'with a matrix, 1 where it holds that key alone.',
+        soft=True,
+      ),
+    ]
   # That a cache holds a key for each token read needs no figure.
   if {name for _, name in found.norms.series} - {KEYS_KEPT}:
-    draw: Callable = lambda file: memory.draw(found.norms.tokens, found.norms.series, file, needles=text.needles,
-                                              title='What the states hold while the prompt is read')
-    parts.append(page.figure(draw, 'Norms of the states of each layer by tokens read; of a cache, how many keys '
-                             'it holds. Red: the needle.'))
+    draw: Callable = lambda file: memory.draw(
+      found.norms.tokens,
+      found.norms.series,
+      file,
+      needles=text.needles,
+      title='What the states hold while the prompt is read',
+    )
+    parts.append(
+      page.figure(
+        draw,
+        'Norms of the states of each layer by tokens read; of a cache, how many keys '
+        'it holds. Red: the needle.',
+      )
+    )
   return parts

@@ -1,17 +1,20 @@
-"""Which tokens of a text an answer's tokens read, head by head, made from what a model tells on the way.
+"""Which tokens of a text an answer's tokens read, head by head, made from what a model tells on the
+way.
 
-What is told (longctx/watch.py) is in the layer's own terms: queries and keys with their mask, slots of a
-memory, gates. `found` makes numbers of it inside the function that is compiled; `Places` then says which
-token of the text each key, slot or cached segment stands for.
+What is told (longctx/watch.py) is in the layer's own terms: queries and keys with their mask, slots
+of a memory, gates. `found` makes numbers of it inside the function that is compiled; `Places` then
+says which token of the text each key, slot or cached segment stands for.
 
-    agreement    of a query with a delta rule's memory: |q S| / (|q| |S|), 1 where S holds that key alone
-    attention    softmax over all keys that the layer's calls gave it, the cache's and the call's own
+    agreement    of a query with a delta rule's memory: |q S| / (|q| |S|), 1 where it holds that
+                 key alone
+    attention    softmax over all keys that the layer was given, the cache's and the call's own
     retrieved    Memorizing: weights of the keys found among those kept
     segments     Memory Caching: the gates of past segments, spread evenly over their tokens
     states       Block-Recurrent: attention to the state vectors, which stand for no token
 Held by: tests/test_inspect.py (weights times values is what the layer said; loops over places).
 
-B batch (1)  R rows: queries of the answer  C slots of a cell  S keys  N query heads  K kv heads  M past
+B batch (1)  R rows: queries of the answer  C slots of a cell  S keys  N query heads  K kv heads  M
+past
 """
 
 import dataclasses
@@ -56,8 +59,14 @@ def weights(calls: Sequence[Told], rows: slice) -> tuple[jax.Array, jax.Array]:
   scores, keys = [], []
   for call in calls:
     q, k, mask, options, _ = call.values.values()
-    mask = dataclasses.replace(mask, start_BT=mask.start_BT[:, rows], end_BT=mask.end_BT[:, rows],
-                               index_BT=mask.index_BT[:, rows], key_index_BS=mask.keys_BS, kind='any')
+    mask = dataclasses.replace(
+      mask,
+      start_BT=mask.start_BT[:, rows],
+      end_BT=mask.end_BT[:, rows],
+      index_BT=mask.index_BT[:, rows],
+      key_index_BS=mask.keys_BS,
+      kind='any',
+    )
     scores_BKGTS, _, _ = reference.scores(q[:, rows], k, mask, options)
     scores.append(scores_BKGTS[0].reshape(q.shape[2], -1, k.shape[1]))
     keys.append(mask.key_index_BS[0])
@@ -80,7 +89,9 @@ def found(calls: Sequence[Told], rows: slice, block: Any) -> Found:
     # The first is the layer's own; what follows is a memory's (states, losses).
     if relative := named('weights'):
       values = relative[0].values
-      out |= dict(attention_NRS=values['weights_BNCS'][0, :, rows], index_S=values['mask'].keys_BS[0])
+      out |= dict(
+        attention_NRS=values['weights_BNCS'][0, :, rows], index_S=values['mask'].keys_BS[0]
+      )
     elif attended:
       out['attention_NRS'], out['index_S'] = weights(attended[:1], rows)
     if type(block).__name__ == 'BlockRecurrent':
@@ -132,7 +143,7 @@ class Read(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-  """Which tokens keys stand for; of a layer of a memory model, in the cell of a document's segment."""
+  """Which tokens keys stand for; of a layer of a memory model, in one cell of a document."""
 
   length: int          # T of the text
   segment: int = 0     # tokens
@@ -186,7 +197,7 @@ class Places:
     return Read(tokens_NRT, other_NR)
 
   def ring(self, weights_NRP: np.ndarray, slots_NRP: np.ndarray) -> np.ndarray:
-    """[N, R, T] of what was found in a ring of the tokens that fell out: number n in slot n mod slots."""
+    """[N, R, T] of finds in a ring of the tokens that fell out: number n in slot n mod slots."""
     token = self.fallen - 1 - (self.fallen - 1 - slots_NRP) % self.slots
     tokens_NRT = np.zeros((*weights_NRP.shape[:2], self.length), np.float32)
     for n, r in np.ndindex(weights_NRP.shape[:2]):
@@ -195,7 +206,7 @@ class Places:
     return tokens_NRT
 
   def segments(self, gates_RS: np.ndarray) -> Read:
-    """Of gates of cached segments, the last of the row's own, which a window reads where there is one."""
+    """Of gates of cached segments, the last the row's own, which a window reads if there is one."""
     tokens_NRT = np.zeros((1, len(gates_RS), self.length), np.float32)
     slots = gates_RS.shape[1] - 1
     for s in range(slots + (self.short_term == 0)):

@@ -1,8 +1,9 @@
 """W/report.html: what a run was found to be worth, on one page that needs nothing but itself.
 
-The figures of tasks are files in W/figures too. Made from what stands in the workdir: tasks.jsonl (the evaluation that was written last, see records.py),
-evaluation.json, metrics.jsonl, config.json. Prompts are not stored but made again from their seeds, and
-shown only where their hash is that of the prompt that was answered. What is missing is left out.
+The figures of tasks are files in W/figures too. Made from what stands in the workdir: tasks.jsonl
+(the evaluation that was written last, see records.py), evaluation.json, metrics.jsonl, config.json.
+Prompts are not stored but made again from their seeds, and shown only where their hash is that of
+the prompt that was answered. What is missing is left out.
 Held by: tests/test_report.py, tests/test_report_browser.py.
 """
 
@@ -47,15 +48,23 @@ def write(folder: str, sections: Sequence[str] = ()) -> str:
 def render(folder: str, sections: Sequence[str] = ()) -> bytes:
   """The page."""
   config = _json(Path(folder) / 'config.json')
-  check(config is not None, f'--workdir={folder}: no run was started there (no config.json); give the '
-        'workdir of a run')
+  check(
+    config is not None,
+    f'--workdir={folder}: no run was started there (no config.json); give the workdir of a run',
+  )
   held_out = _json(Path(folder) / 'evaluation.json')
   metrics, asked = lines_of(folder, 'metrics.jsonl'), lines_of(folder, 'tasks.jsonl')
   lines, others = newest(asked)
-  check(bool(lines or held_out or metrics or sections), f'--workdir={folder}: nothing was measured there '
-        'yet; train, or evaluate: python -m longctx.main --config=... --workdir=... --mode=eval')
+  check(
+    bool(lines or held_out or metrics or sections),
+    f'--workdir={folder}: nothing was measured there '
+    'yet; train, or evaluate: python -m longctx.main --config=... --workdir=... --mode=eval',
+  )
   name = Path(folder).resolve().name
-  parts = [f'<h1>{page.text(name)}</h1>', page.paragraph(_about(config, lines, held_out), soft=True)]
+  parts = [
+    f'<h1>{page.text(name)}</h1>',
+    page.paragraph(_about(config, lines, held_out), soft=True),
+  ]
   if lines:
     parts += _tasks(config, lines, others)
     parts += [page.heading('Examples'), *_examples(config, lines)]
@@ -63,8 +72,13 @@ def render(folder: str, sections: Sequence[str] = ()) -> bytes:
   if held_out:
     parts += [page.heading('Held-out text'), *_held_out(held_out)]
   if any(m.get('loss') is not None for m in metrics):
-    parts += [page.heading('Training'), page.figure(
-        lambda file: curve.draw(metrics, file, title=f'{name}: loss by step'), 'Loss by step of training.')]
+    parts += [
+      page.heading('Training'),
+      page.figure(
+        lambda file: curve.draw(metrics, file, title=f'{name}: loss by step'),
+        'Loss by step of training.',
+      ),
+    ]
   parts += [page.heading('How to make this again'), *_again(config, folder, lines, held_out)]
   return page.page(f'{name}: longctx report', parts)
 
@@ -108,7 +122,9 @@ def _about(config: dict, lines: Sequence[dict], held_out: dict | None) -> str:
   sizes = [f'{model[key]:,} {words}' for key, words in
            (('num_layers', 'layers'), ('embed_dim', 'wide'), ('segment', 'tokens a segment'))
            if model.get(key)]
-  kind = f'{model["name"]}' + (f' with {model["long_term"]}' if model.get('long_term', 'none') != 'none' else '')
+  kind = f'{model["name"]}' + (
+    f' with {model["long_term"]}' if model.get('long_term', 'none') != 'none' else ''
+  )
   step = lines[-1].get('step') if lines else (held_out or {}).get('step')
   at = [] if step is None else [f'checkpoint of step {step:,}']
   return ', '.join([kind, *sizes, f'trained on rows of {config["data"]["length"]:,} tokens', *at])
@@ -126,18 +142,30 @@ def _percent(x: float | None) -> str:
 def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
   cells = records.cells(lines)
   known = {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS}
-  columns = ['task', 'length', 'score, %', '95 % interval', 'guessing', 'without context', 'n', 'too long']
+  columns = ['task', 'length', 'score, %', '95 % interval', 'guessing', 'without context', 'n']
+  columns.append('too long')
   rows = [[c.task, f'{c.length:,}', _percent(c.score and c.score.mean),
            '-' if c.score is None else f'{_percent(c.score.low)} to {_percent(c.score.high)}',
            _percent(known.get(c.task)), _percent(c.control), f'{c.count:,}', f'{c.too_long:,}']
           for c in cells]
-  parts = [page.heading('Tasks'), page.table(columns, rows), page.paragraph(
-      'guessing: the score of one who has read the rules and not the text. without context: the same '
-      'questions with no text before them; what is right there was not read. too long: examples that were not '
-      'put, being longer than the model takes.', soft=True)]
+  parts = [
+    page.heading('Tasks'),
+    page.table(columns, rows),
+    page.paragraph(
+      'guessing: the score of one who has read the rules and not the text. without context: the '
+      'same questions with no text before them; what is right there was not read. too long: '
+      'examples that were not put, being longer than the model takes.',
+      soft=True,
+    ),
+  ]
   if others:
-    parts.append(page.paragraph(f'tasks.jsonl holds {others:,} lines of other evaluations (another checkpoint, seed '
-                                'or setting), which are not counted here.', soft=True))
+    parts.append(
+      page.paragraph(
+        f'tasks.jsonl holds {others:,} lines of other evaluations (another checkpoint, seed '
+        'or setting), which are not counted here.',
+        soft=True,
+      )
+    )
   parts += [page.figure(one.draw, one.caption) for one in drawings(config, lines)]
   return parts
 
@@ -153,16 +181,26 @@ class Drawing(NamedTuple):
 def drawings(config: dict, lines: list[dict]) -> list[Drawing]:
   """The figures of tasks: score by length, and by depth where there are needles."""
   cells, found = records.cells(lines), []
-  curves = _lines(cells, {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS})
+  curves = _lines(
+    cells, {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS}
+  )
   names = list(curves)
   for number, at in enumerate(range(0, len(names), LINES)):
     some = {name: curves[name] for name in names[at:at + LINES]}
     draw = lambda file, some=some: accuracy.draw(some, file, title='Score by length',
                                                  trained=config['data']['length'])
-    found.append(Drawing('score_by_length' + (f'_{number}' if number else ''), draw, 'Score by length with 95 % '
-                         'intervals; dotted: guessing; dashed: the length of rows in training.'))
+    found.append(
+      Drawing(
+        'score_by_length' + (f'_{number}' if number else ''),
+        draw,
+        'Score by length with 95 % '
+        'intervals; dotted: guessing; dashed: the length of rows in training.',
+      )
+    )
   for task in names:
-    found += _depths(task, [line for line in lines if line['task'] == task and not line['too_long']])
+    found += _depths(
+      task, [line for line in lines if line['task'] == task and not line['too_long']]
+    )
   return found
 
 
@@ -182,8 +220,10 @@ def _depths(task: str, lines: list[dict]) -> list[Drawing]:
   asked = {line['depth_asked'] for line in placed}
   # Where depths were asked for each has its row: a needle stands as near to it as sentences let it.
   depth_of = lambda line: line['depth'] if None in asked else line['depth_asked']
-  if None in asked:   # drawn: so many bands that each has a few examples
-    least = min(sum(line['length'] == n for line in placed) for n in {line['length'] for line in placed})
+  if None in asked:  # drawn: so many bands that each has a few examples
+    least = min(
+      sum(line['length'] == n for line in placed) for n in {line['length'] for line in placed}
+    )
     rows = max(2, min(BANDS, least // 3))
   else:
     rows = max(2, len(asked))
@@ -200,10 +240,20 @@ def remake(line: dict, tokenizer: Tokenizer) -> Example:
   task = line['task']
   check(task in TASKS, f'{task}: is no task of this version of longctx')
   settings = {name: line[name] for name in ('haystack', 'paragraphs', 'files') if name in line}
-  made = example(task, TASKS[task], tokenizer, length=line['length'], index=line['index'], seed=line['seed'],
-                 depth=line['depth_asked'], **settings)
-  check(hashlib.sha256(made.prompt).hexdigest() == line['prompt_sha256'], f'{task}: example {line["index"]} '
-        'is made otherwise now than when it was answered')
+  made = example(
+    task,
+    TASKS[task],
+    tokenizer,
+    length=line['length'],
+    index=line['index'],
+    seed=line['seed'],
+    depth=line['depth_asked'],
+    **settings,
+  )
+  check(
+    hashlib.sha256(made.prompt).hexdigest() == line['prompt_sha256'],
+    f'{task}: example {line["index"]} is made otherwise now than when it was answered',
+  )
   return made
 
 
@@ -250,7 +300,9 @@ def answer(line: dict) -> str:
   parts = [f'answer: {quoted(line["written"])} {page.verdict(line["score"])}',
            'expected: ' + ', '.join(map(quoted, line['references']))]
   if line.get('control_written') is not None:
-    parts.append(f'without context: {quoted(line["control_written"])} {page.verdict(line["control_score"])}')
+    parts.append(
+      f'without context: {quoted(line["control_written"])} {page.verdict(line["control_score"])}'
+    )
   if line.get('answer_logprob') is not None:
     parts.append(f'log-probability of the right answer: {line["answer_logprob"]:.3f} nats')
   return '<p>' + '<br>\n'.join(parts) + '</p>'
@@ -265,8 +317,10 @@ def _held_out(found: dict) -> list[str]:
             for key, value in found.items() if value is not None]
     return [page.table(['measure', 'value'], rows)]
   number = lambda x, digits: '-' if x is None else f'{x:,.{digits}f}'
-  rows = [[mode, f'{one["tokens"]:,}', number(one['bits_per_byte'], 4), number(one['perplexity'], 3)]
-          for mode, one in found['modes'].items()]
+  rows = [
+    [mode, f'{one["tokens"]:,}', number(one['bits_per_byte'], 4), number(one['perplexity'], 3)]
+    for mode, one in found['modes'].items()
+  ]
   return [page.table(['windows', 'tokens', 'bits per byte', 'perplexity'], rows),
           page.figure(lambda file: position.draw({f'step {found["step"]}': found}, file),
                       'Loss by context position: tokens before the predicted one.')]
@@ -275,15 +329,26 @@ def _held_out(found: dict) -> list[str]:
 def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) -> list[str]:
   parts = []
   step = (lines[-1] if lines else held_out or {}).get('step')
-  given = ['python', '-m', 'longctx.main', '--config=CONFIG', f'--workdir={folder}', '--mode=eval',
-           *([] if step is None else [f'--checkpoint={step}']), *(_settings(lines) if lines else [])]
+  given = [
+    'python',
+    '-m',
+    'longctx.main',
+    '--config=CONFIG',
+    f'--workdir={folder}',
+    '--mode=eval',
+    *([] if step is None else [f'--checkpoint={step}']),
+    *(_settings(lines) if lines else []),
+  ]
   if lines or held_out:
     parts += [page.preformatted(page.text(shlex.join(given)), 'command'), page.paragraph(
         'CONFIG: the file whose config is printed below.', soft=True)]
   if lines:
     line = lines[-1]
-    rows = [[key, json.dumps(line[key]).strip('"')] for key in
-            ('key', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'versions') if key in line]
+    rows = [
+      [key, json.dumps(line[key]).strip('"')]
+      for key in ('key', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'versions')
+      if key in line
+    ]
     parts.append(page.table(['of the evaluation', 'value'], rows))
   config_text = json.dumps(config, indent=2, sort_keys=True)
   return [*parts, page.details('config.json', page.preformatted(page.text(config_text)))]
