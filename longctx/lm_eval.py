@@ -1,23 +1,24 @@
-"""python -m longctx.lm_eval --model longctx --model_args workdir=W[,checkpoint=best,...] --tasks T [...]
-python -m longctx.lm_eval --export=DIR --tasks=passkey --lengths=1024,4096 --samples=100 --tokenizer=bytes
+"""python -m longctx.lm_eval --model longctx --model_args workdir=W[,checkpoint=best] --tasks ...
+python -m longctx.lm_eval --export=DIR --tasks=passkey --lengths=1024,4096 --tokenizer=bytes
 
 The first runs EleutherAI's lm-evaluation-harness, with all of its own flags, on a checkpoint of a
-workdir; --model_args takes
+workdir. --model_args takes
 
   workdir       folder of a run; nothing is written there
-  checkpoint    newest (that can be read), best (of the lowest validation loss), or a step
+  checkpoint    newest (the default: the newest that can be read), best (of the lowest validation
+                loss), or a step
   use_ema       True: the averaged parameters
   seq           devices that share what the model remembers, for contexts larger than one holds
   segment       tokens of a text that are read in one call (512)
   max_length    tokens of a text at most; 0 (the default): the model's own, which may be any number
   max_gen_toks  tokens to write where a task does not say (256)
-  truncate      error (the default), or left: cut the beginning of a text that is too long, and count it
+  truncate      error (the default), or left: cut the beginning of what is too long, and count it
 
-and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make their text to
-a length in tokens (RULER's) are given the checkpoint's tokenizer, unless --metadata names another.
+and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make text
+to a length in tokens (RULER's) count with the checkpoint's tokenizer, unless --metadata names one.
 
-The second writes tasks of this library as files that lm_eval runs on anybody's model: one data set for each
-length, its length counted in the tokens of --tokenizer.
+The second writes tasks of this library as files that lm_eval runs on anybody's model: a data set
+for each length, which is counted in the tokens of --tokenizer.
 """
 
 # A user's mistake ends in one line on stderr and exit status 2.
@@ -41,6 +42,8 @@ from longctx.main import check_devices, set_compilation_cache
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 MODEL = 'longctx'
+KNOWN = ('workdir', 'checkpoint', 'use_ema', 'seq', 'segment', 'max_length', 'max_gen_toks',
+         'truncate')
 # Where lm_eval itself checks what its user gave; a ValueError from elsewhere is a fault.
 CHECKS = (os.path.join('config', 'evaluate_config.py'), os.path.join('api', 'registry.py'))
 
@@ -62,40 +65,46 @@ def model_class() -> type:
 
   @register_model(MODEL)
   class Longctx(harness.Harness):
-    """A checkpoint. lm_eval gives batch_size, device and trust_remote_code besides --model_args."""
+    """A checkpoint. lm_eval gives batch_size, device and trust_remote_code too."""
 
-    def __init__(self, *, workdir: str = '', checkpoint: str | int = 'newest', use_ema: bool = False, seq: int = 1,
-                 segment: int = 512, max_length: int = 0, max_gen_toks: int = 256, truncate: str = 'error',
-                 batch_size: str | int = 1, device: str | None = None, trust_remote_code: bool = False, **unknown: Any):
+    def __init__(self, *, workdir: str = '', checkpoint: str | int = 'newest',
+                 use_ema: bool = False, seq: int = 1, segment: int = 512, max_length: int = 0,
+                 max_gen_toks: int = 256, truncate: str = 'error', batch_size: str | int = 1,
+                 device: str | None = None, trust_remote_code: bool = False, **unknown: Any):
       del device, trust_remote_code   # JAX_PLATFORMS has the first; the second is of data sets
-      known = ('workdir', 'checkpoint', 'use_ema', 'seq', 'segment', 'max_length', 'max_gen_toks', 'truncate')
+      check('max_batch_size' not in unknown, '--max_batch_size: does nothing here; give '
+            "--batch_size, and no 'auto'")
       for name in unknown:
-        check(name == 'max_batch_size', f'--model_args: {name}: unknown{nearest(name, known)}; a model of longctx has '
-              f'{", ".join(known)}')
-        raise ConfigError("--max_batch_size: does nothing here; give --batch_size, and no 'auto'")
-      check(str(batch_size).isdigit(), f'--batch_size={batch_size}: must be a whole number, such as 8')
+        raise ConfigError(f'--model_args: {name}: unknown{nearest(name, KNOWN)}; a model of '
+                          f'longctx has {", ".join(KNOWN)}')
+      check(str(batch_size).isdigit(), f'--batch_size={batch_size}: must be a whole number, such '
+            'as 8')
       check(isinstance(use_ema, bool), f'--model_args use_ema={use_ema}: must be True or False')
-      for name, value in dict(seq=seq, segment=segment, max_length=max_length, max_gen_toks=max_gen_toks).items():
+      for name, value in dict(seq=seq, segment=segment, max_length=max_length,
+                              max_gen_toks=max_gen_toks).items():
         check(type(value) is int, f'--model_args {name}={value}: must be a whole number')
-      told = dict(workdir=workdir, checkpoint=checkpoint, use_ema=use_ema, seq=seq, segment=segment)
+      subject = open_subject(str(workdir), str(checkpoint), use_ema, seq, int(batch_size), segment)
       super().__init__(
-          open_subject(workdir, str(checkpoint), use_ema, seq, int(batch_size), segment), batch_size=int(batch_size),
-          max_length=max_length, max_gen_toks=max_gen_toks, truncate=truncate, told=told)
+          subject, batch_size=int(batch_size), max_length=max_length, max_gen_toks=max_gen_toks,
+          truncate=truncate, told=dict(workdir=str(workdir), checkpoint=checkpoint,
+                                       use_ema=use_ema, seq=seq, segment=segment))
 
   return Longctx
 
 
-def open_subject(workdir: str, checkpoint: str, use_ema: bool, seq: int, batch_size: int, segment: int) -> Any:
+def open_subject(workdir: str, checkpoint: str, use_ema: bool, seq: int, batch_size: int,
+                 segment: int) -> Any:
   """The model of a checkpoint."""
-  check(bool(workdir), '--model_args: workdir is missing; give the folder of a trained run: --model_args '
-        'workdir=runs/quickstart')
+  check(bool(workdir), '--model_args: workdir is missing; give the folder of a trained run: '
+        '--model_args workdir=runs/quickstart')
   command_line.check_checkpoint(checkpoint)
   check_range('--model_args seq', seq, low=1)
   from longctx import assembly
   from longctx.evaluation.subject import ModelSubject
   graphdef, params, tokenizer, _, layout = assembly.load_for_inference(
       workdir, use_ema=use_ema, checkpoint=checkpoint, seq=seq)
-  return ModelSubject(graphdef, params, tokenizer, layout=layout, batch_size=batch_size, segment=segment)
+  return ModelSubject(graphdef, params, tokenizer, layout=layout, batch_size=batch_size,
+                      segment=segment)
 
 
 # Running lm_eval.
@@ -117,6 +126,8 @@ def run(words: list[str]) -> None:
   if args.model == MODEL:
     check_devices()
     set_compilation_cache('')
+    import jax
+    args.device = jax.devices()[0].device_kind   # for the results, where lm_eval would say cuda:0
   try:
     with given_tokenizer(args):
       parser.execute(args)
@@ -140,16 +151,18 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 def check_flags(args: Any) -> None:
   """What lm_eval would fill in, or take and do nothing with."""
-  check(bool(args.model or args.config), f'--model: missing; give --model {MODEL} --model_args workdir=W')
-  check(bool(args.tasks or args.config), '--tasks: missing; python -m longctx.lm_eval ls tasks tells them')
-  check(args.model != MODEL or args.device is None, f'--device={args.device}: does nothing with --model {MODEL}; set '
-        'JAX_PLATFORMS')
+  check(bool(args.model or args.config),
+        f'--model: missing; give --model {MODEL} --model_args workdir=W')
+  check(bool(args.tasks or args.config),
+        '--tasks: missing; python -m longctx.lm_eval ls tasks tells them')
+  check(args.model != MODEL or args.device is None,
+        f'--device={args.device}: does nothing with --model {MODEL}; set JAX_PLATFORMS')
 
 
 @contextlib.contextmanager
 def given_tokenizer(args: Any) -> Iterator[None]:
-  """Tells tasks that count tokens of the checkpoint's tokenizer, as files that Hugging Face's library reads."""
-  metadata, workdir = args.metadata or {}, (args.model_args or {}).get('workdir')
+  """Tells tasks that count tokens of the checkpoint's tokenizer, as Hugging Face's files."""
+  metadata, workdir = args.metadata or {}, str((args.model_args or {}).get('workdir', ''))
   if args.model != MODEL or not workdir or {'tokenizer', 'pretrained', 'model'} & set(metadata):
     yield
     return
@@ -160,6 +173,9 @@ def given_tokenizer(args: Any) -> Iterator[None]:
   with tempfile.TemporaryDirectory() as folder:
     if harness_tasks.write_tokenizer(own, folder):
       args.metadata = dict(metadata, tokenizer=folder)
+    else:
+      print("longctx: this checkpoint's SentencePiece model is no BPE; tasks that count tokens need "
+            '--metadata tokenizer=FOLDER', file=sys.stderr)
     yield
 
 
@@ -174,41 +190,46 @@ def define_export_flags() -> flags.FlagValues:
   text('tasks', '', 'Tasks of this library, with commas between.')
   text('lengths', '', 'Tokens of a prompt and its answer, with commas between.')
   whole('samples', 100, 'Examples of each task and length.')
-  text('tokenizer', '', "What counts the tokens: 'bytes', or the path of a SentencePiece .model file.")
+  text('tokenizer', '', "What counts the tokens: 'bytes', or the path of a SentencePiece .model "
+       'file.')
   whole('seed', 0, 'The same seed makes the same examples.')
-  whole('depths', 0, 'Where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly drawn.')
-  text('haystack', '', "What needles are hidden in: '' is each task's own, 'repeated', 'noise', or a glob of "
-       'text files.')
-  text('paragraphs', '', "What is asked about: '' is invented documents; or a glob of SQuAD or HotpotQA files.")
+  whole('depths', 0, 'Where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly '
+        'drawn.')
+  text('haystack', '', "What needles are hidden in: '' is each task's own, 'repeated', 'noise', or "
+       'a glob of text files.')
+  text('paragraphs', '', "What is asked about: '' is invented documents; or a glob of SQuAD or "
+       'HotpotQA files.')
   return table
 
 
 def export(argv: list[str]) -> None:
   f = define_export_flags()
   command_line.parse_flags(f, argv)
-  for name, such in (('export', 'runs/tasks'), ('tasks', 'passkey'), ('lengths', '1024,4096'), ('tokenizer', 'bytes')):
+  for name, such in (('export', 'runs/tasks'), ('tasks', 'passkey'), ('lengths', '1024,4096'),
+                     ('tokenizer', 'bytes')):
     check(bool(f[name].value), f'--{name}: missing; give --{name}={such} or so')
-  lengths = f.lengths.split(',')
-  check(all(length.strip().isdigit() for length in lengths), f'--lengths={f.lengths}: must be whole numbers with '
-        'commas between, such as 1024,4096')
+  tasks, lengths = ([word.strip() for word in words.split(',')] for words in (f.tasks, f.lengths))
+  check(all(length.isdigit() for length in lengths), f'--lengths={f.lengths}: must be whole '
+        'numbers with commas between, such as 1024,4096')
   for name, low in dict(samples=1, seed=0, depths=0).items():
     check_range(f'--{name}', f[name].value, low=low)
   from longctx.data.tokenizer import load_tokenizer
   from longctx.evaluation import harness_tasks
   names = harness_tasks.export(
-      f.export, [name.strip() for name in f.tasks.split(',')], lengths=[int(length) for length in lengths],
-      samples=f.samples, tokenizer=load_tokenizer(f.tokenizer), seed=f.seed, depths=f.depths,
-      haystack=f.haystack, paragraphs=f.paragraphs)
-  print(f'wrote {", ".join(names)}\nlm_eval --include_path {f.export} --tasks {",".join(names)} --model ...')
+      f.export, tasks, lengths=[int(length) for length in lengths], samples=f.samples,
+      tokenizer=load_tokenizer(f.tokenizer), seed=f.seed, depths=f.depths, haystack=f.haystack,
+      paragraphs=f.paragraphs)
+  print(f'wrote {", ".join(names)}\n'
+        f'lm_eval --include_path {f.export} --tasks {",".join(names)} --model ...')
 
 
 def main(argv: list[str]) -> int:
+  words = argv[1:]
   try:
-    words = argv[1:]
-    if not words or (command_line.HELP & set(words) and len(words) == 1):
+    if not words or (len(words) == 1 and words[0] in command_line.HELP):
       print(command_line.help_text(__doc__, define_export_flags()))
       print(f'\nThe flags of lm_eval ({INSTALL}): python -m longctx.lm_eval run --help')
-    elif any(word.lstrip('-').partition('=')[0] == 'export' for word in words if word.startswith('-')):
+    elif any(word.partition('=')[0] in ('--export', '-export') for word in words):
       export(argv)
     else:
       run(words)

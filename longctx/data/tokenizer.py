@@ -63,6 +63,7 @@ class SentencePiece:
     except (RuntimeError, message.DecodeError) as e:
       raise ConfigError(f'data.tokenizer={path!r}: is not a SentencePiece model') from e
     self.fingerprint = hashlib.sha256(model).hexdigest()
+    self.is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
     self.vocab_size = self._processor.vocab_size()
     self.separator = next((i for i in (self._processor.bos_id(), self._processor.eos_id())
                            if i >= 0), -1)
@@ -79,6 +80,19 @@ class SentencePiece:
     if self._processor.is_control(i) or self._processor.is_unknown(i):
       return b''
     return self._processor.id_to_piece(i).replace(SPACE, ' ').encode()
+
+  def merges(self) -> dict[str, float]:
+    """{piece: score} of those that stand for text, in SentencePiece's spelling.
+
+    Of a BPE model: of two neighbours that make a piece, those of the largest score are joined first.
+    """
+    p = self._processor
+    return {p.id_to_piece(i): p.get_score(i) for i in range(self.vocab_size)
+            if not (p.is_byte(i) or p.is_control(i) or p.is_unknown(i))}
+
+  def pieces(self) -> list[str]:
+    """Of every id, in SentencePiece's spelling."""
+    return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
   def _check_lossless(self, path: str) -> None:
     num_byte_tokens = sum(self._processor.is_byte(i) for i in range(self.vocab_size))

@@ -1,8 +1,8 @@
-"""Examples from a .jsonl file beside this one, and the score of an answer: what an exported lm_eval task calls.
+"""Reads the examples of a .jsonl file beside this one and scores answers: for exported tasks.
 
-`harness_tasks.export` copies this file, as longctx_tasks.py, and the modules that score, as the package
-longctx_scores, into the folder that it writes. They need the standard library, and Hugging Face's datasets,
-which lm_eval has.
+`harness_tasks.export` copies this file, as longctx_tasks.py, and the modules that score, as the
+package longctx_scores, into the folder that it writes. They need the standard library, and Hugging
+Face's datasets, which lm_eval has.
 Held by: tests/test_lm_eval.py (run where neither longctx nor NumPy can be imported).
 """
 
@@ -35,9 +35,11 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
 
 @functools.cache
 def _scores(module: str) -> types.ModuleType:
-  package = f'longctx_scores_{zlib.crc32(bytes(FOLDER))}'   # another folder's may be of another version
+  # Another folder's may be of another version.
+  package = f'longctx_scores_{zlib.crc32(bytes(FOLDER))}'
   if package not in sys.modules:
-    spec = importlib.util.spec_from_file_location(package, FOLDER / 'longctx_scores' / '__init__.py')
+    init = FOLDER / 'longctx_scores' / '__init__.py'
+    spec = importlib.util.spec_from_file_location(package, init)
     sys.modules[package] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[package])
   return importlib.import_module(f'{package}.{module}')

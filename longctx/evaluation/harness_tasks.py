@@ -1,8 +1,10 @@
-"""Tasks of this library as files that lm_eval runs on anybody's model; its tokenizer as Hugging Face's.
+"""Tasks of this library as files that lm_eval runs on anybody's model; its tokenizers likewise.
 
-For each task and length, NAME_LENGTH.yaml and .jsonl, an example a line; beside them the Python that reads and
-scores them, which needs nothing of longctx. All lengths of a task run by the tag longctx_NAME. The folder can be
-moved. Lengths are counted with the tokenizer that is given here; another model's may need more or fewer tokens.
+For each task and length, NAME_LENGTH.yaml and .jsonl, an example a line; beside them the Python
+that reads and scores them, which needs nothing of longctx. The tag longctx_NAME runs all lengths of
+a task. The folder can be moved. Lengths are counted with the tokenizer given here: with another
+model's, texts have more or fewer tokens. max_gen_toks is the most that an answer of the data set
+may take.
 Held by: tests/test_lm_eval.py.
 """
 
@@ -17,12 +19,13 @@ import numpy as np
 from longctx.data.tasks import babilong_metric, scoring
 from longctx.data.tasks.example import Example, Task, example
 from longctx.data.tasks.table import TASKS
-from longctx.data.tokenizer import Bytes, Tokenizer
+from longctx.data.tokenizer import SPACE, Bytes, SentencePiece, Tokenizer
 from longctx.errors import ConfigError, check_choice
 from longctx.evaluation import exported
 from longctx.files import atomic_write
 
-SCORES = (scoring, babilong_metric)   # where the score of a task may stand: modules of the standard library, and of each other
+# Where scores of tasks may stand: modules that need the standard library and each other alone.
+SCORES = (scoring, babilong_metric)
 YAML = """\
 task: {name}
 tag: [{tag}]
@@ -43,83 +46,120 @@ metadata: {metadata}
 """
 
 
-def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples: int, tokenizer: Tokenizer,
-           seed: int, depths: int, haystack: str, paragraphs: str) -> list[str]:
-  """Writes tasks into a folder; returns the names that lm_eval knows them by."""
+def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples: int,
+           tokenizer: Tokenizer, seed: int, depths: int, haystack: str,
+           paragraphs: str) -> list[str]:
+  """Writes tasks into a folder; returns the names that lm_eval knows them by.
+
+  Args:
+    folder: made if need be.
+    names: of tasks.
+    lengths, samples: so many examples of each task and length.
+    tokenizer: counts the lengths.
+    seed, depths, haystack, paragraphs: as in section eval of a config.
+  """
   for name in names:
     check_choice('--tasks', name, TASKS)
-  made = {(name, length): _examples(name, length, samples, tokenizer, seed, depths, haystack, paragraphs)
-          for name in names for length in lengths}   # all before any is written: a length may be too short
+  where = np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5 if depths else None]
+  made = {   # all before any is written: a length may be too short
+      (name, length): [
+          example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
+                  depth=where[index % len(where)], haystack=haystack, paragraphs=paragraphs)
+          for index in range(samples)]
+      for name in names for length in lengths}
   try:
     _write_python(pathlib.Path(folder))
     for (name, length), examples in made.items():
-      about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint, seed=seed, depths=depths,
-                   haystack=haystack, paragraphs=paragraphs, floor=TASKS[name].floor, source=TASKS[name].source)
+      about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint,
+                   seed=seed, depths=depths, haystack=haystack, paragraphs=paragraphs,
+                   floor=TASKS[name].floor, source=TASKS[name].source)
       _write(pathlib.Path(folder), name, length, examples, about)
   except OSError as e:
-    raise ConfigError(f'--export={folder}: cannot be written: {e.strerror}; give another folder') from e
+    raise ConfigError(f'--export={folder}: cannot be written: {e.strerror}; give another '
+                      'folder') from e
   return [f'longctx_{name}_{length}' for name, length in made]
-
-
-def _examples(name: str, length: int, samples: int, tokenizer: Tokenizer, seed: int, depths: int, haystack: str,
-              paragraphs: str) -> list[Example]:
-  where = np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5 if depths else None]
-  return [example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
-                  depth=where[index % len(where)], haystack=haystack, paragraphs=paragraphs)
-          for index in range(samples)]
 
 
 def _write_python(folder: pathlib.Path) -> None:
   package = folder / 'longctx_scores'
   package.mkdir(parents=True, exist_ok=True)
   atomic_write(folder / 'longctx_tasks.py', pathlib.Path(exported.__file__).read_bytes())
-  atomic_write(package / '__init__.py', b'"""How the answers to tasks of longctx are scored."""\n')
+  atomic_write(package / '__init__.py', b'"""How answers to tasks of longctx are scored."""\n')
   for module in SCORES:
     source = pathlib.Path(module.__file__).read_text(encoding='utf-8')
     source = re.sub(r'^( *)from longctx\.data\.tasks\.', r'\1from .', source, flags=re.MULTILINE)
     atomic_write(package / f'{_stem(module.__name__)}.py', source.encode())
 
 
-def _stem(name: str) -> str:
-  return name.rpartition('.')[2]
+def _stem(module: str) -> str:
+  return module.rpartition('.')[2]
 
 
-def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Example], about: dict[str, Any]) -> None:
+def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Example],
+           about: dict[str, Any]) -> None:
   file = f'{name}_{length}.jsonl'
-  lines = [json.dumps(_line(index, TASKS[name], one), ensure_ascii=False) for index, one in enumerate(examples)]
+  lines = [json.dumps(_line(index, TASKS[name], one), ensure_ascii=False)
+           for index, one in enumerate(examples)]
   atomic_write(folder / file, '\n'.join([*lines, '']).encode())
-  text = YAML.format(name=f'longctx_{name}_{length}', tag=f'longctx_{name}', file=file, metadata=json.dumps(about),
-                     new_tokens=max(one.new_tokens for one in examples))   # of a data set lm_eval takes one number
+  text = YAML.format(name=f'longctx_{name}_{length}', tag=f'longctx_{name}', file=file,
+                     new_tokens=max(one.new_tokens for one in examples),
+                     metadata=json.dumps(about))
   atomic_write(folder / f'{name}_{length}.yaml', text.encode())
 
 
 def _line(index: int, task: Task, one: Example) -> dict[str, Any]:
-  if task.score.__module__ not in [module.__name__ for module in SCORES]:
-    raise AssertionError(f'{task.score.__module__}.{task.score.__name__}: is in none of the modules that are exported, '
-                         'harness_tasks.SCORES')
-  return dict(index=index, prompt=one.prompt.decode(), question=one.question, target=one.target.decode(),
-              references=list(one.references), new_tokens=one.new_tokens, depth=one.depth,
-              needles=[list(span) for span in one.needles], scorer=f'{_stem(task.score.__module__)}.{task.score.__name__}',
-              info=json.dumps(dict(one.info)))   # a string: data sets want the same fields in every line
+  module, name = task.score.__module__, task.score.__name__
+  if module not in [known.__name__ for known in SCORES]:
+    raise AssertionError(f'{module}.{name}: a score must stand in one of harness_tasks.SCORES')
+  return dict(
+      index=index, prompt=one.prompt.decode(), question=one.question, target=one.target.decode(),
+      references=list(one.references), new_tokens=one.new_tokens, depth=one.depth,
+      needles=[list(span) for span in one.needles], scorer=f'{_stem(module)}.{name}',
+      info=json.dumps(dict(one.info)))   # a string: data sets want like fields in every line
+
+
+# Tokenizers.
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: str) -> bool:
-  """Files of a Hugging Face tokenizer with the same tokens; False where it has none.
+  """Files of a Hugging Face tokenizer of the same tokens; False where there is none.
 
-  lm_eval's tasks that make text to a length count with it; it is not what a model of longctx reads.
+  With it tasks of lm_eval that make text to a length count; a model of longctx reads its own.
   """
-  if not isinstance(tokenizer, Bytes):
+  if isinstance(tokenizer, Bytes):
+    content = _of_bytes()
+  elif tokenizer.is_bpe:
+    content = _of_bpe(tokenizer)
+  else:
     return False
+  settings = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)
+  for name, one in (('tokenizer.json', content), ('tokenizer_config.json', settings)):
+    (pathlib.Path(folder) / name).write_text(json.dumps(one), encoding='utf-8')
+  return True
+
+
+def _of_bytes() -> dict[str, Any]:
   # GPT-2's spelling of bytes: itself where it can be seen, else a letter from 256 on.
   seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
   hidden = iter(range(256, 512))
   vocab = {chr(byte if byte in seen else next(hidden)): byte for byte in range(256)}
   level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=False)
-  files = {
-      'tokenizer.json': dict(version='1.0', added_tokens=[], normalizer=None, pre_tokenizer=level, decoder=level,
-                             post_processor=None, truncation=None, padding=None,
-                             model=dict(type='BPE', vocab=vocab, merges=[])),
-      'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False)}
-  for name, content in files.items():
-    (pathlib.Path(folder) / name).write_text(json.dumps(content), encoding='utf-8')
-  return True
+  return dict(version='1.0', added_tokens=[], normalizer=None, pre_tokenizer=level, decoder=level,
+              post_processor=None, truncation=None, padding=None,
+              model=dict(type='BPE', vocab=vocab, merges=[]))
+
+
+def _of_bpe(tokenizer: SentencePiece) -> dict[str, Any]:
+  """But for texts with U+2581, which here are spelt in byte tokens."""
+  pieces, merges = tokenizer.pieces(), tokenizer.merges()
+  pairs = [(piece[:cut], piece[cut:]) for piece in sorted(merges, key=lambda piece: -merges[piece])
+           for cut in range(1, len(piece)) if piece[:cut] in merges and piece[cut:] in merges]
+  replace = lambda pattern, content: dict(type='Replace', pattern={'String': pattern},
+                                          content=content)
+  return dict(
+      version='1.0', added_tokens=[], normalizer=replace(' ', SPACE), pre_tokenizer=None,
+      post_processor=None, truncation=None, padding=None,
+      decoder=dict(type='Sequence', decoders=[replace(SPACE, ' '), dict(type='ByteFallback'),
+                                              dict(type='Fuse')]),
+      model=dict(type='BPE', vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs,
+                 byte_fallback=True, fuse_unk=True, unk_token=pieces[0]))

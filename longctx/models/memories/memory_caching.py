@@ -159,30 +159,34 @@ class MemoryCaching(Block):
     """A segment read from an empty memory, beside those of the cache, if one is given; `apart`: with
     nothing of its own. `left`: the inputs before it."""
     u_BCD = self.mixer_norm(x_BCD)
+    alone = self.rule(u_BCD, valid_BC) if self.cached is None else None
     mean_BCD = caching.running_mean(u_BCD, valid_BC)
     gates = own = None
     if self.w_u is not None and cache is not None:
       gates = caching.gates(cache, linear(u_BCD, self.w_u.get_value()), mean_BCD, self.settings.top)
       gates, own = gates[..., :-1], gates[..., -1]
-    if self.cached is None:
-      y_BCD, S = self.rule(u_BCD, valid_BC, cache, gates, own, apart)
-      return Heard(y_BCD, S, mean_BCD[:, -1])
 
-    def speak(out, read):
-      if cache is None:
-        return out
-      far = caching.weigh(read(cache.S), gates)
+    def together(near, far):
       if apart:
-        return jnp.broadcast_to(far, out.shape)
-      near = out.astype(jnp.float32)
-      return far + (near if own is None else near * own.reshape(*own.shape, *[1] * (out.ndim - 2)))
+        return jnp.broadcast_to(far, near.shape)
+      near = near.astype(jnp.float32)
+      return far + (near if own is None else near * own.reshape(*own.shape, *[1] * (near.ndim - 2)))
+
+    if alone is not None:
+      q_BCNH, out_BCNH, S = alone
+      if cache is not None:
+        out_BCNH = together(out_BCNH, caching.read(cache, q_BCNH, gates))
+      out_BCNH = self.out_norm(out_BCNH).astype(x_BCD.dtype)
+      return Heard(merge(out_BCNH, self.w_out.get_value()), S, mean_BCD[:, -1])
+
+    def speak(near, read):
+      return near if cache is None else together(near, caching.weigh(read(cache.S), gates))
 
     around = None if left is None else (self.mixer_norm(left.hidden.astype(x_BCD.dtype)), there(left))
     return Heard(*self.cached(u_BCD, valid_BC, around, speak), mean_BCD[:, -1])
 
-  def rule(self, u_BCD: jax.Array, valid_BC: jax.Array, cache: caching.State | None,
-           gates: jax.Array | None, own: jax.Array | None, apart: bool) -> tuple[jax.Array, jax.Array]:
-    """The delta rule, or the sum: (y, S at the segment's end)."""
+  def rule(self, u_BCD: jax.Array, valid_BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The delta rule, or the sum: (q, what S_t says, S at the segment's end)."""
     B, C, D = u_BCD.shape
     w_qkv = self.w_qkv.get_value()
     N, H = w_qkv.shape[2:]
@@ -194,14 +198,7 @@ class MemoryCaching(Block):
     else:
       beta_BCN = jax.nn.sigmoid(linear(u_BCD, self.w_beta.get_value()).astype(jnp.float32))
       kernel, inputs = delta.Delta(), delta.Inputs(q, k, v, beta_BCN, None, valid_BT=valid_BC)
-    out_BCNH, S_BNHH = kernel.finish(kernel.prepare(inputs), jnp.zeros((B, N, H, H), jnp.float32))
-    out_BCNH = out_BCNH.astype(jnp.float32)
-    if own is not None:
-      out_BCNH *= own[..., None, None]
-    if cache is not None:
-      far_BCNH = caching.read(cache, q, gates)
-      out_BCNH = far_BCNH if apart else out_BCNH + far_BCNH
-    return merge(self.out_norm(out_BCNH).astype(u_BCD.dtype), self.w_out.get_value()), S_BNHH
+    return q, *kernel.finish(kernel.prepare(inputs), jnp.zeros((B, N, H, H), jnp.float32))
 
 
 def last(tail: Past | None, past: Past) -> Past | None:
