@@ -59,7 +59,9 @@ def _about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
   sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()
   use_ema = a.parts.perplexity.use_ema
   given = json.dumps(workdir.plain(config), sort_keys=True).encode()
-  return dict(step=at, use_ema=use_ema,
+  # A checkpoint may be read by a model of another window or memory, where --allow_config_change says so.
+  model = hashlib.sha256(repr(a.model_config).encode()).hexdigest()[:16]
+  return dict(step=at, use_ema=use_ema, model=model,
               checkpoint=hashlib.sha256(sums + str(use_ema).encode()).hexdigest()[:16],
               config=hashlib.sha256(given).hexdigest()[:16], tokenizer=a.tokenizer.fingerprint[:16],
               versions=dict(longctx=longctx.__version__, jax=jax.__version__))

@@ -15,7 +15,7 @@ from longctx.errors import ConfigError
 from longctx.evaluation import tasks
 from longctx.evaluation.subject import Constant, Oracle
 
-ABOUT = dict(checkpoint='c', tokenizer='bytes', step=3)
+ABOUT = dict(checkpoint='c', model='m', tokenizer='bytes', step=3)
 
 
 def evaluate(subject, folder, about=ABOUT, **settings):
@@ -115,7 +115,8 @@ def test_killed_and_started_again_is_one_run(tmp_path, calls):
 
 
 @pytest.mark.parametrize('change', [dict(seed=1), dict(depths=2), dict(controls=False), dict(answers=True),
-                                    dict(about=ABOUT | dict(checkpoint='d'))], ids=str)
+                                    dict(about=ABOUT | dict(checkpoint='d')),
+                                    dict(about=ABOUT | dict(model='n'))], ids=str)
 def test_another_evaluation_counts_its_own_lines_alone(tmp_path, change):
   constant = Constant(Bytes(), b' odd')
   first, = evaluate(constant, tmp_path)

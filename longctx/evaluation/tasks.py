@@ -67,7 +67,7 @@ def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> 
 
 def settings_key(config: Config, about: Mapping[str, Any]) -> str:
   """The hash of all that an answer depends on, the example itself and rounding aside."""
-  parts = [about['checkpoint'], about['tokenizer'], config.seed, config.haystack,
+  parts = [about['checkpoint'], about['model'], about['tokenizer'], config.seed, config.haystack,
            config.paragraphs, config.files, config.depths, config.controls, config.answers]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -80,7 +80,7 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
     subject: who answers.
     config: what is asked.
     folder: the workdir, where tasks.jsonl is or will be.
-    about: what each line tells of the model: `checkpoint` and `tokenizer` identify it.
+    about: what each line tells of the model: `checkpoint`, `model` and `tokenizer` identify it.
     lengths: config.lengths, or what stands for them.
   """
   check_lengths(config, lengths, subject.max_length)
