@@ -6,7 +6,7 @@ pairs that last share is the exact match of greedy decoding: token by token, a r
 the same tokens before it. Of classes it is the accuracy. All rows of the split are scored once, or the
 first perplexity.max_tokens targets; of perplexity's settings batch_size, split and use_ema are read besides.
 The interval is Wilson's, 95 %. Sums are float64 on the host.
-Held by: tests/test_held_out.py.
+Held by: tests/test_encoder.py.
 
 B batch  T tokens  V vocab
 """
@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from longctx.data import stream
-from longctx.evaluation import perplexity
+from longctx.evaluation import perplexity, records
 from longctx.parallel import mesh
 from longctx.training import step
 
@@ -67,7 +67,7 @@ class Result:
     return f'{self.loss:.4f} nats per target, {right:.2f} % of {self.targets:,} right{of_rows}'
 
   def table(self) -> str:
-    low, high = wilson(self.right_rows, self.rows)
+    low, high = records.wilson(self.right_rows / max(1, self.rows), self.rows)
     lines = [f'{self.split}: {self.line()}']
     if self.form != 'masked':
       lines.append(f'rows right: {self.right_rows:,} of {self.rows:,}, {100 * low:.1f} to '
@@ -79,23 +79,13 @@ class Result:
   def to_json(self) -> dict[str, Any]:
     """Plain values; a loss that is not finite is null."""
     finite = lambda x: float(x) if math.isfinite(x) else None
-    low, high = wilson(self.right_rows, self.rows)
+    low, high = records.wilson(self.right_rows / max(1, self.rows), self.rows)
     found = {name: getattr(self, name) for name in ('form', 'split', 'targets', 'rows', 'seconds')}
     return found | dict(
         loss=finite(self.loss), bits_per_byte=finite(self.bits_per_byte),
         right=self.right / max(1, self.targets), right_rows=self.right_rows / max(1, self.rows),
         right_rows_low=low, right_rows_high=high,
         **(dict(majority=self.majority / self.rows) if self.majority else {}))
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-  """The 95 % interval of a share (Wilson 1927)."""
-  if not count:
-    return 0.0, 1.0
-  p, n = right / count, count
-  middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-  half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def open_rows(data: stream.Config, config: perplexity.Config, layout: mesh.Layout) -> Any:

@@ -35,14 +35,22 @@ def interval(scores: Sequence[float]) -> Interval:
   """
   n, mean = len(scores), math.fsum(scores) / len(scores)
   if set(scores) <= {0, 1}:
-    middle = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
-  elif n == 1:
+    return Interval(mean, *wilson(mean, n))
+  if n == 1:
     return Interval(mean, 0.0, 1.0)   # one says nothing of how far they spread
-  else:
-    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1))
-    middle, half = mean, _student(n - 1) * deviation / math.sqrt(n)
-  return Interval(mean, max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)))
+  deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1))
+  half = _student(n - 1) * deviation / math.sqrt(n)
+  return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+  """The 95 % interval of the share of n that are right (Wilson 1927); all of 0 to 1 where n is 0."""
+  if not n:
+    return 0.0, 1.0
+  middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+  half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+  # The ends are within by rounding alone where all or none are right.
+  return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
 
 
 def _student(freedom: int) -> float:
