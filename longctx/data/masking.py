@@ -5,7 +5,7 @@ symbol after the tokenizer's last, 10 % are any other token, and 10 % stand as t
 function of the seed, the batch's index and the row, whatever the hosts.
 Source: Devlin et al. 2018, arXiv:1810.04805, section 3.1. Differs: each token is drawn by itself and at
 every visit anew (their data was drawn ten times beforehand).
-Held by: tests/test_data_masking.py.
+Held by: tests/test_data_examples.py.
 
 B batch  T tokens
 """
