@@ -90,9 +90,10 @@ def draw(rows: list[dict], path: str) -> None:
     for r in rows:
       x, y = np.array(r['first'], float) + 1, np.array(r['bits'], float)
       keep = x >= 64
-      left.plot(x[keep], y[keep], '.-', linewidth=1, label=r['model'])
+      left.plot(x[keep], y[keep], marker='.', **models.style(r['model']))
       if plain is not None and len(plain['bits']) == len(y):
-        right.plot(x[keep], (np.array(plain['bits'], float) - y)[keep], '.-', linewidth=1)
+        right.plot(x[keep], (np.array(plain['bits'], float) - y)[keep], marker='.',
+                   **models.style(r['model']))
     left.set(xscale='log', xlabel='position in the book, bytes', ylabel='bits per byte')
     right.set(xscale='log', xlabel='position in the book, bytes',
               ylabel='bits per byte less than without a memory')

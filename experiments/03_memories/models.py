@@ -67,3 +67,12 @@ def small(fields: dict[str, Any], vocab_size: int, segment: int) -> Any:
   if sizes.get('name') == 'decoder':
     return decoder.Config(max_length=1 << 21, layer_loop='unrolled', **sizes)
   return memory_config.Config(segment=segment, **sizes)
+
+
+NAMES = tuple(dict.fromkeys((*RECALL, *PASSKEY, *BOOKS)))
+
+
+def style(model: str) -> dict[str, Any]:
+  """The same colour and dashes for a model in every figure."""
+  i = NAMES.index(model)
+  return dict(color=f'C{i % 10}', linestyle=('-', '--', ':')[i // 10], linewidth=1, label=model)

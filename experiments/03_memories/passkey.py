@@ -132,9 +132,10 @@ def draw(rows: list[dict], path: str) -> None:
     for model in dict.fromkeys(r['model'] for r in rows):
       r = max((r for r in rows if r['model'] == model), key=lambda r: r[f'accuracy_{lengths(r["segments"])[0]}'])
       counts = lengths(r['segments'])
-      left.plot(counts, [r[f'accuracy_{n}'] for n in counts], '.-', linewidth=1, label=model)
+      left.plot(counts, [r[f'accuracy_{n}'] for n in counts], marker='.',
+                **models.style(model))
       right.plot(np.linspace(0, r['tokens'], len(r['curve'])), np.array(r['curve']) / 2 ** 20,
-                 linewidth=1, label=model)
+                 **models.style(model))
     left.axhline(CHANCE, color='0.5', linestyle=':')
     left.axvline(CURRICULUM[-1], color='0.5', linestyle='--', linewidth=0.8)
     left.set(xscale='log', xlabel='segments of 64 tokens (trained up to the dashed line)',

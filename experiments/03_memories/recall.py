@@ -101,16 +101,19 @@ def draw(rows: list[dict], path: str) -> None:
       found = best(rows, task)
       for model, mine in found.items():
         y = np.array([[r.get(f'accuracy_{p}', np.nan) for p in TESTED] for r in mine])
-        line, = left.plot(TESTED, y.mean(0), '.-', linewidth=1, label=model)
+        line, = left.plot(TESTED, y.mean(0), marker='.', **models.style(model))
         left.fill_between(TESTED, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
-        right.plot(mine[0]['state_floats'], y.mean(0)[TESTED.index(16)], 'o', markersize=4,
-                   color=line.get_color())
+        at = mine[0]['state_floats'], y.mean(0)[TESTED.index(16)]
+        right.plot(*at, 'o', markersize=4, color=line.get_color())
+        right.annotate(model, at, xytext=(4, 2), textcoords='offset points', fontsize=6)
       left.plot(TESTED, [guess(p) for p in TESTED], ':', color='0.5', label='one of the values')
       left.axvline(TRAINED[-1], color='0.5', linestyle='--', linewidth=0.8)
       left.set(title=task, xlabel='pairs written (trained up to the dashed line)',
                ylabel='accuracy', ylim=(0, 1.03), xscale='log')
       left.set_xticks(TESTED, map(str, TESTED))
+      left.minorticks_off()
       right.set(xlabel='state, floats a row', ylabel='accuracy at 16 pairs', xscale='log',
                 ylim=(0, 1.03))
-      left.legend(fontsize=6, loc='lower left')
+      right.margins(x=0.2)
+      left.legend(fontsize=6, loc='center left', bbox_to_anchor=(1, 0.5))
   shared.draw(panels, path, width=11, height=8)

@@ -30,7 +30,6 @@ from longctx.parallel import host_memory  # noqa: E402
 
 PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
          'inner_rate': inner_rate}
-NAMES = tuple(dict.fromkeys((*models.RECALL, *models.PASSKEY, *models.BOOKS)))
 
 # The first rate and seed come first, of all models. 'hour': that alone, and four passkeys.
 TIERS = {
@@ -61,9 +60,9 @@ def main() -> None:
   parser.add_argument('--out', default=os.path.join(HERE, 'results'))
   args = parser.parse_args()
   args.models = tuple(filter(None, args.models.split(',')))
-  unknown = set(args.models) - set(NAMES)
+  unknown = set(args.models) - set(models.NAMES)
   if unknown:
-    parser.error(f'--models: no {", ".join(sorted(unknown))}; there are {", ".join(NAMES)}')
+    parser.error(f'--models: no {", ".join(sorted(unknown))}; there are {", ".join(models.NAMES)}')
   if args.part == 'books' and not args.books:
     parser.error("--books: missing; --part=books reads text files, such as --books='books/*.txt'")
   host_memory.keep_freed_memory()
