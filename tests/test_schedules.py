@@ -50,7 +50,7 @@ def read(name, schedule, truncate=0, layout=None):
 
 def close(a, b, tolerance=3e-5):
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-    scale = max(1.0, float(np.abs(y).max(initial=0)))   # of none: mag's reads apart
+    scale = max(1.0, float(np.abs(y).max(initial=0)))   # some have no number
     np.testing.assert_allclose(x, y, atol=tolerance * scale, rtol=tolerance,
                                err_msg=jax.tree_util.keystr(path))
 
