@@ -1,14 +1,15 @@
-"""A transformer of 0.2 million parameters that finds a passkey; or a recurrent memory that finds it far beyond.
+"""A transformer of 0.2 million parameters that finds a passkey; or a recurrent memory in its place.
 
 Each row is one example of the task (five digits in repeated noise); its answer alone is learned.
 Command:  python -m longctx.main --config=configs/passkey.py --workdir=runs/passkey
 Then:     python -m longctx.main --config=configs/passkey.py --workdir=runs/passkey --mode=eval \
           --config.eval.tasks=passkey --config.eval.samples=1000 --config.eval.depths=10
-Memory:   the same with --config=configs/passkey.py:memory, a decoder of DeltaNet layers (arXiv:2406.06484)
-          trained on 256 to 512 tokens, and --config.eval.lengths='(512,8192)'
+Memory:   the same with --config=configs/passkey.py:memory, layers of DeltaNet (arXiv:2406.06484), and
+          --config.eval.lengths='(320,640,5120)'
 Debug:    python -m longctx.main --config=configs/passkey.py:debug --workdir=runs/debug
 Expected: all of 1,000 passkeys at 320 tokens (99.6 to 100.0 %), nothing without their context; two minutes
-          of one core. The loss stays at guessing for the first 250 steps.
+          of one core. The loss stays at guessing for the first 250 steps. Memory, after 250 steps: 32 of 32
+          at 320 and at 640 tokens, 3 of 32 at 5,120: it forgets, the more the farther back.
 """
 
 from longctx.configuration import base, check_variant
@@ -38,14 +39,9 @@ def get_config(variant: str = ''):
   config.perplexity.length = 320
   config.eval.batch_size = 32
   if variant == 'memory':
-    config.data.length = config.perplexity.length = 512
-    config.data.task_lengths = (256, 320, 384, 448, 512)
     config.model.layers = ('delta_net',)
     config.model.max_length = 65_536
-    config.model.embed_dim = 128
-    config.model.num_heads = 2
-    config.optimizer.learning_rate = 3e-3
-    config.run.num_steps = 400
+    config.run.num_steps = 500
   if variant == 'debug':
     config.data.task_loss = 'all'   # so that a few steps show
     config.data.batch_size = 4

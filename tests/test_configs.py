@@ -37,7 +37,7 @@ PARAMETERS = {
     'lstm_ptb_small:debug': 33_088,
     'passkey': 246_336,
     'passkey:debug': 13_152,
-    'passkey:memory': 432_512,
+    'passkey:memory': 249_280,
     'quickstart': 824_576,
     'quickstart:debug': 20_864,
     'ring_1m_v5e': 8_030_261_248,
