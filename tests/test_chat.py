@@ -354,7 +354,7 @@ def test_reading_a_file_then_asking(talk, tmp_path, loader):
   assert said == 'z' * 12 + '\n'   # what it read most often
   assert f'read 402 tokens of {path} in ' in told
   assert 'alice: 403 tokens seen, of any number, 3 of them waiting to be read; 1,028 bytes held; ' \
-         'never saved; model toy_models ' in told
+         'never saved; model toy ' in told
   state = store.load(tmp_path / 'store' / 'alice.lcm').arrays['state'][0]
   assert state[ord('c')] == 50
   assert state[0xff] == state[0xfe] == 1

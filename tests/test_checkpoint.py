@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longctx.errors import ConfigError
-from longctx.training import manifest
+from longctx.training import checkpoint, manifest
 from longctx.training.checkpoint import Checkpoints, best_of
 
 ROOT = Path(__file__).parents[1]
@@ -467,6 +467,12 @@ class TestFailures:
       assert c.steps() == [3]
 
   # A write of tensorstore that ends after the failure finds Orbax's event loop closed.
+  def test_a_long_reason_keeps_the_systems_error_wherever_it_stands(self):
+    long = ValueError('a' * 200 + ' [OS error 28: ENOSPC No space left on device] ' + 'z' * 400)
+    told = checkpoint._reason(long)
+    assert 'No space left on device' in told and len(told) < 250
+    assert checkpoint._reason(ValueError('b' * 200 + 'c' * 200)).endswith('c' * 200 + ' (ValueError)')
+
   @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
   def test_a_full_disk_for_real(self, tmp_path, warnings):
     disk = tmp_path / 'disk'

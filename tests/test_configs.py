@@ -79,7 +79,8 @@ def docstring(stem: str) -> str:
 
 
 DEFAULTS = {name: leaves(parse(flag(name)).to_dict()) for name in CONFIGS}
-LEAVES = [(name, leaf) for name in CONFIGS for leaf in DEFAULTS[name]]
+# Each leaf by itself of the first config that has it: a leaf is parsed alike wherever it stands.
+FIRST = {leaf: name for name in reversed(CONFIGS) for leaf in DEFAULTS[name]}
 
 
 def another(value):
@@ -101,8 +102,9 @@ def test_every_config_file_is_in_the_table():
   assert sorted([*FILES, *(f'{stem}:debug' for stem in FILES), *OTHER_VARIANTS]) == CONFIGS
 
 
-@pytest.mark.parametrize('name, leaf', LEAVES, ids=[f'{n}-{leaf}' for n, leaf in LEAVES])
-def test_every_leaf_can_be_overridden(name, leaf):
+@pytest.mark.parametrize('leaf', sorted(FIRST))
+def test_every_leaf_can_be_overridden(leaf):
+  name = FIRST[leaf]
   before = DEFAULTS[name]
   assert type(before[leaf]) in (bool, int, float, str, tuple)   # no None, no list
   literal, value = another(before[leaf])
@@ -110,6 +112,13 @@ def test_every_leaf_can_be_overridden(name, leaf):
   assert after == before | {leaf: value}
   assert after[leaf] != before[leaf]
   assert type(after[leaf]) is type(before[leaf])
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_all_leaves_of_a_config_can_be_overridden_at_once(name):
+  new = {leaf: another(value) for leaf, value in DEFAULTS[name].items()}
+  given = parse(flag(name), *(f'--config.{leaf}={literal}' for leaf, (literal, _) in new.items()))
+  assert leaves(given.to_dict()) == {leaf: value for leaf, (_, value) in new.items()}
 
 
 def test_overrides_in_every_form_a_user_writes():

@@ -21,6 +21,7 @@ import json
 import logging as python_logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -372,8 +373,9 @@ def _reason(error: BaseException) -> str:
   text = ' '.join(str(error).split())
   if isinstance(error, OSError) and error.strerror:
     text = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-  if len(text) > 300:  # tensorstore tells the system's error last
-    text = f'{text[:80]} ... {text[-200:]}'
+  if len(text) > 300:   # tensorstore tells the system's error somewhere among paths of any length
+    system = re.search(r'\[OS error [^\]]*\]', text)
+    text = f'{text[:80]} ... {system.group() if system else text[-200:]}'
   return f'{text} ({type(error).__name__})' if text else type(error).__name__
 
 
