@@ -194,7 +194,7 @@ def no_compilation_cache():
 
 
 # Of configs that differ in size alone one stands for the others.
-ALIKE = ('bert', 'books', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
+ALIKE = ('bert', 'books', 'sentiment', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
          'summarise', 'tinyshakespeare')
 # These make their examples; of all but passkeys they say how many are right, a number without a figure.
 EXAMPLES = ('passkey', 'sentiment', 'summarise', 'translate')

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -58,6 +60,17 @@ def test_recurrences(tmp_path):
   assert '"task"' not in again.stdout   # nothing was done twice
 
 
+def test_what_a_memory_recalls(tmp_path):
+  run = [sys.executable, ROOT / 'experiments' / '03_memories' / 'run.py', '--tier=smoke', '--part=recall',
+         f'--out={tmp_path}']
+  done = subprocess.run(run, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  row = json.loads((tmp_path / 'recall.jsonl').read_text())
+  assert row['state_floats'] == 2 * 2 * 32 * 33   # layers, heads, M and z
+  assert 0 <= row['accuracy_8'] <= 1 and (tmp_path / 'recall.png').stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_memories(tmp_path):
   for i in range(12):
     (tmp_path / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog\n' * 60)

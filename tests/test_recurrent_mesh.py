@@ -42,7 +42,7 @@ def alone():
 
 
 @pytest.mark.parametrize('name', [
-    'data 2, seq 2, model 2', pytest.param('seq 8', marks=pytest.mark.slow)])
+    pytest.param('data 2, seq 2, model 2', marks=pytest.mark.slow), 'seq 8'])
 def test_loss_and_gradients_are_those_of_one_device(name):
   layout = mesh.make_layout(LAYOUTS[name])
   _, params, tokens, segments = made()

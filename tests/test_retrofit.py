@@ -61,7 +61,9 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize('name', CLOSED)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in ('memorizing', 'armt') else name
+    for name in CLOSED])
 def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
   """Equal logits within a segment; and for a memory that is filled but shut, beyond it too."""
   folder, text = plain
@@ -180,6 +182,7 @@ def test_what_does_not_fit_is_named(plain, changes, message, tmp_path):
     retrofit.begin_from(a, a.init(), folder if changes else str(tmp_path / 'missing'))
 
 
+@pytest.mark.slow
 def test_a_run_whose_documents_begin_rows_is_read_on_elsewhere(plain, tmp_path):
   """Training reads whole segments side by side; inference takes the same parameters to any text."""
   config = memory_config(plain[1], long_term='infini')

@@ -22,7 +22,7 @@ DIAGONAL = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependen
             and not c.memory_layers and c.num_layers > 1]
 # Of one mechanism one variant, and of the rest those whose maps or FIFOs are their own.
 SLOW = ('relative', 'memory caching', 'cached linear', 'cached rglru', 'titans mag', 'block_recurrent',
-        'ttt', 'ttt behind a window')
+        'ttt', 'ttt behind a window', 'caching behind a window', 'two stores')
 marked = lambda names: [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
 
 
@@ -91,7 +91,7 @@ def test_the_memory_matters():
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('infini', 'rmt') else pytest.mark.slow)
+    pytest.param(name, marks=() if name == 'infini' else pytest.mark.slow)
     for name in MEMORY])
 def test_aligned_rows_give_what_rows_of_any_documents_do(name):
   """A document carried on, one that ends in padding, and one that begins; in the default schedule."""
