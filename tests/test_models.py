@@ -90,9 +90,10 @@ MODELS = {
         vocab_size=VOCAB, num_layers=1, embed_dim=16, num_heads=4, max_length=64, source_length=8,
         init_std=0.3, position='t5', layer_loop='unrolled'),
 }
-# Their parts stand in other models too, or are held by tests/test_recurrent_cells.py.
+# Their parts stand in other models too, or are held by tests of their own.
 SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal', 'titans alone',
-        'cached linear', 'cached rglru', 'relative', 'titans mac', 'titans mag', 'ttt behind a window')
+        'cached linear', 'cached rglru', 'relative', 'titans mac', 'titans mag', 'ttt behind a window',
+        'titans behind a window', 'caching behind a window', 'decays', 'normalised')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 # Rows of one document ask for nothing that rows of several do not; a kind of state each shows it.
 OF_ONE_DOCUMENT = ('decoder', 'lstm', 'delta rules', 'infini')

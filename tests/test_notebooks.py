@@ -32,6 +32,7 @@ def execute(folder: str):
   return said, figures
 
 
+@pytest.mark.slow
 def test_the_cost_of_attention_runs_from_a_clean_kernel():
   said, _ = execute('01_cost_of_attention')
   assert 'ring, 8 devices' in said
