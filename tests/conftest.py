@@ -6,10 +6,15 @@ but in tests that assert what a compiled program needs (the fixture `optimized`)
 
 import gc
 import itertools
+import os
 
 import jax
 import pytest
 
+# Eight devices share two cores, or fewer where other work goes on: XLA ends a process whose devices wait
+# longer than this for each other, 40 seconds unless told.
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                           + ' --xla_cpu_collective_call_terminate_timeout_seconds=600')
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_disable_most_optimizations', True)

@@ -76,6 +76,15 @@ def test_matrices_decay_and_norms_and_biases_do_not_though_they_are_stacked():
   assert {name for name, flag in flags.items() if flag} == DECAYING
 
 
+@pytest.mark.parametrize('name', ['u_bias', 'norm_scale', 'out_bias', 'scale', 'bias'])
+def test_vectors_of_heads_do_not_decay_nor_are_they_orthogonalised(name):
+  """TTT's and Transformer-XL's have a row a head, which is no matrix; w_gate is one."""
+  tree = {name: nnx.Param(jnp.ones((2, 3)), dims=('heads', None)),
+          'w_gate': nnx.Param(jnp.ones((2, 3)), dims=('embed', 'mlp'))}
+  assert named(optim.map_params(optim.decays, tree)) == {name: False, 'w_gate': True}
+  assert named(optim.map_params(lambda *x: optim.muon_dims(*x) is None, tree)) == {name: True, 'w_gate': False}
+
+
 def test_gates_have_a_rate_of_their_own_and_never_decay():
   tree = params()
   ones = jax.tree.map(jnp.ones_like, tree)

@@ -113,7 +113,11 @@ def read_books(pattern: str) -> tuple[np.ndarray, np.ndarray]:
   def load(kept: list[str]) -> np.ndarray:
     return np.concatenate([np.fromfile(path, np.uint8) for path in kept]).astype(np.int32)
   held = paths[3::4]
-  return load([path for path in paths if path not in held]), load(held)
+  train, held_out = load([path for path in paths if path not in held]), load(held)
+  if min(len(train), len(held_out)) <= FAR_LENGTH + 1:
+    raise SystemExit(f'--books={pattern!r}: {len(train):,} bytes to train on and {len(held_out):,} held out; '
+                     f'give files with more than {FAR_LENGTH + 1:,} of each')
+  return train, held_out
 
 
 def books(steps: int, pattern: str, rows: int = 8) -> Trial:
@@ -169,7 +173,8 @@ def compete(name: str, model: str, steps: int, rates: tuple[float, ...], seed: i
         state_floats=small_training.state_floats(config, FAR_LENGTH), loss=trained.loss,
         seconds=round(trained.seconds, 1), **trial.score(p, trained.params)))
   sign = -1 if name == 'books' else 1
-  best = max(range(len(lines)), key=lambda i: sign * lines[i][trial.chosen_by])
+  worth = [sign * line[trial.chosen_by] for line in lines]
+  best = max(range(len(lines)), key=lambda i: worth[i] if np.isfinite(worth[i]) else -np.inf)
   lines[best] |= dict(best=True, **trial.far(p, held[best]))
   jax.clear_caches()
   small_training.programs.cache_clear()

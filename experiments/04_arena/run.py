@@ -70,13 +70,20 @@ def compete_all(work: list[tuple], path: str, books: str, workers: int) -> None:
   with concurrent.futures.ProcessPoolExecutor(
       workers, mp_context=context, initializer=begin_worker, initargs=(cores,)) as pool:
     waiting = {pool.submit(arena.compete, *unit, books): unit for unit in work}
+    failed = []
     for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+      if future.exception() is not None:   # the others go on; the same command tries it again
+        failed.append(f'{waiting[future][:2]}: {future.exception()!r}')
+        print(f'failed: {failed[-1]}', file=sys.stderr, flush=True)
+        continue
       lines = future.result()
       with open(path, 'a', encoding='utf-8') as file:
         file.write(''.join(json.dumps(line) + '\n' for line in lines))
       best = next(line for line in lines if line.get('best'))
       left = (time.time() - begin) / number * (len(work) - number) / 60
       print(f'{number}/{len(work)}, {left:.0f} min left: {json.dumps(best)}', flush=True)
+  if failed:
+    raise SystemExit('not done:\n' + '\n'.join(failed))
 
 
 def main() -> None:
@@ -101,10 +108,11 @@ def main() -> None:
   os.makedirs(args.out, exist_ok=True)
   path = os.path.join(args.out, 'runs.jsonl')
   work = units(tier, models, trials, shared.read(path))
-  workers = args.workers or (1 if args.tier == 'gpu' else len(cores_of(os.cpu_count() or 1)))
+  allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  workers = args.workers or (1 if args.tier == 'gpu' else allowed)
   if work:
     compete_all(work, path, args.books, min(workers, len(work)))
-  rows = shared.read(path)
+  rows = [r for r in shared.read(path) if r['steps'] == tier['steps'][r['trial']]]   # of this tier
   print(leaderboard.table(rows), flush=True)
   leaderboard.draw(rows, args.out)
 

@@ -32,7 +32,8 @@ from longctx.errors import check, check_choice, check_range
 OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
 SCHEDULES = ('constant', 'cosine', 'linear', 'wsd', 'staircase')
 GATE = 'gate'
-NO_DECAY = ('scale', 'bias', GATE)  # parameter names that never decay, whatever their rank
+NO_DECAY = ('scale', 'bias', GATE)  # names of what never decays, whatever its rank,
+NO_DECAY_ENDS = ('_scale', '_bias')  # and their ends: norm_scale and u_bias are vectors of heads
 MUON_RMS = 0.2  # rms of Muon's update: that of Adam's, so that one learning rate serves both
 
 
@@ -185,7 +186,9 @@ def own_dims(path, param) -> tuple[str | None, ...]:
 
 def decays(path, param) -> bool:
   """True for a matrix of a layer; False for norms and biases, stacked over layers or not."""
-  return path_name(path).split('/')[-1] not in NO_DECAY and len(own_dims(path, param)) >= 2
+  name = path_name(path).split('/')[-1]
+  kept = name in NO_DECAY or name.endswith(NO_DECAY_ENDS)
+  return not kept and len(own_dims(path, param)) >= 2
 
 
 def muon_dims(path, param) -> MuonDimensionNumbers | None:

@@ -6,7 +6,7 @@
 Queries and keys meet the memory before they are turned by positions.
 Source: arXiv:2404.07143; the mathematics: longctx/memory/infini.py.
 Differs: with kv heads shared by groups of query heads, a group shares a memory; short_term > 0 writes
-what falls out of it, one segment later.
+what falls out of it, short_term tokens later.
 Held by: tests/test_models.py, tests/test_infini.py.
 
 B batch  S segments or keys  C slots of a cell  N query heads  K kv heads  H head dim
