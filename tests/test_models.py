@@ -96,7 +96,7 @@ SLOW = ('windowed', 'window of one', 'gelu learned', 'elman', 'gru', 'titans mal
         'titans behind a window', 'caching behind a window', 'decays', 'normalised')
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS]
 # Rows of one document ask for nothing that rows of several do not; a kind of state each shows it.
-OF_ONE_DOCUMENT = ('decoder', 'lstm', 'delta rules', 'infini')
+OF_ONE_DOCUMENT = ('full', 'lstm', 'delta rules', 'infini')
 CLASSES = {'decoder': decoder.Decoder, 'memory': memory_decoder.MemoryDecoder,
            'encoder_decoder': encoder_decoder.EncoderDecoder} | dict.fromkeys(recurrent.CELLS, recurrent.Recurrent)
 
