@@ -1,6 +1,7 @@
-"""Lines, intervals and the table: against tables of statistics, and what a kill leaves behind."""
+"""Lines, intervals and the table: against tables and by hand, and what a kill leaves behind."""
 
 import json
+import math
 
 import pytest
 
@@ -17,16 +18,25 @@ def test_wilson(right, n, low, high):
   assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 
-def test_the_interval_of_a_mean_is_students():
-  # 0.2, 0.4, 0.9: mean 0.5, deviation 0.36056; t of two degrees 4.30265
-  found = records.interval([0.2, 0.4, 0.9])
-  assert found == (pytest.approx(0.5), 0.0, 1.0)
-  many = records.interval([0.25, 0.75] * 6)   # deviation 0.26112, t of eleven degrees 2.20099
-  assert many.high - many.mean == pytest.approx(0.26112 * 2.20099 / 12 ** 0.5, rel=1e-3)
-  assert records.interval([0.5]) == (0.5, 0.0, 1.0)
-  # Published 97.5 % points of Student's t.
-  for freedom, t in ((1, 12.706), (5, 2.571), (6, 2.447), (9, 2.262), (30, 2.042), (120, 1.980)):
-    assert records._student(freedom) == pytest.approx(t, abs=2e-3)
+def test_the_interval_of_partial_scores_is_that_of_as_many_right_by_the_same_mean():
+  # By hand, z = 1.959964, n = 12: 0.5 -+ z / (1 + z z / 12) * sqrt(1 / 48 + z z / 576) = 0.5 -+ 0.24622
+  for scores in ([0.5] * 12, [0.25, 0.75] * 6, [0.0, 1.0] * 6):
+    assert records.interval(scores) == (0.5, pytest.approx(0.25378, abs=1e-5), pytest.approx(0.74622, abs=1e-5))
+  # n = 4, mean 0.9: (0.9 + 0.480182 -+ z * sqrt(0.0225 + 0.0600228)) / 1.960365
+  assert records.interval([0.9] * 4) == (pytest.approx(0.9), pytest.approx(0.41684, abs=1e-5),
+                                         pytest.approx(0.99125, abs=1e-5))
+  assert records.interval([0.5]) == (0.5, pytest.approx(0.05462, abs=1e-5), pytest.approx(0.94538, abs=1e-5))
+
+
+@pytest.mark.parametrize('usual, seldom', [(0.5, 0.0), (0.5, 1.0), (0.1, 0.9), (0.9, 0.0), (1.0, 0.4)])
+def test_an_interval_holds_the_mean_of_who_is_seldom_otherwise(usual, seldom):
+  """How often, exactly: of 20 scores that are mostly alike, k are others with a binomial probability."""
+  for p in (0.01, 0.03, 0.1, 0.3):
+    truth, held = usual + (seldom - usual) * p, 0.0
+    for k in range(21):
+      found = records.interval([usual] * (20 - k) + [seldom] * k)
+      held += (found.low <= truth <= found.high) * math.comb(20, k) * p ** k * (1 - p) ** (20 - k)
+    assert held > 0.92
 
 
 def line(index, score=1.0, task='passkey', length=512, key='k', **more):

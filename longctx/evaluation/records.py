@@ -30,37 +30,22 @@ class Interval(NamedTuple):
 def interval(scores: Sequence[float]) -> Interval:
   """The mean of scores from 0 to 1 and its 95 % confidence interval.
 
-  Of scores that are all 0 or 1 Wilson's (1927), which holds at the ends too; of others the mean's, by
-  Student's t for so many.
+  Wilson's (1927), which is that of scores 0 and 1. Others of the same mean spread less (their variance is
+  at most m (1 - m); Bhatia & Davis 2000): for them it is too wide if anything, and never a point, however
+  alike they are.
   """
-  n, mean = len(scores), math.fsum(scores) / len(scores)
-  if set(scores) <= {0, 1}:
-    return Interval(mean, *wilson(mean, n))
-  if n == 1:
-    return Interval(mean, 0.0, 1.0)   # one says nothing of how far they spread
-  deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in scores) / (n - 1))
-  half = _student(n - 1) * deviation / math.sqrt(n)
-  return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+  mean = math.fsum(scores) / len(scores)
+  return Interval(mean, *wilson(mean, len(scores)))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-  """The 95 % interval of the share of n that are right (Wilson 1927); all of 0 to 1 where n is 0."""
+  """The 95 % interval of the share of n that are right, or of their mean score (Wilson 1927); all of 0 to 1 where n is 0."""
   if not n:
     return 0.0, 1.0
   middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
   half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
   # The ends are within by rounding alone where all or none are right.
   return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
-
-
-def _student(freedom: int) -> float:
-  """The 97.5 % point of Student's t: Cornish and Fisher's series, exact tables where it is not."""
-  exact = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058)
-  if freedom <= len(exact):
-    return exact[freedom - 1]
-  z, v = Z, freedom
-  return (z + (z ** 3 + z) / (4 * v) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * v * v)
-          + (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / (384 * v ** 3))
 
 
 class Cell(NamedTuple):
