@@ -199,6 +199,7 @@ def define_export_flags() -> flags.FlagValues:
        'a glob of text files.')
   text('paragraphs', '', "What is asked about: '' is invented documents; or a glob of SQuAD or "
        'HotpotQA files.')
+  text('files', '', "The folder of Long Range Arena's files, for tasks lra_*.")
   return table
 
 
@@ -213,12 +214,13 @@ def export(argv: list[str]) -> None:
         'numbers with commas between, such as 1024,4096')
   for name, low in dict(samples=1, seed=0, depths=0).items():
     check_range(f'--{name}', f[name].value, low=low)
+  from longctx.data.tasks.example import SOURCES
   from longctx.data.tokenizer import load_tokenizer
   from longctx.evaluation import harness_tasks
   names = harness_tasks.export(
       f.export, tasks, lengths=[int(length) for length in lengths], samples=f.samples,
-      tokenizer=load_tokenizer(f.tokenizer), seed=f.seed, depths=f.depths, haystack=f.haystack,
-      paragraphs=f.paragraphs)
+      tokenizer=load_tokenizer(f.tokenizer), seed=f.seed, depths=f.depths,
+      sources={source: f[source].value for source in SOURCES})
   print(f'wrote {", ".join(names)}\n'
         f'lm_eval --include_path {f.export} --tasks {",".join(names)} --model ...')
 

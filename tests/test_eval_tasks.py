@@ -12,7 +12,7 @@ from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
-from longctx.evaluation import tasks
+from longctx.evaluation import report, tasks
 from longctx.evaluation.subject import Constant, Oracle
 
 ABOUT = dict(checkpoint='c', model='m', tokenizer='bytes', step=3)
@@ -67,6 +67,19 @@ def test_a_line_has_all_that_is_needed_to_ask_again(tmp_path):
     assert line['written'] == ' 12345'   # no more than an answer may take
     assert line['step'] == 3 and line['checkpoint'] == 'c'
     assert line['answer_logprob'] == pytest.approx(-6 * math.log(257)) and not line['answer_greedy']
+
+
+def test_what_no_task_reads_is_refused_and_what_one_does_not_read_is_told(tmp_path, capsys):
+  with pytest.raises(ConfigError, match=r"^eval\.haystack='noise': is read by none of parity, s3; leave it out, or "
+                                        r'name a task that reads it: passkey, '):
+    tasks.Config(tasks=('parity', 's3'), haystack='noise')
+  tasks.Config(haystack='noise')   # held-out text is read; nothing is put
+  settings = dict(tasks=('parity', 'passkey'), lengths=(300,), samples=2, haystack='noise')
+  evaluate(Constant(Bytes(), b' 1'), tmp_path, **settings)
+  assert capsys.readouterr().out.startswith(
+      "eval.haystack='noise': not read by parity, whose text is their own\n")
+  assert {line['task']: line['haystack'] for line in lines_of(tmp_path)} == dict(parity='', passkey='noise')
+  assert '--config.eval.haystack=noise' in report._settings(lines_of(tmp_path))
 
 
 def test_an_answer_is_as_long_as_its_own_example_allows(tmp_path):

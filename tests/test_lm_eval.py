@@ -376,6 +376,8 @@ def test_results_are_those_of_our_own_scorers(tmp_path, checkpoint):
      'length=8: must be at least'),
     (['--export=D', '--tasks=passkey', '--lengths=1k', '--tokenizer=bytes'],
      '--lengths=1k: must be whole numbers'),
+    (['--export=D', '--tasks=mqar', '--lengths=512', '--tokenizer=bytes', '--haystack=noise'],
+     "--haystack='noise': is read by none of mqar; leave it out"),
     (['--export=D', '--sample=3'], '--sample: unknown flag (did you mean "samples"?)'),
     (['--export=/dev/null/x', '--tasks=passkey', '--lengths=512', '--samples=1',
       '--tokenizer=bytes'],
@@ -418,7 +420,7 @@ def test_help_tells_of_both_commands(capsys):
 # Exported tasks.
 
 NO_BYTES = {'ruler_compat_vt': 'its example of 500 tokens has no room in bytes'}
-EXPORTED = sorted(name for name in set(TASKS) - set(NO_BYTES) if not TASKS[name].files)
+EXPORTED = sorted(name for name in set(TASKS) - set(NO_BYTES) if 'files' not in TASKS[name].reads)
 
 
 def test_an_exported_task_is_the_same_task(tmp_path, monkeypatch):
@@ -446,7 +448,7 @@ def everything(tmp_path_factory):
   """An example of each task, and what the written Python alone says of its target and of none."""
   folder = tmp_path_factory.mktemp('all')
   names = harness_tasks.export(str(folder), EXPORTED, lengths=[4096], samples=1, tokenizer=Bytes(),
-                               seed=0, depths=0, haystack='', paragraphs='')
+                               seed=0, depths=0, sources={})
   program = ('import json, pathlib, sys; sys.path.insert(0, "."); import longctx_tasks as t\n'
              'docs = {p.stem: json.loads(p.read_text()) for p in pathlib.Path().glob("*.jsonl")}\n'
              'score = lambda doc, text: t.process_results(doc, [text])["score"]\n'

@@ -1,5 +1,6 @@
 """Long Range Arena over files: tiny ones, written here as their makers write them."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -7,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
+from longctx import lm_eval
 from longctx.data import tokenizer
 from longctx.data.tasks import example, lra
 from longctx.errors import ConfigError
@@ -205,3 +207,21 @@ def test_files_that_are_wrong_are_named(tmp_path, name, path, text, said):
 def test_a_home_folder_is_found(files, monkeypatch):
   monkeypatch.setenv('HOME', str(pathlib.Path(files).parent))
   assert draw('lra_text', f'~/{pathlib.Path(files).name}').info['of'] == 4
+
+
+def test_lm_eval_is_given_what_is_text(files, tmp_path, capsys):
+  write = lambda *args: lm_eval.main(['longctx.lm_eval', f'--export={tmp_path}/d', '--lengths=1300', '--samples=2',
+                                      '--tokenizer=bytes', *args])
+  assert write('--tasks=lra_listops') == 2
+  assert 'lra_listops: reads files; set eval.files (in training, data.task_files; for lm_eval, --files) to' in (
+      capsys.readouterr().err)
+  assert write('--tasks=lra_image', f'--files={files}') == 2
+  assert '--tasks=lra_image: example 0 is no text but bytes' in capsys.readouterr().err
+  assert not (tmp_path / 'd').exists()
+  assert write('--tasks=lra_listops,mqar', f'--files={files}') == 0
+  said = capsys.readouterr().err
+  assert said == f'--files={files!r}: not read by mqar, whose text is their own\n'
+  lines = [json.loads(line) for line in (tmp_path / 'd/lra_listops_1300.jsonl').read_text().splitlines()]
+  assert sorted(line['target'] for line in lines) == [' 4', ' 7']
+  about = {name: (tmp_path / f'd/{name}_1300.yaml').read_text() for name in ('lra_listops', 'mqar')}
+  assert [f'"files": "{files}"' in text for text in about.values()] == [True, False]

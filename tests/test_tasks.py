@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Of ruler_compat_* lengths are bounds and examples come one after another, as in what they repeat
 # byte for byte: tests/test_task_ruler_compat.py.
 # What reads a benchmark's own files is held by the tests of its file, with such files.
-NAMES = sorted(name for name in TASKS if TASKS[name].exact and not TASKS[name].files)
+NAMES = sorted(name for name in TASKS if TASKS[name].exact and 'files' not in TASKS[name].reads)
 MANY = 48                      # examples by which depths and floors are judged
 SURE = 1.95 / np.sqrt(MANY)    # Kolmogorov's bound, passed by chance once in a thousand
 
@@ -42,18 +42,6 @@ NOT_UNIFORM = {
     **dict.fromkeys(BABILONG, 'all facts are scattered evenly, the needed ones in their order'),
     'ruler_vt': 'its first needle is the first of five',
     'selective_copy': 'its first needle is the first of eight',
-}
-# eval.haystack is not read.
-OWN_TEXT = {
-    **dict.fromkeys(['mqar', 'segment_recall', 'segment_rewrite', 'selective_copy', 'induction',
-                     'parity', 's3',
-                     'listops'], 'the noise belongs to the task'),
-    **dict.fromkeys(['ruler_niah_single_1', 'ruler_vt'], 'the noise is that of the benchmark'),
-    **dict.fromkeys(['ruler_niah_multikey_2', 'ruler_niah_multikey_3', 'ruler_cwe', 'ruler_fwe',
-                     'ruler_qa_1',
-                     'ruler_qa_2'], 'it consists of like parts, made for it'),
-    **dict.fromkeys(['json_kv', 'mrcr_2', 'mrcr_4', 'mrcr_8'], 'it consists of like parts, made '
-                                                               'for it'),
 }
 PROSE = ('Call me what you like, she said. The old road went down to the harbour! Did anybody see '
          'it? Each of the '
@@ -228,11 +216,20 @@ def test_any_text_can_be_the_haystack(name, books):
     encoded = TOKENIZERS[tok]().encode(one.prompt)
     assert 1 + len(encoded) + one.new_tokens == length
     one.prompt.decode('utf-8')   # no character is cut
-    assert (one == own) == (name in OWN_TEXT)
-    if name in OWN_TEXT:
+    assert (one == own) == ('haystack' not in TASKS[name].reads)
+    if one == own:
       return
     assert ' Line ' in one.prompt.decode()
     assert TASKS[name].score(one.target.decode(), one) == 1
   with pytest.raises(ConfigError,
                      match=r"^eval\.haystack='.*none\*': no file matches; give a glob"):
     draw(name, length, haystack=f'{books}/none*')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_paragraphs_are_read_where_the_task_says_so(name):
+  try:
+    same = draw(name, short(name), paragraphs='none*.json') == draw(name, short(name))
+  except ConfigError as e:
+    same = not str(e).startswith("eval.paragraphs='none*.json': no file matches")
+  assert same == ('paragraphs' not in TASKS[name].reads)

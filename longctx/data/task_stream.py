@@ -16,7 +16,7 @@ import numpy as np
 
 from longctx.data.stream import DTYPES
 from longctx.data.tasks.example import Example, example, generator
-from longctx.data.tasks.table import TASKS
+from longctx.data.tasks.table import TASKS, unread
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import check_choice
 
@@ -30,6 +30,7 @@ class Examples:
   def __init__(self, config: Any, tokenizer: Tokenizer, split: str, seed: int):
     for name in config.tasks:
       check_choice('data.tasks', name, TASKS)
+    unread(config.tasks, dict(haystack=config.task_haystack, files=config.task_files), 'data.task_{}')
     self.tokenizer = tokenizer
     self._config, self._names = config, (split, seed)
     self._lengths = config.task_lengths or (config.length,)

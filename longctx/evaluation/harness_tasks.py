@@ -11,14 +11,13 @@ Held by: tests/test_lm_eval.py.
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from longctx.data.tasks import babilong_metric, scoring
-from longctx.data.tasks.example import Example, Task, example
-from longctx.data.tasks.table import TASKS
+from longctx.data.tasks.example import Example, depth_of, example
+from longctx.data.tasks.table import TASKS, unread
 from longctx.data.tokenizer import SPACE, Bytes, SentencePiece, Tokenizer
 from longctx.errors import ConfigError, check_choice
 from longctx.evaluation import exported
@@ -47,8 +46,8 @@ metadata: {metadata}
 
 
 def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples: int,
-           tokenizer: Tokenizer, seed: int, depths: int, haystack: str,
-           paragraphs: str) -> list[str]:
+           tokenizer: Tokenizer, seed: int, depths: int,
+           sources: Mapping[str, str]) -> list[str]:
   """Writes tasks into a folder; returns the names that lm_eval knows them by.
 
   Args:
@@ -56,24 +55,28 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
     names: of tasks.
     lengths, samples: so many examples of each task and length.
     tokenizer: counts the lengths.
-    seed, depths, haystack, paragraphs: as in section eval of a config.
+    seed, depths: as in section eval of a config.
+    sources: each of example.SOURCES, likewise.
   """
   for name in names:
     check_choice('--tasks', name, TASKS)
-  where = np.linspace(0, 1, depths).tolist() if depths > 1 else [0.5 if depths else None]
-  made = {   # all before any is written: a length may be too short
+  for told in unread(names, sources, '--{}'):
+    print(told, file=sys.stderr)
+  made = {   # all before any is written: a length may be too short, or an example no text
       (name, length): [
-          example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
-                  depth=where[index % len(where)], haystack=haystack, paragraphs=paragraphs)
+          _line(name, index, example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
+                                     depth=depth_of(index, depths), **sources))
           for index in range(samples)]
       for name in names for length in lengths}
   try:
     _write_python(pathlib.Path(folder))
-    for (name, length), examples in made.items():
+    for (name, length), lines in made.items():
       about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint,
-                   seed=seed, depths=depths, haystack=haystack, paragraphs=paragraphs,
+                   seed=seed, depths=depths,
+                   **{source: value if source in TASKS[name].reads else ''
+                      for source, value in sources.items()},
                    floor=TASKS[name].floor, source=TASKS[name].source)
-      _write(pathlib.Path(folder), name, length, examples, about)
+      _write(pathlib.Path(folder), name, length, lines, about)
   except OSError as e:
     raise ConfigError(f'--export={folder}: cannot be written: {e.strerror}; give another '
                       'folder') from e
@@ -95,24 +98,29 @@ def _stem(module: str) -> str:
   return module.rpartition('.')[2]
 
 
-def _write(folder: pathlib.Path, name: str, length: int, examples: Sequence[Example],
+def _write(folder: pathlib.Path, name: str, length: int, lines: Sequence[dict],
            about: dict[str, Any]) -> None:
   file = f'{name}_{length}.jsonl'
-  lines = [json.dumps(_line(index, TASKS[name], one), ensure_ascii=False)
-           for index, one in enumerate(examples)]
-  atomic_write(folder / file, '\n'.join([*lines, '']).encode())
+  text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+  atomic_write(folder / file, text.encode())
   text = YAML.format(name=f'longctx_{name}_{length}', tag=f'longctx_{name}', file=file,
-                     new_tokens=max(one.new_tokens for one in examples),
+                     new_tokens=max(line['new_tokens'] for line in lines),
                      metadata=json.dumps(about))
   atomic_write(folder / f'{name}_{length}.yaml', text.encode())
 
 
-def _line(index: int, task: Task, one: Example) -> dict[str, Any]:
-  module, name = task.score.__module__, task.score.__name__
+def _line(task: str, index: int, one: Example) -> dict[str, Any]:
+  score = TASKS[task].score
+  module, name = score.__module__, score.__name__
   if module not in [known.__name__ for known in SCORES]:
     raise AssertionError(f'{module}.{name}: a score must stand in one of harness_tasks.SCORES')
+  try:
+    prompt = one.prompt.decode()
+  except UnicodeDecodeError as e:
+    raise ConfigError(f'--tasks={task}: example {index} is no text but bytes ({e}), which lm_eval '
+                      'cannot be given; leave the task out') from e
   return dict(
-      index=index, prompt=one.prompt.decode(), question=one.question, target=one.target.decode(),
+      index=index, prompt=prompt, question=one.question, target=one.target.decode(),
       references=list(one.references), new_tokens=one.new_tokens, depth=one.depth,
       needles=[list(span) for span in one.needles], scorer=f'{_stem(module)}.{name}',
       info=json.dumps(dict(one.info)))   # a string: data sets want like fields in every line

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longctx.data.tasks.example import Example, example
+from longctx.data.tasks.example import SOURCES, Example, example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.draw import accuracy, curve, heatmap, position
@@ -239,7 +239,7 @@ def remake(line: dict, tokenizer: Tokenizer) -> Example:
   """The example that a line is of; ConfigError where it cannot be made again."""
   task = line['task']
   check(task in TASKS, f'{task}: is no task of this version of longctx')
-  settings = {name: line[name] for name in ('haystack', 'paragraphs', 'files') if name in line}
+  settings = {name: line[name] for name in SOURCES if name in line}
   made = example(
     task,
     TASKS[task],
@@ -363,7 +363,8 @@ def _settings(lines: list[dict]) -> list[str]:
   flags = dict(tasks=names, lengths=lengths, samples=1 + max(line['index'] for line in lines),
                seed=first['seed'], depths=0 if None in asked else len(asked),
                controls=first.get('control_score') is not None, answers='answer_logprob' in first)
-  flags |= {name: first[name] for name in ('haystack', 'paragraphs') if first.get(name)}
+  # A line has the sources alone that its task reads.
+  flags |= {name: line[name] for line in lines for name in SOURCES if line.get(name)}
   if any(line['too_long'] for line in lines):
     flags['too_long'] = 'count'
   return [f'--config.eval.{name}={value}' for name, value in flags.items()]

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx.data.tasks.example import Example, example
-from longctx.data.tasks.table import TASKS
+from longctx.data.tasks.example import SOURCES, Example, depth_of, example
+from longctx.data.tasks.table import TASKS, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
 from longctx.evaluation import records
 from longctx.evaluation.subject import Subject
@@ -55,6 +55,14 @@ class Config:
     check(self.depths <= self.samples, f'eval.depths={self.depths}: must be at most eval.samples='
           f'{self.samples}, or some depths have no example')
     check_choice('eval.too_long', self.too_long, ('error', 'count'))
+    self.unread()   # refuses what no task reads
+
+  def sources(self) -> dict[str, str]:
+    return {source: getattr(self, source) for source in SOURCES}
+
+  def unread(self) -> list[str]:
+    """Which of the sources given some tasks do not read."""
+    return unread(self.tasks, self.sources(), 'eval.{}') if self.tasks else []
 
 
 def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> None:
@@ -85,6 +93,8 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   """
   check_lengths(config, lengths, subject.max_length)
   main = jax.process_index() == 0
+  for told in config.unread() if main else ():
+    print(told, flush=True)
   kept = processes.together(
       lambda: records.Records(folder, settings_key(config, about), enabled=main))
   maker = _Maker(subject, config, lengths)
@@ -136,10 +146,9 @@ class _Maker:
 
   def make(self, task: str, length: int, index: int) -> Asked:
     c = self.config
-    depth = float(np.linspace(0, 1, c.depths)[index % c.depths]) if c.depths > 1 else (
-        0.5 if c.depths else None)
+    depth = depth_of(index, c.depths)
     made = example(task, TASKS[task], self.tokenizer, length=length, index=index, seed=c.seed,
-                   depth=depth, haystack=c.haystack, paragraphs=c.paragraphs, files=c.files)
+                   depth=depth, **c.sources())
     return Asked(task, length, index, depth, made, _tokens(self.tokenizer, made.prompt))
 
   def batches(self, done: set[tuple]) -> Iterator[list[Asked]]:
@@ -201,7 +210,8 @@ def _written(subject: Subject, prompts: list[np.ndarray], batch: list[Asked], ro
 def _line(config: Config, one: Asked, **answer: Any) -> dict:
   """What an example was, and how it was answered."""
   return dict(task=one.task, length=one.length, index=one.index, seed=config.seed,
-              haystack=config.haystack, paragraphs=config.paragraphs, files=config.files,
+              **{source: value if source in TASKS[one.task].reads else ''
+                 for source, value in config.sources().items()},
               depth_asked=one.depth, depth=one.made.depth,
               prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
               new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)

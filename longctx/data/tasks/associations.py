@@ -92,7 +92,9 @@ def association(draw: Draw, name: str, steps: int) -> Example:
 SOURCE = 'after Modarressi et al. 2025 (NoLiMa), arXiv:2502.05167; facts and words are our own'
 TASKS = {
     'association': Task(make=lambda draw: association(draw, 'association', 1),
-                        score=scoring.first_choice, floor=1 / PEOPLE, source=SOURCE),
+                        score=scoring.first_choice, floor=1 / PEOPLE, source=SOURCE,
+                        reads=('haystack',)),
     'association2': Task(make=lambda draw: association(draw, 'association2', 2),
-                         score=scoring.first_choice, floor=1 / PEOPLE, source=SOURCE),
+                         score=scoring.first_choice, floor=1 / PEOPLE, source=SOURCE,
+                        reads=('haystack',)),
 }

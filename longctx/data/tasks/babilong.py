@@ -135,6 +135,7 @@ FLOORS = {
 TASKS = {
     f'babilong_qa{number}': Task(
         make=functools.partial(babilong, number=number), score=score, floor=FLOORS[number],
+        reads=('haystack',),
         source='BABILong, arXiv:2406.10149, on bAbI, arXiv:1502.05698; stories and prompt our own')
     for number in sorted(STORIES)
 }

@@ -42,6 +42,10 @@ class Example:
     return self.prompt[self.question:]
 
 
+# What a task may be given text by; the fields of Draw.
+SOURCES = ('haystack', 'paragraphs', 'files')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:
   """What an example is made from."""
@@ -76,7 +80,7 @@ class Task:
     published: 'model at length' -> score in percent, where there is a number to compare with.
     exact: whether lengths are met exactly; else they are bounds, as in the benchmark that is
       repeated, and do not count the separator.
-    files: whether it reads the files of a benchmark, which must be given.
+    reads: which of SOURCES it reads, where they are given; it cannot do without 'files'.
   """
 
   make: Callable[[Draw], Example]
@@ -85,13 +89,20 @@ class Task:
   source: str
   published: Mapping[str, float] = dataclasses.field(default_factory=dict)
   exact: bool = True
-  files: bool = False
+  reads: tuple[str, ...] = ()
 
 
 def generator(*names: Any) -> np.random.Generator:
   """Numbers that depend on the names alone."""
   key = hashlib.sha256(repr(names).encode()).digest()[:16]
   return np.random.Generator(np.random.Philox(key=int.from_bytes(key, 'little')))
+
+
+def depth_of(index: int, depths: int) -> float | None:
+  """Where the needle of example `index` is asked for: `depths` places from 0 to 1 in turn; 0: anywhere."""
+  if depths < 2:
+    return 0.5 if depths else None
+  return float(np.linspace(0, 1, depths)[index % depths])
 
 
 def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: Any = 0,

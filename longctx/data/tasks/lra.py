@@ -207,7 +207,7 @@ def _order(*names) -> np.ndarray:
 
 def make(draw: Draw, name: str, split: str) -> Example:
   kind, full = KINDS[name], name if split == 'test' else f'{name}_{split}'
-  check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files) to '
+  check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files; for lm_eval, --files) to '
         'the folder that holds them, see longctx/data/tasks/lra.py')
   items = _items(name, draw.files, split)
   new_tokens = 1 + max(map(len, kind.labels))
@@ -239,7 +239,7 @@ PUBLISHED = {'lra_listops': (36.37, 2000), 'lra_text': (64.27, 4000),
 # Floors: of sets with as many of each label; of ListOps, the most frequent answer.
 TASKS = {
     name + suffix: Task(
-        make=functools.partial(make, name=name, split=split), score=scoring.exact, files=True,
+        make=functools.partial(make, name=name, split=split), score=scoring.exact, reads=('files',),
         floor=0.17 if name == 'lra_listops' else 1 / len(kind.labels),
         source='Long Range Arena, arXiv:2011.04006',
         published={f'Transformer at {PUBLISHED[name][1]}': PUBLISHED[name][0]})

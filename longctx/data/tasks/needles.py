@@ -142,10 +142,10 @@ def niah(draw: Draw, name: str, hidden_cities: int, asked: int) -> Example:
 
 LWM = 'Liu et al. 2024, arXiv:2402.08268, scripts/eval_needle.py'
 TASKS = {
-    'passkey': Task(make=passkey, score=scoring.first_number, floor=1 / 90_000,
+    'passkey': Task(make=passkey, score=scoring.first_number, floor=1 / 90_000, reads=('haystack',),
                     source='Mohtashami & Jaggi 2023, arXiv:2305.16300'),
     'niah': Task(make=lambda draw: niah(draw, 'niah', 1, 1), score=scoring.match_all,
-                 floor=1 / 9_000_000, source=LWM),
+                 floor=1 / 9_000_000, source=LWM, reads=('haystack',)),
     'niah_multi': Task(make=lambda draw: niah(draw, 'niah_multi', 4, 2), score=scoring.match_all,
-                       floor=1 / 9_000_000, source=LWM),
+                       floor=1 / 9_000_000, source=LWM, reads=('haystack',)),
 }

@@ -181,6 +181,7 @@ NEEDLES = {
     'niah_multivalue': functools.partial(essay, values=4),
     'niah_multiquery': functools.partial(essay, keys=4, queries=4),
 }
+ESSAYS = ('niah_single_2', 'niah_single_3', 'niah_multikey_1', 'niah_multivalue', 'niah_multiquery')
 # One guess for each answer asked for; any of four answers is right wherever it is said.
 UUID = 2.0 ** -122
 FLOORS = {'niah_single_3': UUID, 'niah_multikey_3': UUID, 'niah_multivalue': 4 / 9e6,
@@ -191,6 +192,7 @@ def _task(name: str) -> Task:
   return Task(
       make=lambda draw: NEEDLES[name](draw, f'ruler_{name}'), score=scoring.match_all,
       floor=FLOORS.get(name, 1 / 9e6), published=ruler_prompts.published(name),
+      reads=('haystack',) if name in ESSAYS else (),
       source='NVIDIA/RULER, scripts/data/synthetic/niah.py, balanced')
 
 

@@ -101,7 +101,7 @@ def _task(name: str, kind: str, hops: int) -> Task:
   make: Callable[[Draw], Example] = lambda draw: (
       from_files(draw, name, kind) if draw.paragraphs else synthetic(draw, name, hops))
   return Task(
-      make=make, score=scoring.match_part,
+      make=make, score=scoring.match_part, reads=('paragraphs',),
       floor=float(np.mean([1 / number for _, number in FACTS.values()])),   # a guess
       source=f'NVIDIA/RULER, scripts/data/synthetic/qa.py, balanced; {kind} where eval.paragraphs '
       'names it, else synthetic, of which the floor is',
