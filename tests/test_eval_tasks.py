@@ -45,6 +45,19 @@ def test_an_oracle_scores_a_hundred_and_its_control_nothing(tmp_path, capsys):
   assert capsys.readouterr().out.endswith(table)
 
 
+def test_scores_of_ruler_stand_beside_the_published_ones(tmp_path, capsys):
+  evaluate(Oracle(Bytes(), examples(('ruler_niah_single_1',), (1024,), 2)), tmp_path,
+           tasks=('ruler_niah_single_1', 'parity'), lengths=(1024,), samples=2)
+  said = (tmp_path / 'tasks.md').read_text()
+  assert capsys.readouterr().out.endswith(said)
+  assert '| ruler_niah_single_1 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |' in said
+  assert 'average 100.0, wAvg. (inc) 100.0, wAvg. (dec) 100.0, effective length 1,024' in said
+  (tmp_path / 'config.json').write_text(json.dumps(dict(
+      model=dict(name='decoder'), data=dict(length=1024, tokenizer='bytes'))))
+  page = report.render(str(tmp_path)).decode()
+  assert 'published: GPT-4-1106-preview at 4096</th>' in page and 'wAvg. (inc) 100.0' in page
+
+
 def test_who_says_one_thing_scores_the_floor(tmp_path):
   one, = evaluate(Constant(Bytes(), b' even'), tmp_path, samples=400, batch_size=100)
   assert one.score.low < TASKS['parity'].floor < one.score.high

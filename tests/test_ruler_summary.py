@@ -1,9 +1,11 @@
-"""Averages and effective lengths of rows of RULER's published table (its README at c3f5e3b)."""
+"""Averages and effective lengths of rows of RULER's published table (its README at c3f5e3b), and
+scores beside published ones."""
 
 import pytest
 
 from longctx.errors import ConfigError
-from longctx.evaluation.ruler_summary import average, effective_length, weighted_average
+from longctx.evaluation.records import Cell, Interval
+from longctx.evaluation.ruler_summary import average, compared, effective_length, weighted_average
 
 LENGTHS = [4096 * 2**i for i in range(6)]
 # Model: (scores of 4K to 128K, average, wAvg. (inc), wAvg. (dec), effective length).
@@ -43,3 +45,43 @@ def test_scores_that_are_none_are_refused():
     average({})
   with pytest.raises(ConfigError, match=r'scores_by_length\[4096\]=101: must be at least 0'):
     effective_length({4096: 101})
+
+
+def cell(task, length, score):
+  interval = None if score is None else Interval(score, score, score)
+  return Cell(task, length, interval, None, None, 0 if score is None else 10, 10 if score is None else 0)
+
+
+# Means of the thirteen at 4,096 as RULER's README has them: 96.6 and 92.2 (Phi3-mini).
+RULER = ('niah_single_1', 'niah_single_2', 'niah_single_3', 'niah_multikey_1', 'niah_multikey_2',
+         'niah_multikey_3', 'niah_multivalue', 'niah_multiquery', 'vt', 'cwe', 'fwe', 'qa_1', 'qa_2')
+
+
+def test_thirteen_tasks_are_summed_up_beside_the_published_models():
+  found = [cell(f'ruler_{name}', length, score) for name in RULER
+           for length, score in ((4096, 1.0 if name != 'vt' else 0.35), (512, 0.9), (16384, 0.5 if name != 'qa_2' else None))]
+  table, = compared([cell('passkey', 4096, 1.0), *found])
+  assert table.columns == [
+      'task', '512', '4,096', '16,384', 'published: GPT-4-1106-preview at 4096', 'published: Phi-3-mini-128k at 4096',
+      'published: Phi-3-mini-128k at 8192', 'published: Phi-3-mini-128k at 16384']
+  assert table.rows[8] == ['ruler_vt', '90.0', '35.0', '50.0', '100.0', '97.1', '99.3', '99.3']
+  assert table.rows[12] == ['ruler_qa_2', '90.0', '100.0', '-', '70.0', '54.2', '53.0', '50.2']
+  # 16,384 has no score of one task, and so no mean.
+  assert table.rows[13][:6] == ['mean of 13', '90.0', '95.0', '-', '96.6', '92.2'] and len(table.rows) == 14
+  # (90 + 95) / 2; (90 + 2 * 95) / 3; (2 * 90 + 95) / 3
+  assert table.notes[1:] == [
+      "RULER's summary over 2 lengths: average 92.5, wAvg. (inc) 93.3, wAvg. (dec) 91.7, effective length 4,096 "
+      "(the longest whose mean is at least 85.6, Llama-2-7B-chat's at 4,096)."]
+  assert table.markdown().splitlines()[2:4] == ['| ' + ' | '.join(table.columns) + ' |', '| --- |' + ' ---: |' * 7]
+
+
+def test_a_part_of_the_tasks_is_called_so_and_forms_are_kept_apart():
+  exact, balanced, arena = compared([
+      cell('ruler_vt', 4096, 0.5), cell('lra_text', 4000, 0.7), cell('lra_image', 4000, None),
+      cell('ruler_compat_vt', 4096, 0.9)])
+  assert balanced.rows[0][:2] == ['ruler_vt', '50.0'] and exact.rows[0][:2] == ['ruler_compat_vt', '90.0']
+  assert 'effective length none' in balanced.notes[1] and 'effective length 4,096' in exact.notes[1]
+  assert balanced.notes[1].endswith('Of 1 of the 13 tasks: not to be compared with means of all.')
+  assert arena.columns == ['task', '4,000', 'published: Transformer at 1024', 'published: Transformer at 4000']
+  assert arena.rows == [['lra_text', '70.0', '-', '64.3'], ['lra_image', '-', '42.4', '-'], ['mean of 2', '-', '-', '-']]
+  assert compared([cell('passkey', 4096, 1.0), cell('ruler_of_old', 512, 1.0)]) == []

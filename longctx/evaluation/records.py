@@ -75,9 +75,18 @@ def cells(lines: Iterable[dict]) -> list[Cell]:
   return made
 
 
+def percent(x: float | None) -> str:
+  """Of a part of 1."""
+  return '-' if x is None else f'{100 * x:.1f}' if x == 0 or x >= 5e-4 else f'{100 * x:.1g}'
+
+
+def markdown(columns: Sequence[str], rules: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table; `rules` are '---' and '---:'."""
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (columns, rules, *rows))
+
+
 def table(found: Sequence[Cell], floors: dict[str, float]) -> str:
   """Markdown, in percent; the columns of what was asked of no cell are left out."""
-  percent = lambda x: '-' if x is None else f'{100 * x:.1f}' if x == 0 or x >= 5e-4 else f'{100 * x:.1g}'
   columns = [
       ('task', '---', lambda c: c.task),
       ('length', '---:', lambda c: f'{c.length:,}'),
@@ -93,9 +102,8 @@ def table(found: Sequence[Cell], floors: dict[str, float]) -> str:
             'nats of the answer': all(c.logprob is None for c in found),
             'too long': not any(c.too_long for c in found)}
   columns = [column for column in columns if not unused.get(column[0])]
-  row = lambda values: '| ' + ' | '.join(values) + ' |'
-  return '\n'.join([row([name for name, _, _ in columns]), row([rule for _, rule, _ in columns]),
-                    *(row([cell(c) for _, _, cell in columns]) for c in found)])
+  return markdown([name for name, _, _ in columns], [rule for _, rule, _ in columns],
+                  [[cell(c) for _, _, cell in columns] for c in found])
 
 
 class Records:

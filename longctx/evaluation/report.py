@@ -20,7 +20,7 @@ from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.draw import accuracy, curve, heatmap, position
 from longctx.errors import ConfigError, check
-from longctx.evaluation import page, records
+from longctx.evaluation import page, records, ruler_summary
 from longctx.files import atomic_write
 
 BANDS = 10      # of depth, where depths were drawn and not asked for
@@ -133,20 +133,14 @@ def _about(config: dict, lines: Sequence[dict], held_out: dict | None) -> str:
 # Tasks.
 
 
-def _percent(x: float | None) -> str:
-  if x is None:
-    return '-'
-  return f'{100 * x:.1f}' if x == 0 or x >= 5e-4 else f'{100 * x:.1g}'
-
-
 def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
   cells = records.cells(lines)
   known = {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS}
   columns = ['task', 'length', 'score, %', '95 % interval', 'guessing', 'without context', 'n']
   columns.append('too long')
-  rows = [[c.task, f'{c.length:,}', _percent(c.score and c.score.mean),
-           '-' if c.score is None else f'{_percent(c.score.low)} to {_percent(c.score.high)}',
-           _percent(known.get(c.task)), _percent(c.control), f'{c.count:,}', f'{c.too_long:,}']
+  rows = [[c.task, f'{c.length:,}', records.percent(c.score and c.score.mean),
+           '-' if c.score is None else f'{records.percent(c.score.low)} to {records.percent(c.score.high)}',
+           records.percent(known.get(c.task)), records.percent(c.control), f'{c.count:,}', f'{c.too_long:,}']
           for c in cells]
   parts = [
     page.heading('Tasks'),
@@ -158,6 +152,9 @@ def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
       soft=True,
     ),
   ]
+  for beside in ruler_summary.compared(cells):
+    parts += [f'<h3>{page.text(beside.title)}</h3>', page.table(beside.columns, beside.rows),
+              *(page.paragraph(note, soft=True) for note in beside.notes)]
   if others:
     parts.append(
       page.paragraph(

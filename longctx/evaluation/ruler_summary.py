@@ -8,14 +8,26 @@ i-th of n lengths, from short to long:
     wAvg. (dec)            sum of (n + 1 - i) s_i / sum of i: who reads short ones
     effective length       the longest whose s_i is at least 85.6, Llama-2-7B-chat's at 4096
 
+`compared` puts a model's scores beside the published ones, of any benchmark whose tasks have these.
 Held by: tests/test_ruler_summary.py (rows of the published table).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from longctx.data.tasks.table import TASKS
 from longctx.errors import check, check_range
+from longctx.evaluation import records
 
 THRESHOLD = 85.6
+FAMILIES = ('ruler_compat_', 'ruler_', 'lra_')   # begins of names; a task is of the first that fits
+NUM_TASKS = 13
+FORMS = {
+    'ruler_': "Published: of NVIDIA's form. Here needles stand in synthetic text unless eval.haystack names a "
+              'text, and documents are invented unless eval.paragraphs names SQuAD and HotpotQA.',
+    'ruler_compat_': "Published: of the same form, byte for byte but for the tokenizer's tokens.",
+    'lra_': 'Published: of models trained on the task.'}
 
 
 def _scores(scores_by_length: Mapping[int, float]) -> list[float]:
@@ -45,3 +57,71 @@ def weighted_average(scores_by_length: Mapping[int, float], *, rising: bool) -> 
   scores = _scores(scores_by_length)
   weights = range(1, len(scores) + 1) if rising else range(len(scores), 0, -1)
   return sum(w * s for w, s in zip(weights, scores)) / sum(weights)
+
+
+class Compared(NamedTuple):
+  """A table, what stands above it and what has to be said of it."""
+
+  title: str
+  columns: list[str]
+  rows: list[list[str]]
+  notes: list[str]
+
+  def markdown(self) -> str:
+    table = records.markdown(self.columns, ['---'] + ['---:'] * (len(self.columns) - 1), self.rows)
+    return '\n\n'.join([f'{self.title}', table, *self.notes])
+
+
+def compared(found: Sequence[records.Cell]) -> list[Compared]:
+  """For each benchmark put whose tasks have published numbers: scores by length, these, and the means.
+
+  Of RULER its summary too. A mean is of all tasks that were put, or none is given.
+  """
+  tables = []
+  for family in FAMILIES:
+    names = [name for name in dict.fromkeys(c.task for c in found) if _family(name) == family]
+    if names and any(TASKS[name].published for name in names):
+      tables.append(_beside(family, names, found))
+  return tables
+
+
+def _family(name: str) -> str | None:
+  return next((family for family in FAMILIES if name.startswith(family)), None) if name in TASKS else None
+
+
+def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> Compared:
+  ours = {(c.task, c.length): 100 * c.score.mean for c in found if c.score is not None}
+  lengths = sorted({c.length for c in found if c.task in names})
+  models = sorted({model for name in names for model in TASKS[name].published}, key=_by_model)
+  value = lambda name, column: (
+      ours.get((name, column)) if isinstance(column, int) else TASKS[name].published.get(column))
+  columns, means = [*lengths, *models], {}
+  for column in columns:
+    each = [value(name, column) for name in names]
+    means[column] = None if None in each else sum(each) / len(each)
+  said = lambda x: '-' if x is None else f'{x:.1f}'
+  rows = [[name, *(said(value(name, column)) for column in columns)] for name in names]
+  rows.append([f'mean of {len(names)}', *(said(means[column]) for column in columns)])
+  scores = {length: means[length] for length in lengths if means[length] is not None}
+  notes = [FORMS[family], *(_summary(scores, len(names)) if family != 'lra_' else [])]
+  return Compared(f'{family}*: score, %, by length, and published', [
+      'task', *(f'{length:,}' for length in lengths), *(f'published: {model}' for model in models)], rows, notes)
+
+
+def _by_model(name: str) -> tuple[str, int]:
+  """'model at length' in order of the model, then of the length."""
+  model, length = re.fullmatch(r'(.*) at (\d+)', name).groups()
+  return model, int(length)
+
+
+def _summary(scores: Mapping[int, float], count: int) -> list[str]:
+  if not scores:
+    return []
+  effective = effective_length(scores)
+  few = '' if count == NUM_TASKS else (
+      f' Of {count} of the {NUM_TASKS} tasks: not to be compared with means of all.')
+  left = f'over {len(scores)} length{"s" * (len(scores) > 1)}'
+  return [f'RULER\'s summary {left}: average {average(scores):.1f}, wAvg. (inc) '
+          f'{weighted_average(scores, rising=True):.1f}, wAvg. (dec) {weighted_average(scores, rising=False):.1f}, '
+          f'effective length {"none" if effective is None else f"{effective:,}"} (the longest whose mean is at '
+          f"least {THRESHOLD}, Llama-2-7B-chat's at 4,096).{few}"]

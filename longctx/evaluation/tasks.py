@@ -20,7 +20,7 @@ import numpy as np
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
-from longctx.evaluation import records
+from longctx.evaluation import records, ruler_summary
 from longctx.evaluation.subject import Subject
 from longctx.training import processes
 
@@ -109,7 +109,8 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   wanted = [one for one in maker.identities() if main]
   found = records.cells(kept.lines[one] for one in wanted)
   if main:
-    text = records.table(found, {name: TASKS[name].floor for name in config.tasks})
+    text = '\n\n'.join([records.table(found, {name: TASKS[name].floor for name in config.tasks}),
+                        *(one.markdown() for one in ruler_summary.compared(found))])
     print(text, flush=True)
     kept.write_table(text + '\n')
   return found

@@ -242,6 +242,6 @@ TASKS = {
         make=functools.partial(make, name=name, split=split), score=scoring.exact, reads=('files',),
         floor=0.17 if name == 'lra_listops' else 1 / len(kind.labels),
         source='Long Range Arena, arXiv:2011.04006',
-        published={f'Transformer at {PUBLISHED[name][1]}': PUBLISHED[name][0]})
+        published={} if suffix else {f'Transformer at {PUBLISHED[name][1]}': PUBLISHED[name][0]})
     for name, kind in KINDS.items() for split, suffix in (('test', ''), ('train', '_train'))
 }
