@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import re
+import string
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from longctx.data import tokenizer
-from longctx.data.tasks import example, haystack
+from longctx.data.tasks import example, haystack, paragraphs, words
 from longctx.data.tasks.table import TASKS
 from longctx.errors import ConfigError
 
@@ -25,7 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # byte for byte: tests/test_task_ruler_compat.py.
 # What reads a benchmark's own files is held by the tests of its file, with such files.
 NAMES = sorted(name for name in TASKS if TASKS[name].exact and 'files' not in TASKS[name].reads)
-MANY = 48                      # examples by which depths and floors are judged
+MANY = 48                      # examples by which depths are judged
 SURE = 1.95 / np.sqrt(MANY)    # Kolmogorov's bound, passed by chance once in a thousand
 
 BABILONG = [name for name in NAMES if name.startswith('babilong_')]
@@ -181,21 +182,74 @@ def test_depths_are_uniform_and_where_they_were_asked_for(name):
   assert starts == sorted(set(starts))
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_a_guesser_scores_the_floor(name):
-  task, half = TASKS[name], MANY // 2
-  assert 0 <= task.floor < 1
-  if 'choices' in many(name)[0].info:
-    scores = [np.mean([task.score(said, one) for said in one.info['choices']])
-              for one in many(name)]
-    sure = 3.5 * np.std(scores) / np.sqrt(MANY) + 1e-9
-  else:
-    said = [one.target.decode() for one in many(name)]
-    scores = [task.score(max(set(said[:half]), key=said[:half].count), one)
-              for one in many(name)[half:]]
-    # once by chance, if hardly ever
-    sure = 3.5 * np.sqrt(task.floor * (1 - task.floor) / half) + 1.5 / half
-  assert task.floor - sure <= np.mean(scores) <= task.floor + sure
+GUESSED = 200   # examples by which guessing is judged: no model is needed, a length that just fits will do
+WITH_CHOICES = [name for name in NAMES if 'choices' in draw(name, short(name)).info]
+# Whose examples do not all have as many choices, all alike likely; the score of naming one varies.
+VARIED = {*(f'babilong_qa{number}' for number in (5, 7, 8, 20)), 'mrcr_2', 'mrcr_4', 'mrcr_8'}
+
+
+@pytest.mark.parametrize('name', WITH_CHOICES)
+def test_who_names_any_choice_scores_the_floor(name):
+  task = TASKS[name]
+  made = [draw(name, short(name), index) for index in range(GUESSED // 2 if 'mrcr' in name else GUESSED)]
+  scores = [np.mean([task.score(said, one) for said in one.info['choices']]) for one in made]
+  if name in VARIED:
+    assert np.std(scores) > 0
+    assert abs(np.mean(scores) - task.floor) < 3.5 * np.std(scores) / np.sqrt(len(made))
+    return
+  np.testing.assert_allclose(scores, task.floor, rtol=1e-12)
+  places = [one.info['choices'].index(one.references[0]) for one in made]
+  assert even(places, len(made[0].info['choices'])), 'one choice is right more often than another'
+
+
+def even(drawn, options):
+  """Whether numbers below `options` may have been drawn evenly: Pearson's statistic, six deviations."""
+  counts = np.bincount(drawn, minlength=options)
+  expected = len(drawn) / options
+  return ((counts - expected) ** 2 / expected).sum() <= options - 1 + 6 * np.sqrt(2 * (options - 1))
+
+
+DIGIT, LETTER, HEX = string.digits, string.ascii_lowercase, '0123456789abcdef'
+whole_number = lambda digits: [DIGIT[1:], *[DIGIT] * (digits - 1)]   # without a zero before it
+UUID = [*[HEX] * 8, '-', *[HEX] * 4, '-', '4', *[HEX] * 3, '-', '89ab', *[HEX] * 3, '-', *[HEX] * 12]   # version 4
+TOWN = (range(1100, 2000), paragraphs.GOODS, paragraphs.RIVERS, paragraphs.MONTHS)
+values_of = lambda one: [re.sub(r' ?[a-z]{3}=', '', one.references[0])]
+# What an answer is drawn from, symbol by symbol; and how many guesses one who guesses has, each of which is
+# right wherever it is said: as many as answers are asked for.
+SPELT = {
+    'passkey': (whole_number(5), 1), 'niah': (whole_number(7), 1), 'niah_multi': (whole_number(7), 2),
+    'corpus_in_context': (whole_number(6), 1), 'json_kv': (UUID, 1),
+    'mqar': ([DIGIT] * 4, 1), 'segment_recall': ([DIGIT] * 4, 1), 'segment_rewrite': ([DIGIT] * 4, 1),
+    'selective_copy': ([LETTER.upper()] * 8, 1), 'induction': ([LETTER], 1),
+    'parity': ([('odd', 'even')], 1), 's3': ([('abc', 'acb', 'bac', 'bca', 'cab', 'cba')], 1),
+    'ruler_vt': ([LETTER.upper()] * 5, 5), 'ruler_fwe': ([LETTER] * 6, 3),
+    'ruler_cwe': ([words.vocabulary()], 10),
+    **{f'ruler_niah_{name}': (whole_number(7), count) for name, count in dict(
+        single_1=1, single_2=1, multikey_1=1, multikey_2=1, multivalue=4, multiquery=4).items()},
+    **{f'ruler_niah_{name}': (UUID, 1) for name in ('single_3', 'multikey_3')},
+}
+OTHERWISE = {'listops': 'tests/test_task_reasoning.py', **dict.fromkeys(
+    ('ruler_qa_1', 'ruler_qa_2'), 'tests/test_task_questions.py')}
+
+
+def test_every_floor_is_held_by_a_test():
+  assert sorted([*WITH_CHOICES, *SPELT, *OTHERWISE]) == NAMES
+
+
+@pytest.mark.parametrize('name', SPELT)
+def test_the_floor_is_what_guessing_each_symbol_expects(name):
+  alphabets, guesses = SPELT[name]
+  assert TASKS[name].floor == pytest.approx(guesses * np.prod([1 / len(a) for a in alphabets]), rel=1e-9, abs=0)
+  said = []
+  for index in range(GUESSED):
+    one = draw(name, short(name), index)
+    said += values_of(one) if name in ('mqar', 'segment_recall', 'segment_rewrite') else one.references
+  for answer in said:
+    assert len(alphabets) == 1 or len(answer) == len(alphabets)
+  for place, alphabet in enumerate(alphabets):
+    drawn = np.array([alphabet.index(answer if len(alphabets) == 1 else answer[place]) for answer in said])
+    few = min(len(alphabet), 26)   # of thousands of words, in as many parts
+    assert even(drawn * few // len(alphabet), few), f'symbol {place} is not drawn evenly'
 
 
 @pytest.fixture(scope='module')

@@ -147,5 +147,5 @@ TASKS = {
     'niah': Task(make=lambda draw: niah(draw, 'niah', 1, 1), score=scoring.match_all,
                  floor=1 / 9_000_000, source=LWM, reads=('haystack',)),
     'niah_multi': Task(make=lambda draw: niah(draw, 'niah_multi', 4, 2), score=scoring.match_all,
-                       floor=1 / 9_000_000, source=LWM, reads=('haystack',)),
+                       floor=2 / 9_000_000, source=LWM, reads=('haystack',)),
 }

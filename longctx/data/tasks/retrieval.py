@@ -136,7 +136,7 @@ def corpus_in_context(draw: Draw) -> Example:
 
 
 TASKS = {
-    'json_kv': Task(make=json_kv, score=scoring.match_all, floor=16. ** -30,
+    'json_kv': Task(make=json_kv, score=scoring.match_all, floor=2.0 ** -122,
                     source='Liu et al. 2023, arXiv:2307.03172'),
     'corpus_in_context': Task(make=corpus_in_context, score=scoring.first_number, floor=1 / 900_000,
                               reads=('haystack',),
