@@ -1,5 +1,6 @@
 """Tasks put to subjects, through the whole pipeline: who knows scores 100, who says one thing the floor."""
 
+import dataclasses
 import json
 import math
 
@@ -14,6 +15,8 @@ from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import report, tasks
 from longctx.evaluation.subject import Constant, Oracle
+from tests import test_tasks
+from tests.test_task_ruler_compat import by_hand
 
 ABOUT = dict(checkpoint='c', model='m', tokenizer='bytes', step=3)
 
@@ -43,6 +46,53 @@ def test_an_oracle_scores_a_hundred_and_its_control_nothing(tmp_path, capsys):
   table = (tmp_path / 'tasks.md').read_text()
   assert '| passkey | 300 | 100.0 | 72.2 to 100.0 |' in table
   assert capsys.readouterr().out.endswith(table)
+
+
+# Every task but those that read files: these are put in tests/test_task_lra.py.
+COMPAT = sorted(name for name in TASKS if name.startswith('ruler_compat_'))
+PUT = 4   # examples of each
+
+
+def case(name):
+  """(tokenizer, length) of the least that a task can be put at, and a little more."""
+  return (by_hand(), 2048) if name in COMPAT else (Bytes(), test_tasks.short(name))
+
+
+@pytest.mark.parametrize('name', [*test_tasks.NAMES, *COMPAT])
+def test_of_every_task_the_oracle_scores_a_hundred(name, tmp_path):
+  tok, length = case(name)
+  oracle = Oracle(tok, [example.example(name, TASKS[name], tok, length=length, index=i) for i in range(PUT)])
+  one, = evaluate(oracle, tmp_path, tasks=(name,), lengths=(length,), samples=PUT)
+  assert (one.score.mean, one.control, one.count) == (1, 0, PUT)
+  # Shown the first two alone, it knows no more.
+  known = Oracle(tok, [example.example(name, TASKS[name], tok, length=length, index=i) for i in range(2)])
+  half, = evaluate(known, tmp_path, dict(ABOUT, checkpoint='half'), tasks=(name,), lengths=(length,), samples=PUT)
+  assert half.score.mean == 0.5
+
+
+@pytest.mark.parametrize('name', [*test_tasks.NAMES, *COMPAT])
+def test_of_every_task_who_guesses_scores_the_floor(name, tmp_path):
+  """One of several answers is right in each example: those who always say one have the floor together."""
+  (tok, length), task, samples = case(name), TASKS[name], PUT
+  made = lambda: [example.example(name, task, tok, length=length, index=i) for i in range(samples)]
+  if name in test_tasks.VARIED or name in test_tasks.OTHERWISE:
+    samples = 6 if 'mrcr' in name else 24   # whose score is a likeness, much the same in each example
+  if name in test_tasks.WITH_CHOICES:
+    most = max(len(one.info['choices']) for one in made())
+    said = [Oracle(tok, [dataclasses.replace(one, target=b' ' + one.info['choices'][i % len(one.info['choices'])].encode())
+                         for one in made()]) for i in range(most)]
+  else:
+    alphabets = test_tasks.SPELT.get(name, ([], 0))[0]
+    options = alphabets[0] if len(alphabets) == 1 and len(alphabets[0]) < 30 else ('0',)
+    said = [Constant(tok, option.encode() if name == 'induction' else f' {option}'.encode()) for option in options]
+  means = []
+  for i, who in enumerate(said):
+    one, = evaluate(who, tmp_path, dict(ABOUT, checkpoint=f'{i}'), tasks=(name,), lengths=(length,), samples=samples,
+                    controls=False, batch_size=samples)
+    means.append(one.score.mean)
+  sure = (0.05 if 'mrcr' in name else 3.5 * np.sqrt(task.floor / samples) if samples > PUT else
+          1e-9 if len(said) > 1 else 0.002)
+  assert abs(np.mean(means) - task.floor) < sure
 
 
 def test_scores_of_ruler_stand_beside_the_published_ones(tmp_path, capsys):

@@ -11,7 +11,10 @@ import pytest
 from longctx import lm_eval
 from longctx.data import tokenizer
 from longctx.data.tasks import example, lra
+from longctx.data.tasks.table import TASKS
 from longctx.errors import ConfigError
+from longctx.evaluation import tasks
+from longctx.evaluation.subject import Constant, Oracle
 
 REVIEWS = {('test', 'pos'): {'0_9.txt': 'A joy.<br />Go.', '10_8.txt': 'Fine caf\u00e9 scenes.', '2_7.txt': 'x' * 900},
            ('test', 'neg'): {'1_2.txt': 'A bore.'}, ('train', 'pos'): {'0_9.txt': 'Good.'},
@@ -225,3 +228,17 @@ def test_lm_eval_is_given_what_is_text(files, tmp_path, capsys):
   assert sorted(line['target'] for line in lines) == [' 4', ' 7']
   about = {name: (tmp_path / f'd/{name}_1300.yaml').read_text() for name in ('lra_listops', 'mqar')}
   assert [f'"files": "{files}"' in text for text in about.values()] == [True, False]
+
+
+@pytest.mark.parametrize('name', sorted(lra.KINDS))
+def test_the_oracle_scores_a_hundred_and_who_always_says_one_label_his_share(name, files, tmp_path):
+  put = lambda who, checkpoint: tasks.run(
+      who, tasks.Config(tasks=(name,), lengths=(1300,), samples=len(made), files=files, controls=False), str(tmp_path),
+      dict(checkpoint=checkpoint, model='m', tokenizer='bytes'), lengths=(1300,))[0].score.mean
+  made = [draw(name, files, 1300, index=i) for i in range(draw(name, files, 1300).info['fit'])]
+  assert put(Oracle(tokenizer.Bytes(), made), 'oracle') == 1
+  labels = lra.KINDS[name].labels
+  shares = [put(Constant(tokenizer.Bytes(), f' {label}'.encode()), label) for label in labels]
+  assert shares == [pytest.approx(sum(one.references[0] == label for one in made) / len(made)) for label in labels]
+  # Of sets with as many of each label that is the floor.
+  assert sum(shares) == 1 and (name == 'lra_listops' or TASKS[name].floor == 1 / len(labels))
