@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longctx.data.tasks import symbolic
+from longctx.data.tasks import token_batches
 
 
 class Reader:
@@ -40,7 +40,7 @@ class Reader:
 class Document:
   """Rows of a passkey and noise without an end: pieces of `call` segments, the question, the answer."""
 
-  def __init__(self, task: symbolic.Task, rows: int, *, segment: int, call: int, digits: int):
+  def __init__(self, task: token_batches.Task, rows: int, *, segment: int, call: int, digits: int):
     tokens, targets = task.make(np.random.default_rng(20_000), rows, segment * (call + 1))
     self.first, self.question = tokens[:, :-segment], tokens[:, -segment:]
     self.answer = targets[:, -digits:]

@@ -15,7 +15,7 @@ from training import Trained
 
 from experiments import shared
 from longctx.assembly import make_model
-from longctx.data.tasks.symbolic import TASKS
+from longctx.data.tasks.token_batches import TASKS
 
 TEST_ROWS = 256
 LENGTHS = {   # trained at, tested at

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from longctx.assembly import make_model
-from longctx.data.tasks.symbolic import UNSCORED
+from longctx.data.tasks.token_batches import UNSCORED
 from longctx.parallel import mesh
 from longctx.training import optim
 

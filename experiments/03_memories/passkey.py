@@ -21,12 +21,12 @@ import models
 import numpy as np
 
 from experiments import far_passkey, shared, small_training
-from longctx.data.tasks import symbolic
+from longctx.data.tasks import token_batches
 
 SEGMENT, DIGITS, TRAIN_ROWS, ROWS = 64, 5, 32, 8
 CURRICULUM = (1, 2, 4, 8, 16)   # segments; one more length each fifth of the steps
 CALL = 16                       # segments a call of the stream
-TASK = symbolic.TASKS['passkey']
+TASK = token_batches.TASKS['passkey']
 CHANCE = 1 / 10                 # of the first digit
 
 

@@ -1,6 +1,6 @@
 """Recall a pair a segment: how many facts does each memory keep, and does it replace what is rewritten?
 
-A segment is a key and its value, or a key and ASK (longctx/data/tasks/symbolic.py: segment_recall, and
+A segment is a key and its value, or a key and ASK (longctx/data/tasks/token_batches.py: segment_recall, and
 segment_rewrite, where each key is written twice and the last value counts). Trained at 2, then at 2, 4 or
 8 pairs, drawn anew at each step: memories that meet one number of segments alone forget shorter documents.
 """
@@ -11,7 +11,7 @@ import models
 import numpy as np
 
 from experiments import shared, small_training
-from longctx.data.tasks.symbolic import TASKS
+from longctx.data.tasks.token_batches import TASKS
 
 TIMES = {'segment_recall': 1, 'segment_rewrite': 2}   # that each key is written
 SEGMENT, ROWS, TEST_ROWS = 2, 64, 512

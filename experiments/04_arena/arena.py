@@ -21,12 +21,12 @@ import numpy as np
 import roster
 
 from experiments import far_passkey, small_training
-from longctx.data.tasks import symbolic
+from longctx.data.tasks import token_batches
 
 Batch = tuple[np.ndarray, np.ndarray]
 RATES = (1e-3, 3e-3, 1e-2)
 DIGITS, PASSKEY_SEGMENT = 3, 32
-KEYS = symbolic.passkey_task(segment=PASSKEY_SEGMENT, digits=DIGITS)
+KEYS = token_batches.passkey_task(segment=PASSKEY_SEGMENT, digits=DIGITS)
 CURRICULUM = (1, 2, 4, 8)     # segments of a passkey's document; one more length each quarter of the steps
 FAR = (16, 64)                # times the longest
 CALL = CURRICULUM[-1]         # segments read at once
@@ -52,14 +52,14 @@ def held_out() -> np.random.Generator:
 
 
 def mqar(steps: int, rows: int = 64) -> Trial:
-  task = symbolic.TASKS['mqar']
+  task = token_batches.TASKS['mqar']
   ask = lambda p, params: dict(mqar=small_training.accuracy(p, params, *task.make(held_out(), 256, 64)))
   return Trial(task.vocab_size, 16, steps, rows, lambda rng, done, rows: task.make(rng, rows, 64), ask,
                'mqar')
 
 
 def rewrite(steps: int, rows: int = 64) -> Trial:
-  task = symbolic.TASKS['segment_rewrite']   # a key: 6 tokens, twice with a value and once to be asked
+  task = token_batches.TASKS['segment_rewrite']   # a key: 6 tokens, twice with a value and once to be asked
 
   def batch(rng, done, rows):
     keys = TRAINED_PAIRS[0] if done < 0.2 else int(rng.choice(TRAINED_PAIRS))
@@ -71,12 +71,12 @@ def rewrite(steps: int, rows: int = 64) -> Trial:
 
 
 def parity(steps: int, rows: int = 32) -> Trial:
-  task = symbolic.TASKS['parity']
+  task = token_batches.TASKS['parity']
 
   def ask(p, params):
     near = small_training.accuracy(p, params, *task.make(held_out(), 256, 40))
     tokens, targets = task.make(held_out(), 256, 256)
-    targets[:, :40] = symbolic.UNSCORED
+    targets[:, :40] = token_batches.UNSCORED
     return dict(parity_40=near, parity_256=small_training.accuracy(p, params, tokens, targets))
   return Trial(task.vocab_size, 8, steps, rows, lambda rng, done, rows: task.make(rng, rows, 40), ask,
                'parity_40')

@@ -1,1 +1,1 @@
-"""Tasks whose answers are known: symbols for small models (symbolic), and text for any tokenizer (table)."""
+"""Tasks whose answers are known: arrays of symbols for experiments (token_batches), text for any tokenizer (table)."""

@@ -1,4 +1,4 @@
-"""Tasks of symbols, spelt for a model of bytes and readable by a person; as arrays: `symbolic`.
+"""Tasks of symbols, spelt as text: for a model of bytes, readable by a person (token_batches.py: as arrays).
 
     mqar             key=value pairs in noise, four keys asked at once: say each with its value
                      (Zoology, arXiv:2312.04927). A pair for each 32 tokens: longer is more to keep

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from longctx.data.tasks import symbolic
-from longctx.data.tasks.symbolic import TASKS, UNSCORED
+from longctx.data.tasks import token_batches
+from longctx.data.tasks.token_batches import TASKS, UNSCORED
 from longctx.errors import ConfigError
 
 
@@ -53,10 +53,10 @@ def test_s3_applies_permutations_to_things():
   for row, answers in zip(tokens, targets):
     things = [0, 1, 2]
     for token, answer in zip(row, answers):
-      p = symbolic.PERMUTATIONS[token]
+      p = token_batches.PERMUTATIONS[token]
       things = [p[thing] for thing in things]
-      assert tuple(things) == symbolic.PERMUTATIONS[answer]
-  assert not np.array_equal(symbolic.PRODUCT, symbolic.PRODUCT.T)   # the order matters
+      assert tuple(things) == token_batches.PERMUTATIONS[answer]
+  assert not np.array_equal(token_batches.PRODUCT, token_batches.PRODUCT.T)   # the order matters
 
 
 @pytest.mark.parametrize('name, times', [('segment_recall', 1), ('segment_rewrite', 2)])

@@ -16,7 +16,7 @@
 
 A batch is (tokens, targets), int32 [B, T]; targets are UNSCORED where nothing is asked. The answer
 to token t stands at t: nothing is shifted.
-Held by: tests/test_tasks.py.
+Held by: tests/test_token_batches.py.
 
 B batch  T tokens
 """
