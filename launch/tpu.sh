@@ -1,0 +1,249 @@
+#!/usr/bin/env bash
+# launch/tpu.sh [run] --slice=v5e:4x4 --config=FILE --workdir=gs://BUCKET/FOLDER [--config.a.b=c]
+#
+# A run on a Cloud TPU slice of one host or many: compiles its step for the slice first, asks for the
+# slice, waits, sets up every worker with this machine's versions, starts the run on all of them and
+# follows worker 0. A slice that was preempted is made again, and the same command carries on.
+# All paths are relative to the repository's root, which is what the workers get.
+#
+#   run (default), status, log, stop (the run; the slice stays), delete (the slice)
+#
+#   --name=longctx          of the slice and its request
+#   --project= --zone=      as gcloud has them configured, if not given
+#   --spot, --reserved      capacity that may be preempted; capacity that was reserved
+#   --create=queued         a queued resource; direct: a TPU VM at once or not at all
+#   --restarts=3            how often a run that failed is started again; preemptions are not counted
+#   --delete_after          delete the slice when the run has ended
+#   --check=compile         or plan, none: whether the step fits the slice, before it is asked for
+#   --poll=30               seconds between two looks at the slice
+#   --dry_run               print each command
+
+# shellcheck source=common.sh
+source "$(dirname "$0")/common.sh"
+OPTION=([workdir]='' [slice]='' [name]=longctx [project]='' [zone]='' [spot]=false [reserved]=false
+  [create]=queued [restarts]=3 [delete_after]=false [check]=compile [poll]=30)
+
+main() {
+  read_arguments 'run status log stop delete' "$@"
+  check_name
+  check_number restarts 0
+  check_number poll 0
+  [[ ${OPTION[create]} =~ ^(queued|direct)$ ]] || die "--create=${OPTION[create]}: must be queued or direct"
+  [[ ${OPTION[spot]} == false || ${OPTION[reserved]} == false ]] ||
+    die '--spot and --reserved: give one of them'
+  if [[ $ACTION == run ]]; then
+    need_config
+    read_slice
+    check_workdir "$HOSTS" "${OPTION[slice]}"
+    if [[ ${OPTION[spot]} == true && ${OPTION[workdir]} != gs://* ]]; then
+      die "--workdir=${OPTION[workdir]}: the slice's own disk, which goes with a --spot slice that is" \
+        "preempted; give --workdir=gs://BUCKET/FOLDER"
+    fi
+  fi
+  setting project project my-project
+  setting zone compute/zone us-west4-a
+  PLACE=("--project=${OPTION[project]}" "--zone=${OPTION[zone]}")
+  need_command gcloud 'install the Google Cloud CLI'
+  case $ACTION in
+    run) whole_run ;;
+    status) status ;;
+    log) on_workers 0 'follow 100' ;;
+    stop) on_workers all stop ;;
+    delete) delete_slice ;;
+  esac
+}
+
+whole_run() {
+  local code
+  fit_arguments
+  check_fit
+  CODE=$(mktemp -d)
+  trap 'rm -rf "$CODE"' EXIT
+  trap left_alone INT TERM
+  pack_code
+  FAILURES=0
+  while true; do
+    ready_slice
+    set_up
+    code=0
+    run_on_slice || code=$?
+    if ((code != LOST)); then break; fi
+    say "${OPTION[name]}: the slice was preempted or lost; making it again"
+  done
+  if [[ ${OPTION[delete_after]} == true ]]; then
+    delete_slice
+  elif ! $DRY_RUN; then
+    say "the slice ${OPTION[name]} is still there, and costs: launch/tpu.sh delete --name=${OPTION[name]}"
+  fi
+  return "$code"
+}
+
+left_alone() {
+  say "left alone: slice and run go on, and cost; launch/tpu.sh log, stop or delete --name=${OPTION[name]}"
+  exit 130
+}
+
+LOST=99   # run_on_slice's status where the slice is gone
+
+# The slice.
+
+# slice_state: none, waiting, ready, lost or failed.
+slice_state() {
+  local said kind=queued-resources field=state.state
+  if [[ ${OPTION[create]} == direct ]]; then kind=tpu-vm field=state; fi
+  if $DRY_RUN; then
+    run gcloud compute tpus "$kind" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($field)"
+    echo "${DRY_STATE:-none}"
+    return
+  fi
+  if ! said=$(gcloud compute tpus "$kind" describe "${OPTION[name]}" "${PLACE[@]}" \
+    "--format=value($field)" 2>&1); then
+    if [[ $said == *NOT_FOUND* || $said == *'not found'* ]]; then echo none; return; fi
+    die "gcloud cannot tell the state of ${OPTION[name]}: $said"
+  fi
+  case $said in
+    *ACTIVE) node_state ;;
+    *READY) echo ready ;;
+    *FAILED) echo failed ;;
+    *SUSPENDED | *PREEMPTED | *TERMINATED | *STOPPED | *STOPPING) echo lost ;;
+    *) echo waiting ;;
+  esac
+}
+
+# A request stays ACTIVE for a while when its slice was preempted.
+node_state() {
+  local said
+  said=$(gcloud compute tpus tpu-vm describe "${OPTION[name]}" "${PLACE[@]}" \
+    '--format=value(state)' 2>&1) || said=TERMINATED
+  case $said in
+    *READY) echo ready ;;
+    *PREEMPTED | *TERMINATED | *STOPPED | *STOPPING) echo lost ;;
+    *) echo waiting ;;
+  esac
+}
+
+# ready_slice: makes the slice unless it is there, and waits until it is up.
+ready_slice() {
+  local state told=''
+  while true; do
+    state=$(slice_state) || exit 2
+    if [[ $state != "$told" ]] && ! $DRY_RUN; then say "slice ${OPTION[name]} (${OPTION[slice]}): $state"; fi
+    told=$state
+    case $state in
+      none) create_slice ;;
+      waiting) sleep "${OPTION[poll]}" ;;
+      ready) return ;;
+      lost) delete_slice ;;
+      failed) die "the request ${OPTION[name]} failed (gcloud compute tpus queued-resources describe" \
+        "${OPTION[name]} says why); launch/tpu.sh delete --name=${OPTION[name]}, then try another --zone" \
+        "or --slice" ;;
+    esac
+  done
+}
+
+create_slice() {
+  local more=()
+  if [[ ${OPTION[spot]} == true ]]; then more+=(--spot); fi
+  if [[ ${OPTION[reserved]} == true ]]; then more+=(--reserved); fi
+  more+=(--scopes=https://www.googleapis.com/auth/cloud-platform)   # else the bucket is read-only
+  if [[ ${OPTION[create]} == queued ]]; then
+    run gcloud compute tpus queued-resources create "${OPTION[name]}" "--node-id=${OPTION[name]}" \
+      "${PLACE[@]}" "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" "${more[@]}" ||
+      die "the slice was refused, as said above; look at the quota of ${OPTION[project]} in ${OPTION[zone]}"
+  else
+    run gcloud compute tpus tpu-vm create "${OPTION[name]}" "${PLACE[@]}" \
+      "--accelerator-type=$ACCELERATOR" "--version=$RUNTIME" "${more[@]}" ||
+      die "the slice was refused, as said above; --create=queued waits for capacity"
+  fi
+  DRY_STATE=ready
+}
+
+delete_slice() {
+  if [[ ${OPTION[create]} == queued ]]; then
+    run gcloud compute tpus queued-resources delete "${OPTION[name]}" "${PLACE[@]}" --force --quiet
+  else
+    run gcloud compute tpus tpu-vm delete "${OPTION[name]}" "${PLACE[@]}" --quiet
+  fi
+}
+
+# The workers.
+
+on_workers() {   # on_workers all|0 COMMAND of worker.sh
+  run gcloud compute tpus tpu-vm ssh "${OPTION[name]}" "${PLACE[@]}" "--worker=$1" --quiet \
+    "--command=bash longctx/launch/worker.sh $2"
+}
+
+# pack_code: the repository as it stands, with the versions of this machine's environment.
+pack_code() {
+  if ! $DRY_RUN; then
+    "$PYTHON" -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$CODE/constraints.txt" ||
+      die "$PYTHON -m pip freeze: no versions found; make setup"
+    "$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$CODE/python_version"
+  fi
+  run tar -czf "$CODE/longctx.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.git \
+    --exclude=__pycache__ . -C "$CODE" constraints.txt python_version
+}
+
+# set_up: on every worker; a slice that is just up may refuse the first connections.
+set_up() {
+  local attempt tpu=(gcloud compute tpus tpu-vm) unpack='mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx'
+  for attempt in 1 2 3; do
+    if run "${tpu[@]}" scp "$CODE/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
+      run "${tpu[@]}" ssh "${OPTION[name]}" "${PLACE[@]}" --worker=all --quiet \
+        "--command=$unpack && bash longctx/launch/worker.sh setup"; then
+      return
+    fi
+    say "setting up the workers failed (attempt $attempt of 3)"
+    sleep "${OPTION[poll]}"
+  done
+  die "the workers could not be set up, as said above; the slice ${OPTION[name]} is still there:" \
+    "launch/tpu.sh delete --name=${OPTION[name]}"
+}
+
+# run_on_slice: starts and follows the run; its status, or LOST.
+run_on_slice() {
+  local arguments=("${MAIN[@]}" "--workdir=${OPTION[workdir]}") code state lines=+1 states
+  if ((HOSTS > 1)); then arguments+=(--distributed); fi
+  while true; do
+    if [[ $lines == +1 ]]; then
+      on_workers all stop || true   # what an earlier start has left
+      on_workers all "start --platform=tpu $(quoted "${arguments[@]}")" || say 'some worker did not start'
+    fi
+    code=0
+    on_workers 0 "follow $lines" || code=$?
+    if ((code == 0)); then return 0; fi
+    state=$(slice_state) || exit 2
+    if [[ $state != ready ]]; then return "$LOST"; fi
+    # The connection's status is not the run's.
+    states=$(on_workers all state) || states="$states"$'\nsome workers do not answer'
+    if grep -q 'exited 2$' <<<"$states"; then
+      on_workers all stop || true
+      say 'a mistake in the arguments or the files, as said above'
+      return 2
+    fi
+    if ! grep -vq 'running$' <<<"$states"; then
+      lines=20   # the connection broke; the run goes on
+      sleep "${OPTION[poll]}"
+      continue
+    fi
+    say "the run failed; its workers: $(paste -sd ';' <<<"$states")"
+    if ((FAILURES >= OPTION[restarts])); then
+      on_workers all stop || true
+      say "given up after $FAILURES restarts (--restarts=${OPTION[restarts]}); the same command carries on" \
+        "from the last checkpoint"
+      return 1
+    fi
+    FAILURES=$((FAILURES + 1))
+    say "restart $FAILURES of ${OPTION[restarts]}, from the last checkpoint"
+    lines=+1
+  done
+}
+
+status() {
+  local state
+  state=$(slice_state) || exit 2
+  $DRY_RUN || echo "slice ${OPTION[name]}: $state"
+  if [[ $state == ready ]] || $DRY_RUN; then on_workers all state; fi
+}
+
+main "$@"

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# launch/worker.sh ACTION: what a launcher has done on each host; for hands only when something is amiss.
+#
+#   setup                  a virtual environment with the pinned requirements (../constraints.txt)
+#   start ARGUMENTS        main.py in the background: ~/.longctx/{log,pid,status}
+#   follow [LINES]         prints the log, from its start or its last LINES, until the run ends; its status
+#   state                  HOST running | exited STATUS | killed | none
+#   stop                   SIGTERM, so that the run saves and leaves; SIGKILL after 120 seconds
+#   exec ARGUMENTS         main.py in the foreground
+#
+# ARGUMENTS are main.py's, with --workdir of a folder or bucket, --platform=tpu or gpu before them, and
+# --seen=ID, which WORKDIR/.seen must hold where all hosts share it.
+
+# shellcheck source=common.sh
+source "$(dirname "$0")/common.sh"
+STATE=${LONGCTX_STATE:-$HOME/.longctx}
+
+# prepare ARGUMENTS...: COMMAND, with its environment and the workdir as this host sees it.
+prepare() {
+  local argument platform=tpu seen='' found='' workdir='' rest=()
+  for argument in "$@"; do
+    case $argument in
+      --platform=*) platform=${argument#*=} ;;
+      --seen=*) seen=${argument#*=} ;;
+      --workdir=*) workdir=${argument#*=} ;;
+      *) rest+=("$argument") ;;
+    esac
+  done
+  mount_workdir "$workdir"
+  if [[ -n $seen ]]; then
+    read -r found 2>/dev/null <"$WORKDIR_HERE/.seen" || true
+    [[ $found == "$seen" ]] ||
+      die "--workdir=$workdir: $(hostname) does not see it as the launching host does; give a folder of a" \
+        "file system that all hosts share, or gs://BUCKET/FOLDER"
+  fi
+  flags_of "$platform"
+  COMMAND=(env "${ENVIRONMENT[@]}" "JAX_PLATFORMS=${JAX_PLATFORMS_OF[$platform]}"
+    "$PYTHON" -m longctx.main "${rest[@]}" "--workdir=$WORKDIR_HERE")
+}
+
+setup() {
+  command -v gcsfuse >/dev/null || install_gcsfuse
+  export PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || python3 -m pip install --user --quiet uv
+  # The image's Python may be older than longctx needs.
+  [[ -x .venv/bin/python ]] || uv venv --quiet --python "$(cat python_version)" .venv
+  uv pip install --quiet --python .venv/bin/python --requirement requirements.txt 'jax[tpu]' \
+    --constraint constraints.txt
+}
+
+# As cloud.google.com/storage/docs/cloud-storage-fuse/install has it.
+install_gcsfuse() {
+  local keys=/usr/share/keyrings/cloud.google.asc source=https://packages.cloud.google.com/apt
+  sudo curl --silent --show-error --fail --output "$keys" "$source/doc/apt-key.gpg"
+  echo "deb [signed-by=$keys] $source gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get update --quiet=2
+  sudo apt-get install --yes --quiet=2 gcsfuse
+}
+
+running() {
+  [[ -s $STATE/pid && ! -s $STATE/status ]] && [[ $(ps -o stat= -p "$(cat "$STATE/pid")") =~ ^[^Z] ]]
+}
+
+start() {
+  if running; then die "$(hostname): a run is still going (pid $(cat "$STATE/pid")); stop it first"; fi
+  prepare "$@"
+  mkdir -p "$STATE"
+  rm -f "$STATE/status" "$STATE/pid"
+  # A session of its own, which outlives the connection, and outlives SIGTERM to tell the run's status,
+  # which is there whole or not at all.
+  # shellcheck disable=SC2016
+  nohup setsid bash -c 'trap : TERM; echo $$ >"$1/pid"; code=0; "${@:2}" || code=$?
+    echo "$code" >"$1/status.new"; mv "$1/status.new" "$1/status"' - "$STATE" "${COMMAND[@]}" \
+    >"$STATE/log" 2>&1 </dev/null 3>&- &
+  until [[ -s $STATE/pid ]]; do sleep 0.1; done
+}
+
+follow() {
+  local lines=${1:-+1}
+  [[ -s $STATE/pid ]] || die "$(hostname): no run was started here"
+  tail -n "$lines" -f --pid="$(cat "$STATE/pid")" "$STATE/log"
+  if [[ ! -s $STATE/status ]]; then return 137; fi
+  return "$(cat "$STATE/status")"
+}
+
+state() {
+  local said=none
+  if running; then
+    said=running
+  elif [[ -s $STATE/status ]]; then
+    said="exited $(cat "$STATE/status")"
+  elif [[ -s $STATE/pid ]]; then
+    said=killed
+  fi
+  echo "$(hostname) $said"
+}
+
+stop() {
+  local pid i
+  running || return 0
+  pid=$(cat "$STATE/pid")
+  pkill -TERM --session "$pid" || true
+  for ((i = 0; i < ${STOP_SECONDS:-120}; i++)); do
+    running || return 0
+    sleep 1
+  done
+  pkill -KILL --session "$pid" || true
+  while running; do sleep 0.1; done
+}
+
+action=${1:-}
+shift || true
+case $action in
+  setup | start | follow | state | stop) "$action" "$@" ;;
+  exec) prepare "$@"; exec "${COMMAND[@]}" ;;
+  --help | -h) usage "$0" ;;
+  *) die "$action: no such action; give setup, start, follow, state, stop or exec" ;;
+esac

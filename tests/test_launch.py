@@ -1,0 +1,440 @@
+"""launch/: what each launcher asks of gcloud, kubectl, xpk and srun, in which order, and what it refuses."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from longctx.parallel import aot
+from tests.stand_ins import ROOT, StandIns
+
+CONFIG = '--config=configs/quickstart.py'
+TPU = ('tpu.sh', '--slice=v5e:4x4', CONFIG, '--workdir=gs://bucket/runs/a', '--poll=0')
+PLACE = ('--project=p', '--zone=z')
+GKE = (CONFIG, '--workdir=gs://bucket/runs/a', '--image=registry/longctx:1', '--poll=0')
+TAKEN = r'--project=p --zone=z', '--quiet', r'--scopes=\S+'   # flags of each call
+SSH = 'gcloud compute tpus tpu-vm ssh longctx'
+DESCRIBE = 'gcloud compute tpus queued-resources describe longctx --format=value(state.state)'
+NODE = 'gcloud compute tpus tpu-vm describe longctx --format=value(state)'
+CREATE = ('gcloud compute tpus queued-resources create longctx --node-id=longctx --accelerator-type=v5litepod-16 '
+          '--runtime-version=v2-alpha-tpuv5-lite')
+DELETE = 'gcloud compute tpus queued-resources delete longctx --force'
+FIT = f'python -m longctx.main {CONFIG} --mode=compile --topology=v5e:4x4 --workdir=TMP'
+SET_UP = ['gcloud compute tpus tpu-vm scp TMP/longctx.tar.gz longctx: --worker=all',
+          f'{SSH} --worker=all --command=mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx && '
+          'bash longctx/launch/worker.sh setup']
+START = [f'{SSH} --worker=all --command=bash longctx/launch/worker.sh stop',
+         f'{SSH} --worker=all --command=bash longctx/launch/worker.sh start --platform=tpu {CONFIG} '
+         '--workdir=gs://bucket/runs/a --distributed']
+FOLLOW = f'{SSH} --worker=0 --command=bash longctx/launch/worker.sh follow'
+STATE = f'{SSH} --worker=all --command=bash longctx/launch/worker.sh state'
+STOP = START[0]
+
+# Answers.
+VERSIONS = [('python -m pip freeze*', '0+', r'jax==0.10.2\nflax==0.12.8'), ('python -c*', '0+', '3.12')]
+ABSENT = ('*queued-resources describe*', 1, 'ERROR: NOT_FOUND')
+ACTIVE, UP = ('*queued-resources describe*', '0+', 'ACTIVE'), ('*tpu-vm describe*', '0+', 'READY')
+request = lambda state: ('*queued-resources describe*', 0, state)
+node = lambda state: ('*tpu-vm describe*', 0, state)
+followed = lambda status: ('*worker.sh follow*', status, '')
+states = lambda *each: ('*worker.sh state*', 0, r'\n'.join(f't1v-w-{i} {s}' for i, s in enumerate(each)))
+
+
+@pytest.fixture
+def stand(tmp_path):
+  return StandIns(tmp_path)
+
+
+def tpu(stand, *more, answers=()):
+  stand.answers(*answers, *VERSIONS)
+  done = stand.run(*TPU, *PLACE, *more)
+  return done, [c for c in stand.calls(*TAKEN) if not re.match('tar|python -m pip freeze|python -c', c)]
+
+
+def test_a_slice_is_asked_for_waited_for_set_up_and_followed(stand):
+  done, calls = tpu(stand, '--spot', answers=[
+      ABSENT, request('WAITING_FOR_RESOURCES'), request('PROVISIONING'), ACTIVE, node('CREATING'), UP])
+  assert done.returncode == 0, done.stderr
+  assert calls == [FIT, DESCRIBE, f'{CREATE} --spot', DESCRIBE, DESCRIBE, DESCRIBE, NODE, DESCRIBE, NODE,
+                   *SET_UP, *START, f'{FOLLOW} +1']
+  said = re.findall(r'slice longctx \(v5e:4x4\): (\w+)', done.stderr)
+  assert said == ['none', 'waiting', 'ready']
+  assert 'still there, and costs: launch/tpu.sh delete --name=longctx' in done.stderr
+
+
+def test_workers_get_this_environments_versions(stand, tmp_path):
+  """What is sent: the code, with versions that pip can take as constraints."""
+  stand.answers(ACTIVE, UP, ('python -m pip freeze*', '0+', r'jax==0.10.2\nmine @ file:///mine\ntorch==2.13.0+cpu'),
+                ('python -c*', '0+', '3.12'))
+  (tmp_path / 'bin/gcloud').unlink()
+  (tmp_path / 'bin/tar').unlink()   # the true one
+  (tmp_path / 'bin/gcloud').write_text(   # keeps what it is given to copy
+      f'#!/bin/sh\ncase "$*" in *scp*) cp "$5" {tmp_path}/sent.tar.gz;; esac\nexec {ROOT}/tests/programs/stand_in.sh "$@"\n')
+  (tmp_path / 'bin/gcloud').chmod(0o755)
+  assert stand.run(*TPU, *PLACE, '--check=none').returncode == 0
+  listed = subprocess.run(['tar', '-tzf', f'{tmp_path}/sent.tar.gz'], capture_output=True, text=True).stdout.split()
+  assert {'./launch/worker.sh', './longctx/main.py', 'constraints.txt', 'python_version'} <= set(listed)
+  assert not [name for name in listed if name.startswith(('./.venv', './.git/', './runs'))]
+  read = lambda name: subprocess.run(['tar', '-xzOf', f'{tmp_path}/sent.tar.gz', name], capture_output=True,
+                                     text=True).stdout
+  assert read('constraints.txt') == 'jax==0.10.2\ntorch==2.13.0+cpu\n'
+  assert read('python_version') == '3.12\n'
+
+
+def test_a_worker_that_fails_once_is_set_up_again(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', 1, '')])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, *SET_UP, *START, f'{FOLLOW} +1']
+  assert 'setting up the workers failed (attempt 1 of 3)' in done.stderr
+
+
+def test_workers_that_cannot_be_set_up(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', '1+', '')])
+  assert done.returncode == 2
+  assert calls == [DESCRIBE, NODE, *SET_UP * 3]
+  assert 'launch/tpu.sh delete --name=longctx' in done.stderr
+
+
+# What is told of a slice that is gone, and what is then asked.
+GONE = {
+    'suspended': ([request('SUSPENDED')] * 2, [DESCRIBE, DESCRIBE, DELETE]),
+    'on its way': ([request('SUSPENDING')] * 2 + [request('SUSPENDED')], [DESCRIBE] * 3 + [DELETE]),
+    'no request left': ([ABSENT], [DESCRIBE]),
+    'still active': ([request('ACTIVE'), node('PREEMPTED')] * 2, [DESCRIBE, NODE] * 2 + [DELETE]),
+}
+
+
+@pytest.mark.parametrize('gone, looked', GONE.values(), ids=GONE)
+def test_a_preempted_slice_is_made_again_and_the_same_command_started(stand, gone, looked):
+  done, calls = tpu(stand, '--check=none', '--spot', '--restarts=0', answers=[
+      request('ACTIVE'), node('READY'), followed(1), *gone, ABSENT, ACTIVE, UP])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', *looked, DESCRIBE,
+                   f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
+  assert 'preempted or lost; making it again' in done.stderr
+
+
+def test_a_slice_found_preempted_is_made_again(stand):
+  done, calls = tpu(stand, '--check=none', answers=[request('SUSPENDED'), ABSENT, ACTIVE, UP])
+  assert done.returncode == 0, done.stderr
+  assert calls[:4] == [DESCRIBE, DELETE, DESCRIBE, CREATE]
+
+
+def test_a_run_that_fails_is_restarted_so_many_times(stand):
+  broken = states('running', 'exited 134', 'running', 'killed')
+  done, calls = tpu(stand, '--check=none', '--restarts=1', answers=[
+      ACTIVE, UP, followed(1), broken, followed(1), broken])
+  assert done.returncode == 1
+  once = [*START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE]
+  assert calls == [DESCRIBE, NODE, *SET_UP, *once, *once, STOP]
+  assert 'the run failed; its workers: t1v-w-0 running;t1v-w-1 exited 134;t1v-w-2 running;t1v-w-3 killed' in done.stderr
+  assert 'restart 1 of 1' in done.stderr
+  assert 'given up after 1 restarts' in done.stderr
+
+
+def test_a_broken_connection_is_not_a_failed_run(stand):
+  done, calls = tpu(stand, '--check=none', '--restarts=0', '--delete_after', answers=[
+      ACTIVE, UP, followed(255), states(*['running'] * 4)])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, f'{FOLLOW} 20', DELETE]
+
+
+def test_a_mistake_found_by_the_workers_is_not_tried_again(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(2), states('exited 2', 'running')])
+  assert done.returncode == 2
+  assert calls[-2:] == [STATE, STOP]
+  assert len([c for c in calls if 'worker.sh start' in c]) == 1
+
+
+def test_a_slice_made_directly_and_of_one_host(stand):
+  stand.answers(('*tpu-vm describe*', 1, 'ERROR: (gcloud) NOT_FOUND'), UP, *VERSIONS)
+  done = stand.run('tpu.sh', '--slice=v5p:2x2x1', CONFIG, '--workdir=runs/a', *PLACE, '--create=direct',
+                   '--reserved', '--check=none', '--name=mine')
+  assert done.returncode == 0, done.stderr
+  calls = [c.replace('mine', 'longctx') for c in stand.calls(*TAKEN) if c.startswith('gcloud')]
+  start = START[1].replace(' --distributed', '').replace('gs://bucket/', '')
+  assert calls == [NODE, 'gcloud compute tpus tpu-vm create longctx --accelerator-type=v5p-8 '
+                   '--version=v2-alpha-tpuv5 --reserved', NODE, *SET_UP, STOP, start, f'{FOLLOW} +1']
+
+
+def test_a_failed_request_says_what_to_do(stand):
+  done, calls = tpu(stand, '--check=none', answers=[request('FAILED')])
+  assert done.returncode == 2
+  assert calls == [DESCRIBE]
+  assert 'try another --zone or --slice' in done.stderr
+
+
+@pytest.mark.parametrize('action, asked', [
+    ('status', [DESCRIBE, NODE, STATE]), ('stop', [STOP]), ('delete', [DELETE]), ('log', [f'{FOLLOW} 100'])])
+def test_the_other_actions_of_a_slice(stand, action, asked):
+  stand.answers(ACTIVE, UP, states('running'))
+  done = stand.run('tpu.sh', action, *PLACE)
+  assert done.returncode == 0, done.stderr
+  assert stand.calls(*TAKEN) == asked
+  if action == 'status':
+    assert done.stdout == 'slice longctx: ready\nt1v-w-0 running\n'
+
+
+def test_a_step_that_does_not_fit_asks_for_nothing(stand):
+  done, calls = tpu(stand, answers=[('python -m longctx.main*', 1, 'DOES NOT FIT')])
+  assert done.returncode == 2
+  assert calls == [FIT]
+  assert '--slice=v5e:4x4: the step does not fit' in done.stderr
+  assert 'Give a larger --slice, a smaller --config.data.length' in done.stderr
+  done, calls = tpu(stand, answers=[('python -m longctx.main*', 2, 'longctx: a mistake')])
+  assert (done.returncode, calls) == (2, [FIT] * 2)   # those of both
+  assert 'mend what stands above' in done.stderr
+
+
+BAD = [
+    (['tpu.sh', '--slice=v5e:3x3', CONFIG], r'--slice=v5e:3x3: no such slice; there are v5e:1x1 v5e:2x2'),
+    (['tpu.sh', CONFIG], r'--slice: missing; give a TPU slice, such as --slice=v5e:4x4'),
+    ([*TPU, '--zone=z'], r'--project: not set; give --project=my-project, or: gcloud config set project'),
+    ([*TPU, '--project=p'], r'--zone: not set; give --zone=us-west4-a, or: gcloud config set compute/zone'),
+    ([*TPU, '--workdir=runs/a'], r'--workdir=runs/a: a local path.*\(4 hosts\).*gs://BUCKET/FOLDER'),
+    ([*TPU, '--workdir=gs://bucket'], r'--workdir=gs://bucket: must be gs://BUCKET/FOLDER'),
+    ([*TPU, '--workdir='], r'--workdir: missing; give a folder'),
+    (['tpu.sh', '--slice=v5e:2x4', CONFIG, '--workdir=runs/a', '--spot'],
+     r'--workdir=runs/a: .*preempted; give --workdir=gs://'),
+    ([*TPU, '--spot', '--reserved'], r'--spot and --reserved: give one of them'),
+    ([*TPU, '--spot=maybe'], r'--spot=maybe: must be true or false'),
+    ([*TPU, '--check=sometimes', *PLACE], r'--check=sometimes: must be compile, plan .* or none'),
+    ([*TPU, '--create=now'], r'--create=now: must be queued or direct'),
+    ([*TPU, '--restarts=some'], r'--restarts=some: must be a whole number of at least 0'),
+    ([*TPU, '--name=Big_One'], r'--name=Big_One: must begin with a small letter'),
+    ([*TPU, '--slize=v5e:4x4'], r'--slize: no such argument; there are --config=FILE.* slice'),
+    ([*TPU, '--zone'], r'--zone: has no value; write --zone=VALUE'),
+    (['tpu.sh', 'fly'], r'fly: no such action; give one of: run status log stop delete'),
+    (['tpu.sh', 'run', 'fast'], r'fast: not an argument'),
+    (['tpu.sh', '--slice=v5e:4x4'], r'--config: missing; give a config file'),
+    (['gke.sh', '--slice=v5e:4x4', *GKE, *PLACE], r'--cluster: missing; give the GKE cluster'),
+    (['gke.sh', '--slice=v5e:2x2', *GKE, '--workdir=runs/a'], r'--workdir=runs/a: a path in a pod'),
+    (['gke.sh', '--slice=v5e:4x4', *GKE, '--image='], r'--image: missing; .* launch/gke.sh image builds it'),
+    (['slurm.sh', CONFIG], r'--workdir: missing'),
+    (['slurm.sh', CONFIG, '--workdir=a', '--nodes=0'], r'--nodes=0: must be a whole number of at least 1'),
+    (['local.sh', CONFIG, '--workdir=a', '--platform=tpu'], r'--platform=tpu: must be cpu or gpu'),
+]
+
+
+@pytest.mark.parametrize('command, said', BAD, ids=lambda v: v if isinstance(v, str) else None)
+def test_a_mistake_is_one_line_that_names_the_remedy(stand, command, said):
+  done = stand.run(*command)
+  assert done.returncode == 2
+  line, = done.stderr.splitlines()
+  assert re.match(f'launch: {said}', line), line
+  assert [c for c in stand.calls() if 'config get-value' not in c] == []
+
+
+def test_project_and_zone_come_from_gcloud(stand):
+  stand.answers(('gcloud config get-value project', '0+', 'mine'), ('gcloud config get-value compute/zone', '0+', 'there'))
+  assert stand.run('tpu.sh', 'delete').returncode == 0
+  assert stand.calls()[-1].endswith('--project=mine --zone=there --force --quiet')
+
+
+# GKE.
+
+def manifest(stand, *more):
+  done = stand.run('gke.sh', 'manifest', *GKE, *more)
+  assert done.returncode == 0, done.stderr
+  return yaml.safe_load(done.stdout)
+
+
+@pytest.mark.parametrize('name, more, hosts, chips, selectors', [
+    ('v5e:4x4', [], 4, 4, {'gke-tpu-accelerator': 'tpu-v5-lite-podslice', 'gke-tpu-topology': '4x4'}),
+    ('v6e:2x4', ['--spot'], 1, 8, {'gke-tpu-accelerator': 'tpu-v6e-slice', 'gke-tpu-topology': '2x4', 'gke-spot': 'true'}),
+    ('v5p:4x4x8', ['--reserved=ours'], 32, 4, {'gke-tpu-accelerator': 'tpu-v5p-slice', 'gke-tpu-topology': '4x4x8',
+                                               'reservation-name': 'ours'})])
+def test_the_manifest_is_what_kubernetes_takes(stand, name, more, hosts, chips, selectors):
+  override = """--config.data.files=a "b" \\ @name@ '*.txt'"""
+  found = manifest(stand, f'--slice={name}', '--restarts=7', '--name=true', override, *more)
+  jsonschema.validate(found, json.loads((ROOT / 'tests/programs/jobset.schema.json').read_text()))
+  template = found['spec']['replicatedJobs'][0]['template']
+  kubernetes_validate.validate(dict(apiVersion='batch/v1', kind='Job', metadata={'name': 'a'}, **template),
+                               '1.32', strict=True)
+  job, pod = template['spec'], template['spec']['template']['spec']
+  container, = pod['containers']
+  assert found['spec']['failurePolicy']['maxRestarts'] == 7
+  assert job['parallelism'] == job['completions'] == hosts
+  assert container['resources']['limits']['google.com/tpu'] == chips
+  assert pod['nodeSelector'] == {f'cloud.google.com/{key}': value for key, value in selectors.items()}
+  assert container['command'] == ['bash', 'launch/worker.sh', 'exec', '--platform=tpu', CONFIG, override,
+                                  '--workdir=gs://bucket/runs/a', *['--distributed'] * (hosts > 1)]
+  # The workdir is where worker.sh looks for it.
+  mount, = container['volumeMounts']
+  assert mount['mountPath'] == '/gcs/bucket'
+  assert {'name': 'GCS_ROOT', 'value': '/gcs'} in container['env']
+  # Status 2 ends the JobSet: the rule's reason is what a Job fails with by its own rule.
+  assert job['podFailurePolicy']['rules'][0]['onExitCodes']['containerName'] == container['name']
+  assert pod['restartPolicy'] == 'Never'   # which a podFailurePolicy asks for
+
+
+def test_the_schemas_find_faults(stand):
+  """A test of the test: the schemas do refuse."""
+  found = manifest(stand, '--slice=v5e:4x4')
+  schema = json.loads((ROOT / 'tests/programs/jobset.schema.json').read_text())
+  template = found['spec']['replicatedJobs'][0].pop('template')
+  with pytest.raises(jsonschema.ValidationError):
+    jsonschema.validate(found, schema)
+  template['spec']['backofLimit'] = 0
+  with pytest.raises(kubernetes_validate.ValidationError):
+    kubernetes_validate.validate(dict(apiVersion='batch/v1', kind='Job', metadata={'name': 'a'}, **template),
+                                 '1.32', strict=True)
+
+
+def gke(stand, *more, answers=()):
+  stand.answers(*answers)
+  done = stand.run('gke.sh', *more, *GKE, *PLACE, '--slice=v5e:4x4', '--cluster=c')
+  return done, stand.calls('--project=p', '--zone=z', r'--selector=jobset.sigs.k8s.io/jobset-name=longctx')
+
+
+GET = 'kubectl get jobset/longctx --output=jsonpath={.status.'
+CREDENTIALS = 'gcloud container clusters get-credentials c --location=z'
+WAIT = 'kubectl wait --for=condition=Ready pod,batch.kubernetes.io/job-completion-index=0 --timeout=0s'
+
+
+@pytest.mark.parametrize('end, status', [('Completed', 0), ('Failed', 1)])
+def test_a_jobset_is_submitted_and_followed_over_a_restart(stand, end, status):
+  pod = lambda name: ('kubectl get pods*', 0, f'{name} Running')
+  ended = lambda state: ('kubectl get jobset*terminalState*', 0, state)
+  count = lambda n: ('kubectl get jobset*restarts*', 0, n)
+  done, calls = gke(stand, 'run', answers=[
+      pod('first'), ended(''), count(0), pod('second'), ended(''), count(1), pod('second'), ended(end), count(1)])
+  assert done.returncode == status, done.stderr
+  look = [c for c in calls if c.startswith('kubectl get pods')][0]
+  turn = lambda pod, tail: [WAIT, look, f'kubectl logs {pod} --container=longctx --follow --tail={tail}',
+                            f'{GET}terminalState}}', f'{GET}restarts}}']
+  assert calls == [FIT, CREDENTIALS, f'kubectl apply --filename={stand.folder}/longctx.jobset.yaml',
+                   *turn('first', -1), *turn('second', -1), *turn('second', 20)]
+  assert yaml.safe_load((stand.folder / 'longctx.jobset.yaml').read_text()) == manifest(stand, '--slice=v5e:4x4')
+  assert 'restart 1 of 10' in done.stderr
+  assert f'JobSet longctx: {end}' in done.stderr
+
+
+def test_xpk_submits_and_deletes(stand):
+  done, calls = gke(stand, 'run', '--xpk', '--spot', '--check=none',
+                    answers=[('kubectl get jobset*terminalState*', 0, 'Completed')])
+  assert done.returncode == 0, done.stderr
+  assert calls[1] == (
+      'xpk workload create --workload=longctx --cluster=c --tpu-type=v5litepod-16 --num-slices=1 '
+      '--docker-image=registry/longctx:1 --max-restarts=10 --restart-on-user-code-failure --spot --command=cd '
+      f'/longctx && GCS_ROOT=/gcs bash launch/worker.sh exec --platform=tpu {CONFIG} '
+      '--workdir=gs://bucket/runs/a --distributed')
+  done, calls = gke(stand, 'stop', '--xpk')
+  assert calls[-1] == 'xpk workload delete --workload=longctx --cluster=c --force'
+
+
+def test_the_other_actions_of_a_jobset(stand):
+  assert gke(stand, 'stop')[1][-1] == 'kubectl delete jobset/longctx'
+  assert gke(stand, 'status')[1][-2:] == ['kubectl get jobset/longctx', 'kubectl get pods --output=wide']
+  assert gke(stand, 'log')[1][-1].startswith('kubectl logs,batch.kubernetes.io/job-completion-index=0')
+
+
+# SLURM.
+
+SRUN = ('srun --job-name=longctx --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 --kill-on-bad-exit=1 --label '
+        f'--time=1:00:00 bash {ROOT}/launch/worker.sh exec --platform=gpu')
+
+
+def slurm(stand, *more, answers=()):
+  stand.answers(*answers)
+  return stand.run('slurm.sh', CONFIG, '--nodes=2', '--gpus_per_node=4', '--time=1:00:00', *more)
+
+
+def srun_says(stand, status, text):
+  """srun's complaints are on stderr."""
+  (stand.folder / 'bin/srun').unlink()
+  (stand.folder / 'bin/srun').write_text(
+      f'#!/bin/sh\necho "srun $*" >>"$CALLS"\n[ $(grep -c srun "$CALLS") -gt 1 ] && exit 0\necho "{text}" >&2\nexit {status}\n')
+  (stand.folder / 'bin/srun').chmod(0o755)
+
+
+def test_srun_starts_a_process_a_gpu_and_again_when_one_is_lost(stand, tmp_path):
+  srun_says(stand, 137, 'srun: error: node2: task 5: Killed')
+  done = slurm(stand, f'--workdir={tmp_path}/w')
+  assert done.returncode == 0, done.stderr
+  seen = (tmp_path / 'w/.seen').read_text().strip()
+  command = f'{SRUN} --seen={seen} {CONFIG} --workdir={tmp_path}/w --distributed'
+  assert stand.calls() == [command, command]
+  assert 'lost: srun: error: node2: task 5: Killed' in done.stderr
+  assert 'restart 1 of 3' in done.stderr
+
+
+def test_a_mistake_in_one_task_is_not_tried_again(stand, tmp_path):
+  srun_says(stand, 137, 'srun: error: node2: task 5: Exited with exit code 2\nsrun: error: node1: tasks 0-3: Killed')
+  assert slurm(stand, '--workdir=gs://bucket/a').returncode == 2
+  assert stand.calls() == [f'{SRUN} {CONFIG} --workdir=gs://bucket/a --distributed']
+
+
+def test_the_other_actions_of_a_job(stand):
+  assert stand.run('slurm.sh', 'stop').returncode == stand.run('slurm.sh', 'status', '--name=a').returncode == 0
+  assert stand.calls() == ['scancel --me --name=longctx --signal=TERM', 'squeue --me --name=a']
+
+
+# All of them.
+
+def test_the_readmes_commands_are_read(stand):
+  commands = re.findall(r'`(launch/\w+\.sh [^`]*--config[^`]*)`', (ROOT / 'launch/README.md').read_text())
+  assert len(commands) == 6
+  for command in commands:
+    done = stand.run(*command.removeprefix('launch/').split(), '--dry_run')
+    assert done.returncode == 0, done.stderr
+    assert '-m longctx.main' in done.stdout or 'worker.sh exec' in done.stdout
+  assert stand.calls('--build.*') == []   # a dry run does nothing
+
+
+def test_shellcheck():
+  shellcheck = Path(sys.executable).with_name('shellcheck')
+  files = [*(ROOT / 'launch').glob('*.sh'), *(ROOT / 'tests/programs').glob('*.sh')]
+  assert len(files) >= 8
+  done = subprocess.run([shellcheck, *files], capture_output=True, text=True, cwd=ROOT)
+  assert done.returncode == 0, done.stdout
+
+
+def test_slices_are_those_that_can_be_compiled_for():
+  rows = [line.split() for line in (ROOT / 'launch/slices.txt').read_text().splitlines() if line[0] != '#']
+  assert sorted(row[0] for row in rows) == sorted(f'{c}:{s}' for c, sizes in aot.TOPOLOGIES.items() for s in sizes)
+  for name, accelerator, chips, hosts, *_ in rows:
+    chip, shape = name.split(':')
+    assert int(chips) == math.prod(map(int, shape.split('x')))
+    # A v5p's type counts TensorCores, of which a chip has two.
+    assert accelerator == f'{dict(v5e="v5litepod").get(chip, chip)}-{int(chips) * (2 if chip == "v5p" else 1)}'
+    # docs.cloud.google.com: VMs of slices have 4 chips, but one VM of up to 8 for v5e and v6e.
+    assert int(hosts) == (1 if int(chips) <= (4 if chip == 'v5p' else 8) else int(chips) // 4)
+
+
+def flags():
+  lines = (ROOT / 'launch/xla_flags.txt').read_text().splitlines()
+  return [line.split(None, 3) for line in lines if line and line[0] != '#']
+
+
+def test_each_flag_has_a_platform_and_a_reason():
+  for platform, variable, flag, reason in flags():
+    assert platform in ('cpu', 'gpu', 'tpu')
+    assert variable in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+    assert flag.startswith('--xla_')
+    assert len(reason.removeprefix('# ').split()) > 5
+
+
+@pytest.mark.slow
+def test_each_flag_is_one_that_xla_knows():
+  program = 'import jax; jax.devices()'
+  given = ' '.join(flag for _, variable, flag, _ in flags() if variable == 'XLA_FLAGS')
+  for more, status in (('', 0), (' --xla_no_such_flag=1', None)):
+    env = os.environ | {'XLA_FLAGS': given + more, 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    assert ('Unknown flag' in done.stderr) == (status is None)
+
+
+def test_a_caller_flag_comes_after_ours(stand):
+  done = stand.run('local.sh', CONFIG, '--workdir=a', '--processes=1', '--dry_run', XLA_FLAGS='--xla_mine=1')
+  value = re.search(r'XLA_FLAGS=(.*?[^\\]) ', done.stdout)[1].replace('\\', '')
+  assert value == '--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_mine=1'
