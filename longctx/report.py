@@ -95,9 +95,8 @@ class Looker:
     )
 
   def tokens(self, prompt: bytes, name: str) -> Any:
-    import numpy as np
-    return np.concatenate([[self.tokenizer.separator],
-                           self.tokenizer.encode(prompt, name)]).astype(np.int32)
+    from longctx.evaluation.subject import prompt_tokens
+    return prompt_tokens(self.tokenizer, prompt, name)
 
   def write(self, prompt: Any, max_new_tokens: int) -> Any:
     return self.subject.generate([prompt], max_new_tokens)[0]

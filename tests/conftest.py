@@ -27,6 +27,18 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', True)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that were saved."""
+  from matplotlib.figure import Figure
+  figures, save = [], Figure.savefig
+  def keep(self, *args, **kwargs):
+    figures.append(self)
+    save(self, *args, **kwargs)
+  monkeypatch.setattr(Figure, 'savefig', keep)
+  return figures
+
+
 MAPPINGS = 15_000   # of the 65,530 that Linux lets a process have: each compiled program takes some
 
 

@@ -38,6 +38,8 @@ PARAMETERS = {
     'passkey': 246_336,
     'passkey:debug': 13_152,
     'passkey:memory': 249_280,
+    'question_answering': 246_336,
+    'question_answering:debug': 13_152,
     'quickstart': 824_576,
     'quickstart:debug': 20_864,
     'ring_1m_v5e': 8_030_261_248,
@@ -195,9 +197,9 @@ def no_compilation_cache():
 
 # Of configs that differ in size alone one stands for the others.
 ALIKE = ('bert', 'books', 'sentiment', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
-         'summarise', 'tinyshakespeare')
-# These make their examples; of all but passkeys they say how many are right, a number without a figure.
-EXAMPLES = ('passkey', 'sentiment', 'summarise', 'translate')
+         'question_answering', 'summarise', 'tinyshakespeare')
+# These make their examples; of all but passkeys and questions they say how many are right, a number without a figure.
+EXAMPLES = ('passkey', 'question_answering', 'sentiment', 'summarise', 'translate')
 
 
 @pytest.mark.parametrize('stem', [

@@ -3,7 +3,6 @@
 import struct
 
 import pytest
-from matplotlib.figure import Figure
 
 from longctx.draw import position
 
@@ -16,17 +15,6 @@ def mode(values, tokens=None, few=()):
 
 def run(**modes):
   return dict(split='validation', length=8, modes=modes)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-  """The figures that were saved."""
-  figures, save = [], Figure.savefig
-  def keep(self, *args, **kwargs):
-    figures.append(self)
-    save(self, *args, **kwargs)
-  monkeypatch.setattr(Figure, 'savefig', keep)
-  return figures
 
 
 def test_every_run_and_mode_is_a_line_with_its_values(tmp_path, drawn):

@@ -4,20 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from longctx.draw import attention, memory
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-  """The figures that were saved."""
-  figures, save = [], Figure.savefig
-  def keep(self, *args, **kwargs):
-    figures.append(self)
-    save(self, *args, **kwargs)
-  monkeypatch.setattr(Figure, 'savefig', keep)
-  return figures
 
 
 def test_a_bin_shows_its_largest_weight_and_no_token_is_lost():

@@ -4,22 +4,9 @@ import io
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from longctx.draw import accuracy, curve, heatmap, theme
 from longctx.draw.accuracy import Line, Point
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-  """The figures that were saved."""
-  figures, save = [], Figure.savefig
-  def keep(self, *args, **kwargs):
-    figures.append(self)
-    save(self, *args, **kwargs)
-  monkeypatch.setattr(Figure, 'savefig', keep)
-  return figures
-
 
 LINES = {'niah': Line([Point(2048, .5, .4, .6, 20), Point(1024, .9, .8, .95, 20)], .1),
          'vt': Line([Point(1024, .3, .2, .4, 20), Point(4096, .0, .0, .0, 0)], .25)}

@@ -57,6 +57,11 @@ class Subject(Protocol):
     """How likely each row's tokens are, the first aside; a row has at least one."""
 
 
+def prompt_tokens(tokenizer: Tokenizer, text: bytes, name: str = 'the text') -> np.ndarray:
+  """What is read of a text, int32: the separator first. `name`: of the text, for the error."""
+  return np.concatenate([[tokenizer.separator], tokenizer.encode(text, name)]).astype(np.int32)
+
+
 def before_stop(text: bytes, stops: Sequence[bytes]) -> bytes:
   """A text up to the first place where any of `stops` begins."""
   found = [at for at in map(text.find, stops) if at >= 0]

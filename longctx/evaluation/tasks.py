@@ -21,7 +21,7 @@ from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
 from longctx.evaluation import records, ruler_summary
-from longctx.evaluation.subject import Subject
+from longctx.evaluation.subject import Subject, prompt_tokens
 from longctx.training import processes
 
 
@@ -150,7 +150,7 @@ class _Maker:
     depth = depth_of(index, c.depths)
     made = example(task, TASKS[task], self.tokenizer, length=length, index=index, seed=c.seed,
                    depth=depth, **c.sources())
-    return Asked(task, length, index, depth, made, _tokens(self.tokenizer, made.prompt))
+    return Asked(task, length, index, depth, made, prompt_tokens(self.tokenizer, made.prompt))
 
   def batches(self, done: set[tuple]) -> Iterator[list[Asked]]:
     """What is left to be asked; a batch is of one task and length."""
@@ -170,10 +170,6 @@ class _Maker:
               'another workdir')
 
 
-def _tokens(tokenizer: Any, text: bytes) -> np.ndarray:
-  return np.concatenate([[tokenizer.separator], tokenizer.encode(text)]).astype(np.int32)
-
-
 def _digest(text: bytes) -> str:
   return hashlib.sha256(text).hexdigest()
 
@@ -187,7 +183,7 @@ def _answered(subject: Subject, config: Config, batch: list[Asked]) -> list[dict
   lines = [_line(config, one, too_long=False, written=text, score=float(TASKS[one.task].score(text, one.made)))
            for one, text in zip(batch, written)]
   if config.controls:
-    asked = [_tokens(subject.tokenizer, one.made.without_context) for one in batch]
+    asked = [prompt_tokens(subject.tokenizer, one.made.without_context) for one in batch]
     for line, one, text in zip(lines, batch, _written(subject, asked, batch, room)):
       line.update(control_written=text, control_score=float(TASKS[one.task].score(text, one.made)))
   if config.answers:
