@@ -132,7 +132,8 @@ submit() {
     run xpk workload create "--workload=${OPTION[name]}" "--cluster=${OPTION[cluster]}" \
       "--project=${OPTION[project]}" "--zone=${OPTION[zone]}" "--tpu-type=$ACCELERATOR" --num-slices=1 \
       "--docker-image=${OPTION[image]}" "--max-restarts=${OPTION[restarts]}" \
-      --restart-on-user-code-failure "${more[@]}" "--command=cd /longctx && GCS_ROOT=/gcs $(quoted "${COMMAND[@]}")"
+      --restart-on-user-code-failure "${more[@]}" \
+      "--command=cd /longctx && GCS_ROOT=/gcs $(quoted "${COMMAND[@]}")"
     return
   fi
   manifest >"${TMPDIR:-/tmp}/${OPTION[name]}.jobset.yaml"

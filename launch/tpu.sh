@@ -44,6 +44,8 @@ main() {
   setting zone compute/zone us-west4-a
   PLACE=("--project=${OPTION[project]}" "--zone=${OPTION[zone]}")
   need_command gcloud 'install the Google Cloud CLI'
+  TEMPORARY=$(mktemp -d)
+  trap 'rm -rf "$TEMPORARY"' EXIT
   case $ACTION in
     run) whole_run ;;
     status) status ;;
@@ -57,8 +59,6 @@ whole_run() {
   local code
   fit_arguments
   check_fit
-  CODE=$(mktemp -d)
-  trap 'rm -rf "$CODE"' EXIT
   trap left_alone INT TERM
   pack_code
   FAILURES=0
@@ -89,37 +89,35 @@ LOST=99   # run_on_slice's status where the slice is gone
 
 # slice_state: none, waiting, ready, lost or failed.
 slice_state() {
-  local said kind=queued-resources field=state.state
-  if [[ ${OPTION[create]} == direct ]]; then kind=tpu-vm field=state; fi
-  if $DRY_RUN; then
-    run gcloud compute tpus "$kind" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($field)"
-    echo "${DRY_STATE:-none}"
-    return
-  fi
-  if ! said=$(gcloud compute tpus "$kind" describe "${OPTION[name]}" "${PLACE[@]}" \
-    "--format=value($field)" 2>&1); then
-    if [[ $said == *NOT_FOUND* || $said == *'not found'* ]]; then echo none; return; fi
-    die "gcloud cannot tell the state of ${OPTION[name]}: $said"
+  local said
+  if [[ ${OPTION[create]} == direct ]]; then
+    said=$(described tpu-vm state) || exit 2
+  else
+    said=$(described queued-resources state.state) || exit 2
+    if [[ $said == ACTIVE ]]; then   # and stays so for a while when the slice was preempted
+      said=$(described tpu-vm state) || exit 2
+      if [[ $said == ABSENT ]]; then said=TERMINATED; fi
+    fi
   fi
   case $said in
-    *ACTIVE) node_state ;;
-    *READY) echo ready ;;
-    *FAILED) echo failed ;;
-    *SUSPENDED | *PREEMPTED | *TERMINATED | *STOPPED | *STOPPING) echo lost ;;
+    ABSENT) echo none ;;
+    READY) echo ready ;;
+    FAILED) echo failed ;;
+    SUSPENDED | PREEMPTED | TERMINATED | STOPPED | STOPPING) echo lost ;;
     *) echo waiting ;;
   esac
 }
 
-# A request stays ACTIVE for a while when its slice was preempted.
-node_state() {
-  local said
-  said=$(gcloud compute tpus tpu-vm describe "${OPTION[name]}" "${PLACE[@]}" \
-    '--format=value(state)' 2>&1) || said=TERMINATED
-  case $said in
-    *READY) echo ready ;;
-    *PREEMPTED | *TERMINATED | *STOPPED | *STOPPING) echo lost ;;
-    *) echo waiting ;;
-  esac
+described() {   # described KIND FIELD: what gcloud says, or ABSENT
+  if $DRY_RUN; then
+    run gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)"
+    echo "${DRY_STATE:-ABSENT}"
+  elif ! gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)" \
+    2>"$TEMPORARY/errors"; then
+    grep -q NOT_FOUND "$TEMPORARY/errors" ||
+      die "gcloud cannot tell the state of ${OPTION[name]}: $(<"$TEMPORARY/errors")"
+    echo ABSENT
+  fi
 }
 
 # ready_slice: makes the slice unless it is there, and waits until it is up.
@@ -155,7 +153,7 @@ create_slice() {
       "--accelerator-type=$ACCELERATOR" "--version=$RUNTIME" "${more[@]}" ||
       die "the slice was refused, as said above; --create=queued waits for capacity"
   fi
-  DRY_STATE=ready
+  DRY_STATE=READY
 }
 
 delete_slice() {
@@ -176,19 +174,19 @@ on_workers() {   # on_workers all|0 COMMAND of worker.sh
 # pack_code: the repository as it stands, with the versions of this machine's environment.
 pack_code() {
   if ! $DRY_RUN; then
-    "$PYTHON" -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$CODE/constraints.txt" ||
+    "$PYTHON" -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$TEMPORARY/constraints.txt" ||
       die "$PYTHON -m pip freeze: no versions found; make setup"
-    "$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$CODE/python_version"
+    "$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$TEMPORARY/python_version"
   fi
-  run tar -czf "$CODE/longctx.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.git \
-    --exclude=__pycache__ . -C "$CODE" constraints.txt python_version
+  run tar -czf "$TEMPORARY/longctx.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.git \
+    --exclude=__pycache__ . -C "$TEMPORARY" constraints.txt python_version
 }
 
 # set_up: on every worker; a slice that is just up may refuse the first connections.
 set_up() {
   local attempt tpu=(gcloud compute tpus tpu-vm) unpack='mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx'
   for attempt in 1 2 3; do
-    if run "${tpu[@]}" scp "$CODE/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
+    if run "${tpu[@]}" scp "$TEMPORARY/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
       run "${tpu[@]}" ssh "${OPTION[name]}" "${PLACE[@]}" --worker=all --quiet \
         "--command=$unpack && bash longctx/launch/worker.sh setup"; then
       return

@@ -109,6 +109,7 @@ GONE = {
     'on its way': ([request('SUSPENDING')] * 2 + [request('SUSPENDED')], [DESCRIBE] * 3 + [DELETE]),
     'no request left': ([ABSENT], [DESCRIBE]),
     'still active': ([request('ACTIVE'), node('PREEMPTED')] * 2, [DESCRIBE, NODE] * 2 + [DELETE]),
+    'an empty request': ([request('ACTIVE'), ('*tpu-vm describe*', 1, 'NOT_FOUND')] * 2, [DESCRIBE, NODE] * 2 + [DELETE]),
 }
 
 
@@ -170,6 +171,13 @@ def test_a_failed_request_says_what_to_do(stand):
   assert done.returncode == 2
   assert calls == [DESCRIBE]
   assert 'try another --zone or --slice' in done.stderr
+
+
+def test_what_gcloud_cannot_tell_ends_it(stand):
+  done, calls = tpu(stand, '--check=none', answers=[('*describe*', 1, 'ERROR: PERMISSION_DENIED: not yours')])
+  assert done.returncode == 2
+  assert calls == [DESCRIBE]
+  assert 'gcloud cannot tell the state of longctx: ERROR: PERMISSION_DENIED: not yours' in done.stderr
 
 
 @pytest.mark.parametrize('action, asked', [

@@ -12,7 +12,11 @@ while IFS=$'\t' read -r pattern status output; do
   case $call in
     $pattern)
       if [[ $status == *+ ]] || mkdir "$ANSWERS.$number" 2>/dev/null; then
-        if [[ -n $output ]]; then printf '%b\n' "$output"; fi
+        if [[ -n $output ]] && ((${status%+})); then
+          printf '%b\n' "$output" >&2   # as commands do that fail
+        elif [[ -n $output ]]; then
+          printf '%b\n' "$output"
+        fi
         exit "${status%+}"
       fi ;;
   esac
