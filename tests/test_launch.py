@@ -37,6 +37,7 @@ START = [f'{SSH} --worker=all --command=bash longctx/launch/worker.sh stop',
 FOLLOW = f'{SSH} --worker=0 --command=bash longctx/launch/worker.sh follow'
 STATE = f'{SSH} --worker=all --command=bash longctx/launch/worker.sh state'
 STOP = START[0]
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the launchers are for Linux')
 
 # Answers.
 VERSIONS = [('python -m pip freeze*', '0+', r'jax==0.10.2\nflax==0.12.8'), ('python -c*', '0+', '3.12')]

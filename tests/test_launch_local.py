@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from tests.programs import tiny
 from tests.stand_ins import ROOT, StandIns
 
 CONFIG = '--config=configs/quickstart.py'
+GRACEFUL = 'trap "echo saved; exit 0" TERM; echo ready; while :; do sleep 0.05; done'
 FAKE_MAIN = ROOT / 'tests/programs/stand_in_main.sh'
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the launchers are for Linux')
 
 
 @pytest.fixture
@@ -88,16 +92,19 @@ def test_restarts_are_bounded(stand, tmp_path):
   assert len(starts(stand)) == 3
 
 
-def test_no_process_is_left_behind(stand, tmp_path):
-  """SIGTERM to the launcher goes to all; a lost process takes the others with it."""
+@pytest.mark.parametrize('loss, status', [('echo ready; exec sleep 601', 130), (GRACEFUL, 0)])
+def test_sigterm_goes_to_all_and_leaves_none_behind(stand, tmp_path, loss, status):
+  """Processes that save and leave are a run that ended well, and is not started again."""
   env = os.environ | dict(PATH=f'{tmp_path}/bin:/usr/bin:/bin', PYTHON=str(tmp_path / 'bin/python'), LOSSES='9',
-                          CALLS=str(stand.calls_file), LOSS='exec sleep 601')
-  child = subprocess.Popen([ROOT / 'launch/local.sh', CONFIG, f'--workdir={tmp_path}/w'], env=env,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-  for i in range(1, 4):
-    await_text(tmp_path / f'w/logs/process_{i}.log', 'speaks')
+                          CALLS=str(stand.calls_file), LOSS=loss, LOST_PROCESS='all')
+  with open(tmp_path / 'out', 'w') as out:
+    child = subprocess.Popen([ROOT / 'launch/local.sh', CONFIG, f'--workdir={tmp_path}/w'], env=env, stdout=out,
+                             stderr=subprocess.PIPE, text=True)
+  for path in (tmp_path / 'out', *(tmp_path / f'w/logs/process_{i}.log' for i in range(1, 4))):
+    await_text(path, 'ready')
   child.send_signal(signal.SIGTERM)
-  assert child.wait(60) == 130, child.stderr.read()
+  assert child.wait(60) == status, child.stderr.read()
+  assert len(starts(stand)) == 1
   assert sleepers(tmp_path) == []
 
 
@@ -167,20 +174,19 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
   assert worker(stand, 'state').stdout.split()[1:] == ['exited', '5']
   assert starts(stand) == [f'|tpu,cpu|||-m longctx.main {CONFIG} --workdir={tmp_path}/w']
   # One that goes on, until it is told to end: it may then save, and its status is told.
-  graceful = 'trap "echo saved; exit 0" TERM; while :; do sleep 0.05; done'
-  assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=graceful).returncode == 0
+  assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=GRACEFUL).returncode == 0
   assert worker(stand, 'state').stdout.split()[1:] == ['running']
   done = worker(stand, 'start', *given)
   assert done.returncode == 2
   assert 'a run is still going' in done.stderr
-  await_text(tmp_path / 'state/log', 'speaks')
+  await_text(tmp_path / 'state/log', 'ready')
   assert worker(stand, 'stop').returncode == 0
   assert worker(stand, 'state').stdout.split()[1:] == ['exited', '0']
   assert (tmp_path / 'state/log').read_text().endswith('saved\n')
   # One that hears nothing.
   assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0',
-                LOSS='trap "" TERM; while :; do sleep 0.05; done').returncode == 0
-  await_text(tmp_path / 'state/log', 'speaks')
+                LOSS='trap "" TERM; echo ready; while :; do sleep 0.05; done').returncode == 0
+  await_text(tmp_path / 'state/log', 'ready')
   assert worker(stand, 'stop', STOP_SECONDS='1').returncode == 0
   assert worker(stand, 'state').stdout.split()[1:] == ['killed']
   assert worker(stand, 'follow').returncode == 137

@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
-# Stands in for python -m longctx.main under launch/local.sh and launch/worker.sh: adds its call to CALLS.
-# Process 2 of the first LOSSES attempts does what LOSS says; the others then wait for ever.
+# Stands in for python -m longctx.main under launch/local.sh and launch/worker.sh: adds its call to CALLS.N.
+# LOST_PROCESS (2, or all) of the first LOSSES attempts does what LOSS says, once all have been called; the
+# others then wait for ever.
 if [[ $1 == -c ]]; then echo 1234; exit; fi
-call=$*
-process=${call##*--process_id=}
-[[ $process != "$call" ]] || process=0
+process=0
+number=1
+for argument in "$@"; do
+  case $argument in
+    --process_id=*) process=${argument#*=} ;;
+    --num_processes=*) number=${argument#*=} ;;
+  esac
+done
+calls_of() { grep -c . "$CALLS.$1" 2>/dev/null || true; }
 echo "$XLA_FLAGS|$JAX_PLATFORMS|$JAX_NUM_CPU_DEVICES|$JAX_LOCAL_DEVICE_IDS|$*" >>"$CALLS.$process"
 echo "process $process speaks"
-attempts=$(grep -c . "$CALLS.$process")
+attempts=$(calls_of "$process")
 if ((attempts <= ${LOSSES:-0})); then
-  if ((process == ${LOST_PROCESS:-2})); then eval "$LOSS"; fi
+  if [[ ${LOST_PROCESS:-2} == all || ${LOST_PROCESS:-2} == "$process" ]]; then
+    for ((i = 0; i < number; i++)); do
+      until (($(calls_of "$i") >= attempts)); do sleep 0.02; done
+    done
+    eval "$LOSS"
+  fi
   exec sleep 600
 fi
