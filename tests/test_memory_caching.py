@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from longctx.errors import ConfigError
+from longctx.memory import caching
 from longctx.models.memories.base import Cell, Settings
 from longctx.models.memories.memory_caching import MemoryCaching
 from longctx.models.memory_config import Config
+from longctx.parallel import aot
 from tests import oracles
 from tests.kernel_laws import wave
 
@@ -171,6 +173,69 @@ def _heads(layer, x):
   return unit(qkv[0]) * H ** -0.5, unit(qkv[1]), qkv[2]
 
 
+def at_segment(windows, r):
+  """The cache before segment r, by itself."""
+  def cut(x):
+    line = x.reshape(len(x), -1, *x.shape[3:])
+    return line[:, r:r + windows.slots]
+  tail = jax.tree.map(lambda x: x[:, r], windows.tail)
+  return caching.State(jax.tree.map(cut, windows.S), cut(windows.mean), windows.count[:, r], tail)
+
+
+@functools.cache
+def drawn():
+  """A cache with an empty slot, five segments' states, and what ten segments of two tokens ask."""
+  draw = np.random.default_rng(3)
+  normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
+  cache = caching.State(normal(2, 3, N, H, H), normal(2, 3, D), jnp.array([1, 3]))
+  filled = caching.there(cache)
+  cache = cache._replace(S=jnp.where(filled[..., None, None, None], cache.S, 0),
+                         mean=jnp.where(filled[..., None], cache.mean, 0))
+  return cache, (normal(2, 5, N, H, H), normal(2, 5, D), normal(10, 2, D), normal(10, 2, D),
+                 normal(10, 2, N, H))
+
+
+@pytest.mark.parametrize('top', [0, 2])
+def test_windows_say_what_each_cache_by_itself_says(top):
+  """Values and gradients of gates, of reads with and without them, and of what any state says."""
+  cache, inputs = drawn()
+
+  def all_that_is_said(make, S, mean, u, own, q):
+    windows, _ = caching.before(cache, S, mean, jnp.ones((2, 5), bool))
+    cached = make(windows)
+    gates = caching.gates(cached, u, own, top)
+    say = lambda S: jnp.tanh(jnp.einsum('bcnh,bsnhv->bcsnv', q, S))
+    out = (gates, caching.read(cached, q, gates[..., :-1]), caching.read(cached, q, None),
+           caching.weigh(cached, say, gates[..., :-1]), caching.weigh(cached, say, None),
+           caching.weigh(cached, lambda S: S[:, None, :, 0], gates[..., :-1]))
+    return sum((y * wave(y)).sum() for y in out), out
+
+  rows = lambda windows: jax.tree.map(lambda x: x.reshape(10, *x.shape[2:]), windows)
+  def copied(windows):
+    each = [at_segment(windows, r) for r in range(5)]
+    return rows(jax.tree.map(lambda *x: jnp.stack(x, axis=1), *each))
+  slopes = [jax.jit(jax.value_and_grad(functools.partial(all_that_is_said, make), argnums=range(5),
+                                       has_aux=True))(*inputs) for make in (rows, copied)]
+  for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_all_segments_at_once_need_no_cache_each(optimized):
+  """The memory of a gradient: states of the segments and slots, not of one times the other."""
+  segments = slots = 64
+  def loss(S, mean, u, q):
+    cache = caching.empty(1, slots, jnp.zeros((1, N, 16, 16)), D)
+    windows, _ = caching.before(cache, S, mean, jnp.ones((1, segments), bool))
+    cached = jax.tree.map(lambda x: x[0], windows)
+    gates = caching.gates(cached, u, u)
+    return (caching.read(cached, q, gates[..., :-1]) ** 2).sum()
+  shapes = ((1, segments, N, 16, 16), (1, segments, D), (segments, 2, D), (segments, 2, N, 16))
+  slope = jax.jit(jax.grad(loss, argnums=range(4)))
+  made = slope.lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+  state = 4 * N * 16 * 16
+  assert aot.memory_of(made).temporary < 8 * (segments + slots) * state < segments * slots * state / 2
+
+
 @pytest.mark.parametrize('name', [
     'delta', 'behind a window', pytest.param('behind a long one', marks=pytest.mark.slow)])
 def test_the_caches_before_all_segments_are_those_of_one_after_the_other(name):
@@ -183,8 +248,9 @@ def test_the_caches_before_all_segments_are_those_of_one_after_the_other(name):
       params, x[:, 1:], memory)
   for r in range(R - 1):
     expected = run(graphdef, params, x[:, :r + 1])[1]
-    for a, b in zip(jax.tree.leaves(befores), jax.tree.leaves(expected), strict=True):
-      np.testing.assert_allclose(a[:, r], b, atol=1e-6)
+    found = jax.tree.map(lambda x: x[:, r], befores.past), at_segment(befores.store, r)  # noqa: B023
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6)
   for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run(graphdef, params, x)[1]), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -218,6 +284,8 @@ def test_its_state_is_as_counted():
 @pytest.mark.parametrize('settings, says', [
     (dict(memory_variant='soup'), 'delta_residual'), (dict(qk_norm=True), 'without model.short_term'),
     (dict(memory_width=8), "whose heads are the model's"),
+    (dict(num_kv_heads=2), r'model.num_kv_heads=2: is not read by .* without model.short_term'),
+    (dict(head_dim=16, memory_variant='gated_delta'), r'model.head_dim=16: .* set that, and leave'),
     (dict(memory_variant='rglru', memory_width=9), r'model.memory_width=9 stands for model.mixer_key_dim'),
     (dict(memory_top=33), 'at most model.memory_size=32'),
     (dict(memory_top=2, memory_variant='linear_residual'), "set 'linear'")])

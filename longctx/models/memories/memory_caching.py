@@ -17,11 +17,13 @@ y = Attn(x) + rmsnorm(what the cached memories say) W_out.
 Source: arXiv:2602.24281; the mathematics: longctx/memory/caching.py.
 Differs: the paper's other backbones are deep memories; beta = sigmoid(x W_beta) does not forget, and
 'delta' and 'linear' have no convolution. The gate's pooled inputs are normed. No window is published.
-Held by: tests/test_models.py, tests/test_memory_caching.py, tests/test_cached_mixer.py, tests/test_truncation.py.
+Held by: tests/test_models.py, tests/test_memory_caching.py, tests/test_cached_mixer.py,
+tests/test_truncation.py.
 
 B batch  C slots of a cell  R segments  N heads  H head dim  D model  K inputs that a mixer looks back at
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +83,9 @@ class MemoryCaching(Block):
     check(not s.width or writer in MIXERS, f'model.memory_width={s.width}: is not read with '
           f'model.memory_variant={s.variant!r}, whose heads are the model\'s; leave it out')
     D, N, H = s.dim, s.num_heads, s.head_dim
+    check(writer not in MIXERS or s.short_term or H == D // N, f'model.head_dim={H}: is not read with '
+          f'model.memory_variant={s.variant!r} without model.short_term: there is no attention, and the '
+          "mixer's heads are model.memory_width wide; set that, and leave model.head_dim out")
     if writer in MIXERS:
       mixer, K = cached_mixer.cost(writer, s), cached_mixer.looks_back(writer, s)
       parameters, matrices, kept = mixer.parameters, mixer.matrices, mixer.state - mixer.tail
@@ -132,9 +137,11 @@ class MemoryCaching(Block):
     cache = self.push(cache, self.hear(old_BCD, valid_BC, cache.tail, None), old_BCD, valid_BC)
     return near_BCD + far_BCD, Memory(self.remember(x_BCD, past, cell), cache)
 
-  def push(self, cache: caching.State, heard: Heard, x_BCD: jax.Array, valid_BC: jax.Array
-           ) -> caching.State:
+  def push(self, cache: caching.State | caching.Windows, heard: Heard, x_BCD: jax.Array,
+           valid_BC: jax.Array) -> caching.State | caching.Windows:
     """The cache after a segment."""
+    if isinstance(cache, caching.Windows):
+      return cache   # what comes after each is known: it is the next window
     after = caching.push(cache, heard.S, heard.mean, valid_BC.any(1))
     return after._replace(tail=tails(cache.tail, x_BCD, valid_BC, 1)[1])
 
@@ -152,10 +159,11 @@ class MemoryCaching(Block):
     segments = lambda x: x.reshape(B, S, *x.shape[1:])
     befores, after = caching.before(cache, jax.tree.map(segments, heard.S), segments(heard.mean),
                                     valid_BT.reshape(B, S, C).any(2))
-    return Memory(pasts, befores._replace(tail=tails_S)), Memory(past, after._replace(tail=tail))
+    befores = dataclasses.replace(befores, tail=tails_S)
+    return Memory(pasts, befores), Memory(past, after._replace(tail=tail))
 
-  def hear(self, x_BCD: jax.Array, valid_BC: jax.Array, left: Past | None, cache: caching.State | None,
-           apart: bool = False) -> Heard:
+  def hear(self, x_BCD: jax.Array, valid_BC: jax.Array, left: Past | None,
+           cache: caching.State | caching.Windows | None, apart: bool = False) -> Heard:
     """A segment read from an empty memory, beside those of the cache, if one is given; `apart`: with
     nothing of its own. `left`: the inputs before it."""
     u_BCD = self.mixer_norm(x_BCD)
@@ -180,7 +188,7 @@ class MemoryCaching(Block):
       return Heard(merge(out_BCNH, self.w_out.get_value()), S, mean_BCD[:, -1])
 
     def speak(near, read):
-      return near if cache is None else together(near, caching.weigh(read(cache.S), gates))
+      return near if cache is None else together(near, caching.weigh(cache, read, gates))
 
     around = None if left is None else (self.mixer_norm(left.hidden.astype(x_BCD.dtype)), there(left))
     return Heard(*self.cached(u_BCD, valid_BC, around, speak), mean_BCD[:, -1])
