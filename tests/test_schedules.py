@@ -1,4 +1,7 @@
-"""Every order in which segments may be read gives what one after the other gives; on a mesh as well."""
+"""Every order in which segments may be read gives what one after the other gives; on a mesh as well.
+
+With dropout: all of them drop the same.
+"""
 
 import dataclasses
 import functools
@@ -10,12 +13,13 @@ import pytest
 from flax import nnx
 
 from longctx.errors import ConfigError
-from longctx.models import memory_config
+from longctx.models import memory_config, memory_decoder
 from longctx.models.memories import MEMORIES
-from longctx.parallel import mesh
-from tests.test_models import MODELS, VOCAB, built
+from longctx.parallel import aot, mesh
+from tests.test_models import MODELS, VOCAB, built, memory
 
-B, S = 2, 4
+B, S, DROPOUT = 2, 4, 0.2
+KEY = jax.random.key(5)
 MEMORY = {name: config for name, config in MODELS.items() if config.name == 'memory'}
 SIDE_BY_SIDE = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency in ('P0', 'P1')]
 DIAGONAL = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency == 'P2'
@@ -33,14 +37,14 @@ def sizes(name):
 
 def read(name, schedule, truncate=0, layout=None):
   """(a sum over hidden states, hidden states, memory after), and the gradient of the sum."""
-  model = built(dataclasses.replace(MEMORY[name], truncate=truncate))
+  model = built(dataclasses.replace(MEMORY[name], truncate=truncate, dropout=DROPOUT))
   graphdef, params = nnx.split(model)
   tokens = sizes(name)
 
   def run(params, tokens):
     model = nnx.merge(graphdef, params)
     hidden, memory = model.read_segments(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(B, jnp.int32),
-                                         model.fresh(B), schedule=schedule, every=0)
+                                         model.fresh(B), KEY, schedule, every=0)
     return (hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))).sum(), (hidden, memory)
 
   run = jax.value_and_grad(run, has_aux=True)
@@ -81,13 +85,54 @@ def test_truncated_gradients_are_those_of_the_sequence(name, schedule):
 def test_the_memory_matters():
   """Another first segment changes what is said in the last: the schedules are not equal for nothing."""
   for name in ('transformer_xl', 'infini', 'armt', 'rmt'):
-    model = built(MEMORY[name])
+    model = built(dataclasses.replace(MEMORY[name], dropout=DROPOUT))
     state = one_by_one(name)[0][1][0]
     other = sizes(name).at[:, S - 2].add(1) % VOCAB
     hidden, _ = jax.jit(lambda tokens, model=model: model.read_segments(
         tokens, jnp.ones(tokens.shape, bool), jnp.zeros(B, jnp.int32), model.fresh(B),
-        schedule='sequential'))(other)
+        KEY, 'sequential'))(other)
     assert np.abs(np.asarray(hidden[:, -1]) - np.asarray(state[:, -1])).max() > 1e-3, name
+
+
+@functools.cache
+def temporary(name, segments, whole, remat):
+  """Bytes that a gradient needs besides parameters and gradients, from tokens to hidden states."""
+  config = dataclasses.replace(LONG[name], remat=remat)
+  model = nnx.eval_shape(lambda: memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0)))
+  graphdef, params = nnx.split(model)
+  def loss(params, tokens):
+    valid = None if whole else jnp.ones(tokens.shape, bool)
+    return (nnx.merge(graphdef, params)(tokens, valid_BT=valid)[0] ** 2).sum()
+  tokens = jax.ShapeDtypeStruct((1, segments * config.segment), jnp.int32)
+  return aot.memory_of(jax.jit(jax.grad(loss)).lower(params, tokens).compile()).temporary
+
+
+long = functools.partial(memory, segment=16, mlp='gelu', mlp_dim=16 * 16, schedule='sequential')
+LONG = {'infini': long('infini'), 'rmt': long('rmt', memory_tokens=2),
+        'titans': long('titans', memory_chunk=8)}
+
+
+def growth(name, whole, remat):
+  """(bytes a segment from 4 segments to 16, of the states it carries, of its tokens' hidden states)."""
+  config, few, many = LONG[name], 4, 16
+  more = temporary(name, many, whole, remat) - temporary(name, few, whole, remat)
+  state = 4 * sum(facts.state for facts in config.layer_facts(config.segment))
+  return more / (many - few), state, 4 * config.segment * config.embed_dim
+
+
+@pytest.mark.parametrize('name, whole', [('infini', True), *(
+    pytest.param(name, whole, marks=pytest.mark.slow) for name in LONG for whole in (True, False)
+    if (name, whole) != ('infini', True))])
+def test_memory_of_training_grows_by_the_carried_states_alone(name, whole, optimized):
+  """Read one by one, as whole rows or as documents anywhere; beside them what the loss is made of."""
+  more, state, hidden = growth(name, whole, 'full')
+  assert state <= more <= state + 2 * hidden
+
+
+@pytest.mark.slow
+def test_without_rematerialisation_it_grows_by_all_that_a_layer_makes(optimized):
+  more, state, hidden = growth('infini', True, 'none')
+  assert more > state + 50 * hidden
 
 
 @pytest.mark.parametrize('name', [
@@ -95,7 +140,7 @@ def test_the_memory_matters():
     for name in MEMORY])
 def test_aligned_rows_give_what_rows_of_any_documents_do(name):
   """A document carried on, one that ends in padding, and one that begins; in the default schedule."""
-  config = dataclasses.replace(MEMORY[name], truncate=2)
+  config = dataclasses.replace(MEMORY[name], truncate=2, dropout=DROPOUT)
   graphdef, params = nnx.split(built(config))
   T = 2 * config.segment
   tokens = jax.random.randint(jax.random.key(3), (2, B, T), 0, VOCAB)
@@ -107,7 +152,7 @@ def test_aligned_rows_give_what_rows_of_any_documents_do(name):
       model, out = nnx.merge(graphdef, params), []
       state = model.init_state(B)
       for i in range(2):
-        hidden, state = model(tokens[i], state, segment_ids_BT=ids[i], aligned=aligned)
+        hidden, state = model(tokens[i], state, segment_ids_BT=ids[i], aligned=aligned, dropout_key=KEY)
         out.append(jnp.where((ids[i] > 0)[..., None], hidden, 0))
       state = state._replace(tail=jnp.where(state.count[:, None] > 0, state.tail, 0))
       return sum((x * jnp.cos(jnp.arange(x.size).reshape(x.shape))).sum() for x in out), (out, state)

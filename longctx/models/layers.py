@@ -154,11 +154,21 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Inverted dropout; identity without a key or at rate 0."""
+  """Inverted dropout; identity without a key or at rate 0.
+
+  Of keys [S] each serves one of S segments that B rows were cut into, x [B S, ...] being all of them.
+  """
   if key is None or rate == 0.0:
     return x
-  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  S = key.size
+  draw = lambda key: jax.random.bernoulli(key, 1.0 - rate, (x.shape[0] // S, *x.shape[1:]))
+  keep = draw(key) if not key.ndim else jax.vmap(draw, out_axes=1)(key).reshape(x.shape)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def of_each(derive: Callable[[jax.Array], jax.Array], key: jax.Array) -> jax.Array:
+  """derive(key); of keys [S] that of each of them."""
+  return jax.vmap(derive)(key) if key.ndim else derive(key)
 
 
 @jax.custom_vjp

@@ -25,9 +25,9 @@ from longctx import watch
 from longctx.errors import check
 from longctx.models import schedules, segments
 from longctx.models.decoder_config import REMAT
-from longctx.models.layers import DTYPES, Embedding, RMSNorm, dropout, normal, param
+from longctx.models.layers import DTYPES, Embedding, RMSNorm, dropout, normal, of_each, param
 from longctx.models.memories import MEMORIES
-from longctx.models.memories.base import Cell
+from longctx.models.memories.base import Cell, gate_of
 from longctx.models.memory_config import Config
 
 
@@ -101,6 +101,11 @@ class MemoryDecoder(nnx.Module):
         remat=REMAT[config.remat])
     return hidden_BTD, None if state is None else after
 
+  def gates(self) -> dict[int, jax.Array]:
+    """How much of what its store says enters each head, by layer; of layers whose store has such a gate."""
+    return {i: gate_of(block.gate.get_value(), self.config.gate)
+            for i, block in enumerate(self.blocks) if block.store is not None}
+
   # One cell.
 
   def _read(self) -> segments.Read:
@@ -124,7 +129,8 @@ class MemoryDecoder(nnx.Module):
     config, B = self.config, tokens_BC.shape[0]
     x_BCD = self.embedding(tokens_BC, DTYPES[config.dtype])
     if key is not None:
-      x_BCD = dropout(x_BCD, config.dropout, jax.random.fold_in(key, config.num_layers))
+      own = of_each(lambda key: jax.random.fold_in(key, config.num_layers), key)
+      x_BCD = dropout(x_BCD, config.dropout, own)
     if not self.front and not self.back:
       return x_BCD, cell
     own = (carried if self.front else
@@ -167,8 +173,8 @@ class MemoryDecoder(nnx.Module):
     number_B = jnp.where(new_B, 0, state.number)
     memory = segments.rows_where(number_B == 0, self.fresh(B), state.memory)
     tokens_BSC = tokens_BT.reshape(B, -1, C)
-    hidden_BSCD, memory = self.read_segments(tokens_BSC, jnp.ones(tokens_BSC.shape, bool), number_B,
-                                             memory, key, every=T // C)
+    valid_BSC = (segment_ids_BT == segment_ids_BT[:, :1]).reshape(tokens_BSC.shape)   # padding ends a row
+    hidden_BSCD, memory = self.read_segments(tokens_BSC, valid_BSC, number_B, memory, key, every=T // C)
     after = state._replace(number=number_B + T // C, segment=segment_ids_BT[:, 0], memory=memory)
     return hidden_BSCD.reshape(B, T, -1), after
 

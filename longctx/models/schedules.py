@@ -1,4 +1,4 @@
-"""The orders in which whole segments may be read; each gives what `sequential` gives.
+"""The orders in which whole segments may be read; each gives what `sequential` gives, dropout included.
 
   sequential   a scan over segments, each through all layers                          any class
   parallel     a layer over all segments: the memories before them are known from     P0, P1
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.models.decoder_config import REMAT
+from longctx.models.layers import of_each
 from longctx.models.memories.base import Cell
 from longctx.models.segments import detach, rows_where
 
@@ -57,14 +58,15 @@ def parallel(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: 
   S, truncate = tokens_BSC.shape[1], model.config.truncate
   if not truncate or truncate >= S:
     memory = detach(memory, number_B, truncate)
-    return _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key)
+    return _at_once(model, tokens_BSC, valid_BSC, number_B, memory, _keys(key, jnp.arange(S)))
   groups = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, truncate, *x.shape[2:]), 1, 0)
 
   def one(memory, inputs):
     tokens, valid, g = inputs
-    part = None if key is None else jax.random.fold_in(key, g)
-    number = number_B + g * truncate
-    hidden, memory = _at_once(model, tokens, valid, number, detach(memory, number, 1), part)
+    first = g * truncate
+    number = number_B + first
+    hidden, memory = _at_once(model, tokens, valid, number, detach(memory, number, 1),
+                              _keys(key, first + jnp.arange(truncate)))
     return memory, hidden
 
   memory, hidden = jax.lax.scan(
@@ -73,21 +75,27 @@ def parallel(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: 
   return hidden.reshape(hidden.shape[0], S, *hidden.shape[3:]), memory
 
 
-def _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key):
+def _keys(key: jax.Array | None, s: jax.Array) -> jax.Array | None:
+  """The key of each segment s of the call."""
+  return None if key is None else jax.vmap(lambda s: jax.random.fold_in(key, s))(s)
+
+
+def _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key_S):
   B, S, C = tokens_BSC.shape
   rows = lambda x: x.reshape(B * S, *x.shape[2:])
   cell = Cell(rows(valid_BSC), (number_B[:, None] + jnp.arange(S)).reshape(-1), parts=S)
-  x_RCD, cell = model.enter(rows(tokens_BSC), cell, (), key)
+  x_RCD, cell = model.enter(rows(tokens_BSC), cell, (), key_S)
   after = []
   for i, (block, before) in enumerate(zip(model.blocks, memory.layers)):
     graphdef, params = nnx.split(block)
-    def layer(params, x_RCD, before, key, graphdef=graphdef):
+    def layer(params, x_RCD, before, key_S, graphdef=graphdef):
       block = nnx.merge(graphdef, params)
       befores, last = block.before(x_RCD.reshape(B, S, C, -1), before, valid_BSC)
-      return block(x_RCD, jax.tree.map(rows, befores), cell, key)[0], last
+      return block(x_RCD, jax.tree.map(rows, befores), cell, key_S)[0], last
     if model.config.remat != 'none':
       layer = jax.checkpoint(layer, policy=REMAT[model.config.remat])
-    x_RCD, last = layer(params, x_RCD, before, None if key is None else jax.random.fold_in(key, i))
+    own_S = None if key_S is None else of_each(lambda key, i=i: jax.random.fold_in(key, i), key_S)
+    x_RCD, last = layer(params, x_RCD, before, own_S)
     after.append(last)
   hidden_RCD, _ = model.leave(x_RCD)
   return hidden_RCD.reshape(B, S, C, -1), memory._replace(layers=tuple(after))

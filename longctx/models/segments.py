@@ -191,7 +191,8 @@ def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
   count = p.cells.first.shape[1]
   rows_B1 = jnp.arange(B)[:, None]
   if count == 1:
-    hidden_BCD, memory = kept(visit)(state.memory, jax.tree.map(lambda x: x[:, 0], p.cells), key)
+    part = None if key is None else jax.random.fold_in(key, 0)
+    hidden_BCD, memory = kept(visit)(state.memory, jax.tree.map(lambda x: x[:, 0], p.cells), part)
     hidden_RBCD = hidden_BCD[None]
   else:
     memory, hidden_RBCD = jax.lax.scan(one, state.memory, (by_cell(p.cells), jnp.arange(count)))

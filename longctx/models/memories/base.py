@@ -2,7 +2,7 @@
 
 A layer sees one segment of each row at a time, a *cell*, with what it remembered before it:
 
-    x_BCD, memory = block(x_BCD, memory, cell, key)
+    x_BCD, memory = block(x_BCD, memory, cell, key)            key: of dropout; see layers.dropout
 
 All tokens of a cell are of one document and stand from its first slot on; padding, if any, comes last.
 `memory` is what was known before the segment: a token never reads what its own segment writes. What is
@@ -49,6 +49,7 @@ from longctx.models.layers import (
   constant,
   dropout,
   normal,
+  of_each,
   param,
   rotary_angles,
   rotate,
@@ -84,7 +85,7 @@ class Settings:
   width: int = 0
   depth: int = 0
   chunk: int = 0
-  rate: int = 0
+  rate: float = 0.0
   top: int = 0
 
 
@@ -179,7 +180,8 @@ class Block(nnx.Module):
 
   def __call__(self, x_BCD: jax.Array, memory: Memory, cell: Cell, key: jax.Array | None
                ) -> tuple[jax.Array, Memory]:
-    keys = (None, None) if key is None else jax.random.split(key)
+    halves = None if key is None else of_each(jax.random.split, key)
+    keys = (None, None) if key is None else (halves[..., 0], halves[..., 1])
     y_BCD, after = self.mix(x_BCD, memory, cell)
     x_BCD += dropout(y_BCD, self.settings.dropout, keys[0])
     return self.feed_forward(x_BCD, keys[1]), after
