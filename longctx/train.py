@@ -300,7 +300,9 @@ class Trainer:
         loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token,
         grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(updates)),
         tokens_per_second=rate, **self.utilization(rate, metrics['keys']),
-        seconds=clock.seconds, skipped_steps=skipped))
+        seconds=clock.seconds, skipped_steps=skipped,
+        **{f'gate_{what}_{i}': float(x) for i, both in metrics['gates'].items()
+           for what, x in zip(('mean', 'max'), both)}))
     self.progress.update(at, loss, rate)
 
   def first_bad(self, metrics: dict) -> str:

@@ -1,6 +1,7 @@
 """A memory added to a trained model: it begins as that model, and what is missing or misfit is named."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -164,9 +165,19 @@ def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, cap
   config.optimizer.gate_rate = 30.0
   assert train.run(config, str(tmp_path / 'w')) == 0
   assert f'parameters begin as in {folder}, 2 (4 numbers) anew' in capsys.readouterr().out
+  after_two = assembly.load_for_inference(str(tmp_path / 'w')).params
   config.run.num_steps = 3
   train.run(config, str(tmp_path / 'w'), allow_config_change='run.num_steps')
   assert 'begin as in' not in capsys.readouterr().out   # its own checkpoint is carried on
+  # What its gates are is told at each logged step, as the loss met them.
+  text = (tmp_path / 'w' / 'metrics.jsonl').read_text()
+  first, _, third = [line for line in map(json.loads, text.splitlines()) if 'loss' in line]
+  for i in range(2):
+    gate_N = np.abs(np.tanh(after_two['blocks'][i]['gate'].get_value()))
+    assert gate_N.max() > gate_N.mean() > 0
+    assert third[f'gate_mean_{i}'] == pytest.approx(gate_N.mean())
+    assert third[f'gate_max_{i}'] == pytest.approx(gate_N.max())
+    assert first[f'gate_max_{i}'] == 0   # shut
 
 
 @pytest.mark.parametrize('changes,message', [

@@ -69,14 +69,17 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
                aligned: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
   """The state after one batch, and scalars: loss (nats per token), grad_norm, finite, skipped,
   bad_in_a_row, tokens (targets), keys (of each window of the model: what a query with a target
-  sees on average), and grad_squares (one sum of squares a parameter, to name the first that is not
-  finite). `aligned`: the model is told that documents begin rows (data.align).
+  sees on average), gates (of memories that have one, as the loss met them: by layer the mean and the
+  largest |gate| of its heads), and grad_squares (one sum of squares a parameter, to name the first that
+  is not finite). `aligned`: the model is told that documents begin rows (data.align).
   """
   weights_BT = batch['loss_mask'] / jnp.maximum(batch['loss_mask'].sum(), 1.0)
   key = jax.random.fold_in(state.dropout_key, state.step)
   before_BT = batch['positions'] + 1   # keys of its document up to itself
+  model = nnx.merge(graphdef, state.params)
   keys = {w: (weights_BT * (jnp.minimum(before_BT, w) if w else before_BT)).sum()
-          for w in nnx.merge(graphdef, state.params).config.windows}
+          for w in model.config.windows}
+  gates = {i: (jnp.abs(g).mean(), jnp.abs(g).max()) for i, g in getattr(model, 'gates', dict)().items()}
 
   def loss_fn(params, batch, weights_BT, memory, key):
     model = nnx.merge(graphdef, params)
@@ -130,7 +133,7 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
       skipped=skipped, dropout_key=state.dropout_key)
   return state, dict(loss=loss, grad_norm=grad_norm, finite=finite, bad_in_a_row=bad,
                      skipped=skipped, tokens=(batch['loss_mask'] > 0).sum(), keys=keys,
-                     grad_squares=grad_squares)
+                     gates=gates, grad_squares=grad_squares)
 
 
 def keep_finite_rows(new: Any, old: Any) -> Any:
