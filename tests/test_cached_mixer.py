@@ -1,4 +1,4 @@
-"""Memory Caching around mixers: the recurrences by loops, within the mixer's own convolutions, gates, norms."""
+"""Memory Caching around mixers: recurrences by loops, within the mixer's own convolutions, gates, norms."""
 
 import functools
 
@@ -12,8 +12,10 @@ from longctx.models.context import place_tokens
 from longctx.models.memories.base import Cell, Settings
 from longctx.models.memories.memory_caching import VARIANTS, MemoryCaching
 from longctx.models.mixers import MIXERS
+from longctx.recurrence import delta, elementwise
 from tests import oracles
 from tests.compilation import quick_compilation  # noqa: F401
+from tests.kernel_laws import wave
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -21,7 +23,8 @@ R, C, D, SLOTS = 4, 5, 16, 2
 slow = lambda *args: pytest.param(*args, marks=pytest.mark.slow)
 # One of each recurrence, with each way of putting memories together, and windows shorter and longer.
 CASES = [('gated_delta', dict(top=1)), ('rglru', dict(short_term=2)),
-         slow('mlstm', dict(short_term=C + 1)), slow('mamba2', dict(width=4)), slow('rwkv7_residual', dict(short_term=2)),
+         slow('mlstm', dict(short_term=C + 1)), slow('mamba2', dict(width=4)),
+         slow('rwkv7_residual', dict(short_term=2)),
          slow('linear_attention_residual', {}), slow('gla', dict(short_term=C)),
          slow('gated_delta_residual', dict(short_term=1)), slow('mlstm', {}), slow('min_lstm', {}),
          slow('rglru_residual', dict(width=8)), slow('kda', {}), slow('delta_net', {}),
@@ -47,7 +50,6 @@ def read(layer, x_BTD):
     return memory, y_BCD
   memory, y = jax.lax.scan(one, layer.init_memory(1), jnp.moveaxis(x_BTD.reshape(1, R, C, D), 1, 0))
   return y.reshape(1, R * C, D), memory
-
 
 
 def recurrence(inputs, at):
@@ -89,9 +91,11 @@ def recurrence(inputs, at):
   return np.stack(outs, axis=1), ends, said
 
 
-def by_loops(layer, inputs, normed):
+def by_loops(layer, inputs, normed, w_u=None):
   """What the recurrence gives for each token of a row [T, ...], and the means in the cache after it."""
   s, number = layer.settings, lambda p: np.asarray(p[...], np.float64)
+  if layer.w_u is not None and w_u is None:
+    w_u = number(layer.w_u)
   window, cache, found = s.short_term, [], []
   for r in range(R):
     here, seen = np.arange(r * C, (r + 1) * C), cache[-SLOTS:]
@@ -99,7 +103,7 @@ def by_loops(layer, inputs, normed):
     for i, t in enumerate(here):
       weights, mean = np.ones(len(seen) + 1), normed[here[:i + 1]].mean(0)
       if layer.w_u is not None:
-        u = normed[t] @ number(layer.w_u)
+        u = normed[t] @ w_u
         scores = np.array([u @ m for _, m in seen] + [u @ mean])
         chosen = sorted(range(len(seen)), key=lambda j: -scores[j])[:s.top or SLOTS] + [len(seen)]
         weights = np.zeros(len(seen) + 1)
@@ -153,6 +157,62 @@ def test_equals_loops(variant, options):
     expected = expected + oracles.heads_of(normed, normed, w, lambda t, s: first[t] <= s <= t, 1e4)
   np.testing.assert_allclose(y[0], expected, atol=2e-4, rtol=2e-4)
   np.testing.assert_allclose(memory.store.mean[0, -len(means):], means, atol=1e-5)
+
+
+# The layer whole in float64, for gradients.
+
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+BEGIN = np.arange(R * C) == 0
+
+
+def min_lstm(p, u):
+  """(the recurrence's inputs, what is made of its outputs)."""
+  u = oracles.short_conv(u, p['conv/taps'], p['conv/bias'], BEGIN)
+  f, i, x = (u @ p['w_in'][:, n] + p[f'biases/{n}'] for n in range(3))
+  f, i, x = sigmoid(f), sigmoid(i), np.where(x >= 0, x + 0.5, sigmoid(x))
+  return elementwise.Inputs((f / (f + i))[None], (i / (f + i) * x)[None], None, None), (
+      lambda h: h @ p['w_out'])
+
+
+def delta_net(p, u):
+  """As min_lstm."""
+  x = np.concatenate([np.einsum('td,dhk->thk', u, p[f'qkv/w_{name}']) for name in 'qkv'], axis=-1)
+  x = oracles.short_conv(x.reshape(len(u), -1), p['qkv/conv/taps'], 0.0, BEGIN).reshape(x.shape)
+  K = p['qkv/w_k'].shape[-1]
+  q, k, v = np.split(x * sigmoid(x), [K, 2 * K], axis=-1)
+  unit = lambda x: x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+  beta = sigmoid(u @ p['w_beta'])
+  inputs = delta.Inputs(unit(q)[None] * K ** -0.5, unit(k)[None], v[None], beta[None], None)
+  return inputs, lambda y: np.einsum('thv,hvd->td', oracles.rms_norm(y, p['norm/scale'], 1e-6), p['w_out'])
+
+
+@pytest.mark.parametrize('mixer, options', [(min_lstm, dict(top=1)), slow(delta_net, {})])
+def test_values_and_gradients_are_those_of_loops_in_float64(mixer, options):
+  layer = block(mixer.__name__, tuple(options.items()))
+  graphdef, params = nnx.split(layer)
+  weigh = np.asarray(wave(row()[0]), np.float64)
+
+  def loss(params, x):
+    y, _ = read(nnx.merge(graphdef, params), x)
+    return (y[0] * weigh.astype(np.float32)).sum(), y[0]
+
+  (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, row())
+  flat = lambda tree: {'/'.join(map(str, path)).removeprefix('cached/mixer/'): np.asarray(
+      leaf.get_value(), np.float64) for path, leaf in nnx.to_flat_state(tree)}
+  at, grads = flat(params) | {'x': np.asarray(row()[0], np.float64)}, flat(grads[0]) | {'x': grads[1][0]}
+
+  def said(p):
+    normed = oracles.rms_norm(p['x'], p['mixer_norm/scale'], 1e-6)
+    inputs, finish = mixer(p, normed)
+    return finish(by_loops(layer, inputs, normed, p['w_u'])[0])
+
+  np.testing.assert_allclose(y, said(at), atol=2e-4, rtol=2e-4)
+  draw, step = np.random.default_rng(2), 1e-5
+  for name, grad in grads.items():
+    along = draw.normal(size=grad.shape)
+    moved = [(said(at | {name: at[name] + sign * step * along}) * weigh).sum() for sign in (1, -1)]
+    np.testing.assert_allclose((grad * along).sum(), (moved[0] - moved[1]) / (2 * step), rtol=3e-3,
+                               atol=3e-3, err_msg=name)
 
 
 @pytest.mark.slow
