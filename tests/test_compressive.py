@@ -233,6 +233,8 @@ def test_impossible_sizes_are_refused():
     refused(segment=8)
   with pytest.raises(ConfigError, match=r'short_term=4: must be a multiple of model.memory_rate=3'):
     refused(short_term=4)
+  with pytest.raises(ConfigError, match=r'memory_rate=2.5: must be a whole number'):
+    refused(rate=2.5)
   with pytest.raises(ConfigError, match='memory_size=0: must be at least 1'):
     refused(short_term=0, size=0)
   with pytest.raises(ConfigError, match='memory_variant'):

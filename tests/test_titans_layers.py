@@ -152,8 +152,9 @@ def behind_a_window(p, variant, x, past, count, length, state):
 def parts(variant, window):
   """(parameters, graphdef, x, memory, cell): nothing is 0 that begins as 0, absent tokens are not either."""
   rng = np.random.default_rng(0)
-  own = dict(tokens=P) if variant != 'memory' else {}
-  block = layer.Titans(Settings(**SETTINGS, **own, short_term=window, variant=variant), rngs=nnx.Rngs(0))
+  own = dict(tokens=P) if variant != 'memory' else {} if window else dict(num_kv_heads=N_LAYER)
+  settings = Settings(**SETTINGS | own, short_term=window, variant=variant)
+  block = layer.Titans(settings, rngs=nnx.Rngs(0))
   noisy = lambda tree: jax.tree.map(
       lambda x: x + 0.3 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32), tree)
   graphdef, params = nnx.split(block)

@@ -3,8 +3,8 @@
 `CountModel` is the adaptive order-0 model with Laplace's rule: after the tokens seen so far,
 p(v) = (1 + times v was seen) / (V + tokens seen). What it answers depends on every token of the
 context and on nothing else, so a window that starts wrongly, a state that is not carried, or a
-padding token that is counted changes its loss. What it says at padding is NaN. `TailModel` keeps the tokens themselves in a state
-that grows, and says NaN when it was given too little capacity.
+padding token that is counted changes its loss. What it says at padding is NaN. `TailModel` keeps the
+tokens themselves in a state that grows, and says NaN when it was given too little capacity.
 
 B batch  T tokens  S slots  V vocab
 """

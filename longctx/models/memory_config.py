@@ -38,13 +38,13 @@ class Config:
   short_term: int = 0           # tokens before the segment kept exactly (Transformer-XL)
   long_term: str = 'none'       # none, or one of models/memories
   memory_layers: tuple[int, ...] = ()   # which layers have the long-term memory; (): all
-  memory_variant: str = ''      # these seven mean what the memory's file says; '' and 0: as published
+  memory_variant: str = ''      # what these mean says the memory's file; '' and 0: as published
   memory_tokens: int = 0
   memory_size: int = 0
   memory_width: int = 0
   memory_depth: int = 0
   memory_chunk: int = 0
-  memory_rate: int = 0
+  memory_rate: float = 0.0
   memory_top: int = 0
   gate: str = 'sigmoid'         # of a memory read by heads: sigmoid | tanh (closed at first)
   schedule: str = 'auto'        # of whole rows: auto | sequential | parallel | wavefront

@@ -5,13 +5,14 @@
   write keys y_mem W_key, values y_mem W_value, beta sigmoid(y_mem W_beta)
 
 Tokens of the segment never see the memory tokens. With short_term the memory tokens see, in every layer,
-what falls out of the window and nothing of what stays, so that a token is written when it leaves the window
-and no sooner; they are as many for any window, and say nothing while nothing falls. W_value begins at 0: so does what is read, and the
-model begins as the plain transformer.
+what falls out of the window and nothing of what stays, so that a token is written when it leaves the
+window and no sooner; they are as many for any window, and say nothing while nothing falls. W_value begins
+at 0: so does what is read, and the model begins as the plain transformer.
 memory_tokens: m (0: 16); memory_width: of queries and keys (0: 64).
 Source: arXiv:2407.04841; the mathematics: longctx/memory/armt.py.
-Differs: published without a window; W_beta has no bias; the attention's positions are counted by slot, so that memory tokens stand
-behind a whole segment wherever an unfinished one ends (what they say is dropped there).
+Differs: published without a window; W_beta has no bias; the attention's positions are counted by slot, so
+that memory tokens stand behind a whole segment wherever an unfinished one ends (what they say is dropped
+there).
 Held by: tests/test_models.py, tests/test_armt.py, tests/test_truncation.py.
 
 B batch  C slots of a cell  M memory tokens  A width  D model

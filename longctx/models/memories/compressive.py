@@ -41,7 +41,7 @@ RECONSTRUCTION_WEIGHT = 1.0
 
 def sizes(settings: Settings) -> tuple[int, int]:
   """(compressed slots, tokens that make one)."""
-  return settings.size or settings.short_term, settings.rate or 3
+  return settings.size or settings.short_term, int(settings.rate) or 3
 
 
 class Compressive(Block):
@@ -55,6 +55,8 @@ class Compressive(Block):
   def cost(cls, settings: Settings) -> Cost:
     s, (slots, rate) = settings, sizes(settings)
     check_choice('model.memory_variant', s.variant, ('', CONV, 'mean', 'max'))
+    check(s.rate == int(s.rate), f'model.memory_rate={s.rate}: must be a whole number; so many tokens that '
+          'fall out are kept as one')
     check(slots > 0, f'model.memory_size={s.size}: must be at least 1 where model.short_term='
           f'{s.short_term}; 0 means as many compressed slots as short_term')
     for name, tokens in (('segment', s.segment), ('short_term', s.short_term)):

@@ -22,10 +22,12 @@ them (0: 4 a head's); memory_chunk: tokens (0: 64, or the segment if shorter);
 memory_rate: theta is at most rate / H (0: 1). What a document begins with is learned.
 Source: Behrouz et al. 2025, arXiv:2501.00663, sections 3 and 4. Where it gives no number: 4 persistent
 tokens, depth 2, width 4 and a rate over H as in the public code lucidrains/titans-pytorch.
-Differs: published with a window, mag and mal learn a token as it is read, so that window and memory both
-hold it; the memory does not read P (what it begins with is learned); heads; outputs of the memory are
-projected; the convolution stands before silu, as in Gated DeltaNet; alpha begins near 0.007 (a bias:
-without, half of a memory is gone a token later); the last matrix begins at 0: nothing learned, nothing said.
+Differs: mal adds up what the memory and the attention say, M(x) + Attn([P; x + M(x)]), where the paper's
+output is the attention's, Attn(M([P; x])); published with a window, mag and mal learn a token as it is
+read, so that window and memory both hold it; the memory does not read P (what it begins with is learned);
+heads; outputs of the memory are projected; the convolution stands before silu, as in Gated DeltaNet; alpha
+begins near 0.007 (a bias: without, half of a memory is gone a token later); the last matrix begins at 0:
+nothing learned, nothing said.
 Held by: tests/test_models.py, tests/test_titans_layers.py, tests/test_titans.py.
 
 B batch  C slots of a cell  P persistent tokens  N heads  H head dim  D model  W taps  E channels
@@ -76,6 +78,9 @@ def check_no_attention(settings: Settings, name: str) -> None:
         'attention without model.short_term')
   check(settings.position != 'relative', f"model.position='relative': is not read by {name}, which has "
         "no attention without model.short_term; set 'rope' or 'none'")
+  check(settings.num_kv_heads == settings.num_heads, f'model.num_kv_heads={settings.num_kv_heads}: is not '
+        f'read by {name}, which has no attention without model.short_term, and keys of each head; leave it '
+        'out')
 
 
 def convolve(x_BCE: jax.Array, tail_BWE: jax.Array, taps_WE: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -53,7 +53,7 @@ def ranks(dim: int, key_dim: int) -> dict[str, int]:
 
 
 def curves(size: int, head: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Over the channels: 0 to 1, and -1 to 1 in each head (squared with its sign), and a straight -1/2 to 1/2."""
+  """Over the channels: 0 to 1; -1 to 1 in each head, squared with its sign; straight from -1/2 to 1/2."""
   n = jnp.arange(size, dtype=jnp.float32)
   middle = max((head - 1) / 2, 0.5)
   zigzag = (n % head - (head - 1) / 2) / middle
