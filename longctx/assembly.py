@@ -81,7 +81,8 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
 
   make_tx = functools.partial(optim.make_optimizer, p.optimizer, p.run.num_steps)
   init = functools.partial(step.init_state, new_model, make_tx, seed=p.seed,
-                           batch_size=p.data.batch_size, carries=carries, ema=p.optimizer.ema)
+                           batch_size=p.data.batch_size, carries=carries, ema=p.optimizer.ema,
+                           spike_window=p.run.spike_window if p.run.spike_sigmas else 0)
   shapes = jax.eval_shape(init)
   shardings = state_shardings(layout, shapes)
   init = jax.jit(mesh.under(layout, init), out_shardings=shardings,
@@ -243,7 +244,8 @@ def state_shardings(layout: mesh.Layout, shapes: step.TrainState) -> step.TrainS
   return step.TrainState(
       step=whole, params=by_dims(shapes.params), opt=by_dims(shapes.opt),
       ema=by_dims(shapes.ema), memory=attention_layer.shardings(layout, shapes.memory),
-      bad_in_a_row=whole, skipped=whole, dropout_key=whole)
+      bad_in_a_row=whole, skipped=whole, dropout_key=whole,
+      recent=jax.tree.map(lambda _: whole, shapes.recent))
 
 
 def open_checkpoints(parts: Parts, folder: str, read_only: bool) -> Checkpoints:

@@ -44,7 +44,16 @@ class Run:
   curriculum: tuple[int, ...] = ()   # segments of a row at first, a stage each; then all of them
   curriculum_steps: int = 100     # of a stage
   init_from: str = ''             # workdir of a run whose parameters of the same names are begun with
-  max_bad_steps: int = 10         # steps in a row that are not finite; then the run stops
+  max_bad_steps: int = 10         # steps in a row that are not finite, or spikes; then the run stops
+  spike_sigmas: float = 0.0       # a step this many standard deviations above those before is skipped
+                                  #   (its loss or gradient norm; 6 is usual); 0: none is
+  spike_window: int = 128         # of so many steps; see training/spikes.py
+  rollback_after: int = 0         # bad steps in a row; then the run returns to the checkpoint before
+                                  #   them and passes over the data since; 0: never
+  watchdog_seconds: int = 600     # several processes: without an end of a step (ten times as long for
+                                  #   compilation and evaluation) it says where each stands, and ends; 0: never
+  check_hosts_every: int = 0      # steps between comparisons of what the devices hold alike; 0: never
+  save_patience: int = 60         # seconds for which the last checkpoint is tried again where it fails
   profile_start: int = -1         # first step of a profiler window; -1: none
   profile_steps: int = 3
   compilation_cache: str = ''     # folder; '': with the user's caches; 'none': off
@@ -54,7 +63,11 @@ class Run:
     for name in ('num_steps', 'log_every', 'checkpoint_every', 'keep_last', 'accumulate',
                  'max_bad_steps', 'profile_steps', 'curriculum_steps'):
       check_range(f'run.{name}', getattr(self, name), 1)
-    check_range('run.eval_every', self.eval_every, 0)
+    for name in ('eval_every', 'spike_sigmas', 'watchdog_seconds', 'check_hosts_every', 'save_patience'):
+      check_range(f'run.{name}', getattr(self, name), 0)
+    check_range('run.spike_window', self.spike_window, 4)
+    check(0 <= self.rollback_after <= self.max_bad_steps, f'run.rollback_after={self.rollback_after}: must be '
+          f'at least 0 and at most run.max_bad_steps={self.max_bad_steps}, after which the run stops')
     check_range('run.profile_start', self.profile_start, -1, self.num_steps - 1)
 
 

@@ -1,7 +1,8 @@
 """What a user got wrong, said in one line: the field, the value, the rule, the remedy.
 
-`ConfigError` is the only exception that the command-line faces turn into a single line without a
-traceback; everything else is a fault of ours and keeps its traceback.
+`ConfigError`, and `RunError` of machines that went wrong, are the exceptions that the command-line
+faces turn into a single line without a traceback; everything else is a fault of ours and keeps its
+traceback.
 Held by: tests/test_mistakes.py.
 """
 
@@ -11,6 +12,10 @@ from collections.abc import Iterable
 
 class ConfigError(ValueError):
   """A mistake in a config, a flag, a file or a workdir that its user can mend."""
+
+
+class RunError(RuntimeError):
+  """What a machine got wrong in the midst of a run, found by a check and told to all processes alike."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

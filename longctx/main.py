@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from longctx import command_line
 from longctx.command_line import complain
-from longctx.errors import ConfigError, check, check_choice, check_range
+from longctx.errors import ConfigError, RunError, check, check_choice, check_range
 
 MODES = ('train', 'eval', 'describe', 'plan', 'compile')
 NEED_WORKDIR = ('train', 'eval')
@@ -160,6 +160,9 @@ def main(argv: list[str]) -> int:
     return run(argv)
   except ConfigError as e:
     return complain(e)
+  except RunError as e:
+    complain(e)
+    return 1
   except KeyboardInterrupt:
     complain(KeyboardInterrupt('interrupted; the same command carries on from the last checkpoint'))
     return 130

@@ -6,13 +6,11 @@ state, seeds and the position in the data are saved together.
 Held by: tests/test_train.py, tests/test_faults.py, tests/test_distributed.py.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
-import io
-import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,13 +24,15 @@ from longctx import assembly, examine, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
-from longctx.evaluation import held_out, perplexity, result
+from longctx.evaluation import held_out, perplexity, publish, result
 from longctx.parallel import mesh
+from longctx.training import badput, divergence, optim, processes, step, watchdog, workdir
 from longctx.training import metrics as metrics_lib
-from longctx.training import optim, processes, step, workdir
+from longctx.training.backoff import Backoff
 from longctx.training.checkpoint import Checkpoints
 
 MODES = ('train', 'eval')
+MAX_RETURNS = 3   # to one checkpoint, by run.rollback_after
 
 
 def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: str = '',
@@ -62,7 +62,7 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
     return 0
   at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                         checkpoint=checkpoint)
-  return 0 if publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
+  return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
 
 
 def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_out.Result:
@@ -75,38 +75,12 @@ def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_o
       layout=a.layout, loss_chunk=a.parts.loss.chunk)
 
 
-def publish(found: result.Result | held_out.Result, folder: str, at: int) -> bool:
-  """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all.
-
-  How many examples are right is a number without a figure.
-  """
-  if jax.process_index() != 0:
-    return True
-  from longctx.draw import position
-  print(found.table(), flush=True)
-  values, figure = f'{folder}/evaluation.json', f'{folder}/figures/loss_by_position.png'
-  written = []
-  with metrics_lib.refusal_is_told(values):
-    workdir.atomic_write(values, (json.dumps(
-        dict(step=at, **found.to_json()), indent=2) + '\n').encode())
-    written.append(values)
-  if isinstance(found, held_out.Result):
-    return len(written) == 1
-  with metrics_lib.refusal_is_told(figure):
-    os.makedirs(os.path.dirname(figure), exist_ok=True)
-    drawn = io.BytesIO()
-    position.draw({f'step {at}': found.to_json()}, drawn)
-    workdir.atomic_write(figure, drawn.getvalue())
-    written.append(figure)
-    print(f'figure: {figure}', flush=True)
-  return len(written) == 2
-
-
 def jit_step(a: Assembly) -> Any:
   """The jitted update (state, batch) -> (state, scalars) that a run of `a` takes."""
   update = functools.partial(step.train_step, a.graphdef, a.tx, a.parts.loss,
                              a.parts.run.accumulate, a.parts.optimizer.ema,
-                             aligned=a.parts.data.align and hasattr(a.model_config, 'segment'))
+                             aligned=a.parts.data.align and hasattr(a.model_config, 'segment'),
+                             spike_sigmas=a.parts.run.spike_sigmas)
   shardings = jax.tree.map(lambda x: x.sharding, a.abstract)
   return jax.jit(mesh.under(a.layout, update), donate_argnums=0,
                  out_shardings=(shardings, a.layout.sharding()),
@@ -128,6 +102,10 @@ class Trainer:
     self.main = jax.process_index() == 0
     self.progress: metrics_lib.Progress | None = None
     self.step = jit_step(a)
+    self.programs: dict[int, Any] = {}   # the update, for rows cut into so many
+    self.backoff = Backoff()
+    self.returns: collections.Counter[int] = collections.Counter()   # {step: how often gone back to}
+    self.tokens, self.trained = 0, 0.0   # since the last logged step; seconds of training until then
 
   # The state, and where it goes.
 
@@ -144,6 +122,7 @@ class Trainer:
     # Not before: a config that cannot run must not be what the next run has to agree with.
     processes.together(self.record)
     done = int(state.step)
+    self.ledger.begin(done)
     self.describe(state)
     self.writer = closing(metrics_lib.MetricsWriter(self.folder, enabled=self.main))
     self.writer.truncate_after(done)
@@ -173,9 +152,22 @@ class Trainer:
     meta = dict(tokenizer=self.a.tokenizer.fingerprint, seed=self.a.parts.seed,
                 versions=dict(longctx=longctx.__version__, jax=jax.__version__))
     scores = {} if found is None else {'validation_loss': found.loss}
-    # A checkpoint of this step without a score gives way to one with it.
-    self.checkpoints.save(at, state, stream_state=self.stream.state(), meta=meta, metrics=scores,
-                          force=found is not None)
+    with self.ledger.doing('checkpoints'):
+      # A checkpoint of this step without a score gives way to one with it.
+      self.checkpoints.save(at, state, stream_state=self.stream.state(), meta=meta, metrics=scores,
+                            force=found is not None)
+
+  def save_at_last(self, at: int, state: step.TrainState, found: Any) -> None:
+    """Returns when the last state is on disk, or has been refused for run.save_patience seconds."""
+    deadline, delay = time.monotonic() + self.config.save_patience, 1.0
+    while True:
+      self.checkpoints.wait()
+      self.tell_failures()
+      if processes.of_first(at in self.checkpoints.steps() or time.monotonic() + delay > deadline):
+        return
+      time.sleep(delay)
+      delay *= 2
+      self.save(at, state, found)
 
   def say(self, line: str) -> None:
     if self.main:
@@ -185,19 +177,24 @@ class Trainer:
     """What went wrong with saving since the last call, of every process."""
     for failure in self.checkpoints.poll():
       self.say(failure) if self.main else logging.warning('%s', failure)
+      self.ledger.count('failed_saves', why=failure)
 
   # The loop.
 
   def run(self) -> int:
     """0, or 1 where the last state or the result is not on disk."""
-    with contextlib.ExitStack() as exits:
-      state = self.open(exits)
-      state, done, found = self.loop(state, int(state.step))
-    self.tell_failures()   # of the last save, which ended as the checkpoints were closed
-    finished = done == self.config.num_steps
-    written = not finished or publish(found or self.evaluate(state), self.folder, done)
-    steps = processes.of_first(self.checkpoints.steps())   # who made the last one whole
+    self.ledger = badput.Ledger(self.folder, enabled=self.main)
+    with watchdog.watch(self.folder, self.ledger, self.config.watchdog_seconds):
+      with contextlib.ExitStack() as exits:
+        exits.callback(self.ledger.write)
+        state = self.open(exits)
+        state, done, found = self.loop(state, int(state.step))
+      finished = done == self.config.num_steps
+      written = not finished or publish.publish(found or self.evaluate(state), self.folder, done)
+      steps = processes.of_first(self.checkpoints.steps())   # who made the last one whole
     newest, lost = max(steps, default=0), done not in steps
+    self.ledger.write(finished=finished and not lost)
+    self.say(self.ledger.table())
     if not finished or lost:
       why = 'lost' if finished else self.stop.name or 'another process was stopped'
       self.say(f'{why}: {f"step {done} could not be saved" if lost else f"saved step {done}"}; the '
@@ -206,37 +203,33 @@ class Trainer:
 
   def loop(self, state: step.TrainState, done: int):
     """(state, steps done, evaluation after the last step or None)."""
-    c, found, waiting = self.config, None, None
-    clock = Clock()
-    profiling = stopped = False
-    programs: dict[int, Any] = {}   # the update, for rows cut into so many
+    c, ledger, found, waiting = self.config, self.ledger, None, None
+    profiling = False
+    alike = divergence.Comparison(self.a.abstract.params, self.a.layout) if c.check_hosts_every else None
     # While the step compiles.
     if done < c.num_steps:
       threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
-    while done < c.num_steps and not (stopped := self.stopping(done)):
-      pieces = self.pieces(done)
-      batch = self.a.layout.place(self.a.layout.lay_out(shorter_rows(next(self.stream), pieces)),
-                                  self.a.parts.data.batch_size * pieces)
-      if pieces not in programs:
-        # Compiled apart, so that a step's time is a step's; another program is an error.
-        paused = time.perf_counter()
-        programs = {pieces: self.step.lower(state, batch).compile()}
-        processes.barrier('compiled')
-        clock.skip(time.perf_counter() - paused) if self.first_step_seconds else clock.start()
+    while done < c.num_steps:
+      stop, save_again = self.asked(done)
+      if save_again or stop:
+        self.save(done, state)
+      if stop:
+        break
+      update, batch = self.prepare(state, done)
+      ledger.turn('steps', hidden=waiting is not None and not waiting[1]['loss'].is_ready())
       if done == c.profile_start:
         jax.profiler.start_trace(f'{self.folder}/profile')
         profiling = True
-      state, metrics = programs[pieces](state, batch)
+      state, metrics = update(state, batch)
       done += 1
+      ledger.reach(done)
       if profiling and done == c.profile_start + c.profile_steps:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
         profiling = False
         self.say(f'profile: {self.folder}/profile')
       # The step before is looked at while this one computes.
-      if waiting is not None:
-        self.account(*waiting, clock)
-      waiting = (done, metrics)
+      looked, waiting = [waiting] if waiting else [], (done, metrics)
       if self.first_step_seconds is None:
         jax.block_until_ready(metrics['loss'])
         self.first_step_seconds = metrics_lib.process_seconds()
@@ -244,24 +237,44 @@ class Trainer:
       evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps
       saves = done % c.checkpoint_every == 0 or (evaluates and c.keep_best) or done == c.num_steps
       if evaluates or saves:
-        self.account(*waiting, clock)
-        waiting, paused = None, time.perf_counter()
+        looked, waiting = [*looked, waiting], None
+      too_bad = [at for at, scalars in looked if self.account(at, scalars) == c.rollback_after > 0]
+      if too_bad and (back := self.roll_back(too_bad[0] - c.rollback_after, state)):
+        state, waiting, done = back, None, int(back.step)
+        continue
+      if alike and done % c.check_hosts_every == 0:
+        alike.check(done, state.params)
+      if evaluates or saves:
         found = self.evaluate(state) if evaluates else None
         if found is not None:
           self.log_evaluation(done, found)
         if saves:
           self.save(done, state, found)
-        clock.skip(time.perf_counter() - paused)
       self.tell_failures()
     if waiting is not None:
-      self.account(*waiting, clock)
+      self.account(*waiting)
     if profiling:
       jax.profiler.stop_trace()
-    if stopped:
-      self.save(done, state)
-    return state, done, found if done == c.num_steps else None
+    ledger.turn('checkpoints')
+    found = found if done == c.num_steps else None
+    self.save_at_last(done, state, found)
+    ledger.turn('evaluation')
+    return state, done, found
 
   first_step_seconds: float | None = None
+
+  def prepare(self, state: step.TrainState, done: int) -> tuple[Any, dict]:
+    """(the compiled update, the next batch on the devices)"""
+    pieces = self.pieces(done)
+    self.ledger.turn('input' if self.programs else 'start')
+    batch = self.a.layout.place(self.a.layout.lay_out(shorter_rows(next(self.stream), pieces)),
+                                self.a.parts.data.batch_size * pieces)
+    if pieces not in self.programs:
+      # Compiled apart, so that a step's time is a step's; another program is an error.
+      with self.ledger.doing('compile'):
+        self.programs = {pieces: self.step.lower(state, batch).compile()}
+        processes.barrier('compiled')
+    return self.programs[pieces], batch
 
   def pieces(self, done: int) -> int:
     """Into how many rows each row of the batch is cut after `done` steps; see run.curriculum."""
@@ -270,66 +283,89 @@ class Trainer:
       return 1
     return self.a.parts.data.length // (stages[stage] * self.a.model_config.segment)
 
-  def stopping(self, done: int) -> bool:
-    """Whether any process was asked to stop; all processes answer alike."""
-    if jax.process_count() == 1:
-      return self.stop.requested
-    if done % self.config.log_every:
-      return False
-    from jax.experimental import multihost_utils
-    return bool(multihost_utils.process_allgather(np.asarray(self.stop.requested)).any())
+  def asked(self, done: int) -> tuple[bool, bool]:
+    """Whether a process was asked to stop, and whether a failed save is due again; all answer alike."""
+    if jax.process_count() > 1 and done % self.config.log_every:
+      return False, False
+    own = self.stop.requested, self.backoff.due(self.checkpoints.failing, time.monotonic())
+    return tuple(any(answers) for answers in zip(*processes.gather(own)))
 
-  def account(self, at: int, metrics: dict, clock: 'Clock') -> None:
-    """Looks at one step's scalars: stops after too many bad steps, logs every so often."""
+  def roll_back(self, before: int, state: step.TrainState) -> step.TrainState | None:
+    """The newest checkpoint of at most `before` steps, whose run goes on with the data to come.
+
+    What a row remembers is of the data that it has read, and stays. None: there is no such checkpoint.
+    """
+    with self.ledger.doing('start'):
+      restored = self.checkpoints.restore_newest(self.a.abstract, below=before + 1)
+    if restored is None:
+      self.say(f'run.rollback_after={self.config.rollback_after}: there is no checkpoint before step '
+               f'{before + 1} to return to; going on')
+      return None
+    at = restored.step
+    self.returns[at] += 1
+    check(self.returns[at] <= MAX_RETURNS, f'run.rollback_after={self.config.rollback_after}: has returned to '
+          f'step {at} {MAX_RETURNS} times, and other data is no better; lower optimizer.learning_rate='
+          f'{self.a.parts.optimizer.learning_rate}, or clip (optimizer.clip_norm)')
+    self.checkpoints.drop_after(at)
+    self.writer.truncate_after(at)
+    self.say(f'back to step {at}: {self.config.rollback_after} bad steps in a row from step {before + 1} on; the '
+             f'batches since step {at} are passed over')
+    self.ledger.roll_back(at, f'bad steps from {before + 1} on')
+    return restored.state._replace(memory=state.memory)
+
+  def account(self, at: int, metrics: dict) -> int:
+    """Looks at one step's scalars: stops after too many bad steps, logs; the bad ones in a row."""
     bad = int(metrics['bad_in_a_row'])
-    clock.tokens += int(metrics['tokens'])
+    self.tokens += int(metrics['tokens'])
     if bad:
-      self.say(f'step {at} was skipped: {self.first_bad(metrics)} is not finite')
-    if bad >= self.config.max_bad_steps:
+      why = self.first_bad(metrics)
+      self.say(f'step {at} was skipped: {why}')
+      self.ledger.count('skipped_steps', 'skipped', step=at, why=why)
+    if bad >= self.config.max_bad_steps and bad != self.config.rollback_after:
       raise ConfigError(
-          f'run.max_bad_steps={self.config.max_bad_steps}: {bad} steps in a row up to step {at} '
-          f'were not finite, first in {self.first_bad(metrics)}; lower optimizer.learning_rate='
+          f'run.max_bad_steps={self.config.max_bad_steps}: {bad} bad steps in a row up to step {at}, at last '
+          f'{self.first_bad(metrics)}; lower optimizer.learning_rate='
           f'{self.a.parts.optimizer.learning_rate}, or clip (optimizer.clip_norm)')
     if at % self.config.log_every and at != self.config.num_steps:
-      return
-    rate = clock.rate()
+      return bad
+    trained = self.ledger.training_seconds()
+    rate = self.tokens / max(trained - self.trained, 1e-9)
+    self.tokens, self.trained = 0, trained
+    self.ledger.keep()
     loss, skipped = float(metrics['loss']), int(metrics['skipped'])
-    updates = at - skipped - int(metrics['finite'])   # before this step
+    updates = at - skipped - int(metrics['good'])   # before this step
     bytes_per_token = self.bytes_per_token
     self.writer.write(at, dict(
         loss=loss, bits_per_byte=loss / math.log(2) / bytes_per_token,
         grad_norm=float(metrics['grad_norm']), learning_rate=float(self.a.schedule(updates)),
-        tokens_per_second=rate, **self.utilization(rate, metrics['keys']),
-        seconds=clock.seconds, skipped_steps=skipped,
+        tokens_per_second=rate, **metrics_lib.utilization(
+            self.a.model_config, self.a.layout.mesh.devices, self.a.parts.data.length, rate, metrics['keys']),
+        seconds=trained, skipped_steps=skipped,
         **{f'gate_{what}_{i}': float(x) for i, both in metrics['gates'].items()
            for what, x in zip(('mean', 'max'), both)}))
     self.progress.update(at, loss, rate)
+    return bad
 
   def first_bad(self, metrics: dict) -> str:
-    """'the loss', or the name of the first parameter group with a bad gradient."""
+    """What was wrong with a step: a gradient, by its parameter's name, or a number that leapt."""
     squares = np.asarray(metrics['grad_squares'])
     names = [optim.path_name(path) for path, _ in
              jax.tree_util.tree_leaves_with_path(self.a.abstract.params)]
     bad = [name for name, x in zip(names, squares) if not math.isfinite(x)]
-    return f'the gradient of {bad[0]}' if bad else 'the loss'
-
-  def utilization(self, rate: float, keys: dict[int, jax.Array]) -> dict[str, float]:
-    """MFU by both conventions, absent where the chip's peak is unknown."""
-    model, length = self.a.model_config, self.a.parts.data.length
-    devices = self.a.layout.mesh.devices
-    kind, count = devices.flat[0].device_kind, devices.size
-    mfu = functools.partial(metrics_lib.model_flops_utilization, rate, kind=kind, count=count)
-    seen = {window: float(mean) for window, mean in keys.items()}
-    full, masked = (mfu(model.flops_per_token(length, mean)) for mean in (None, seen))
-    if full is None:
-      return {}
-    return dict(model_flops_utilization=full, model_flops_utilization_masked=masked)
+    if bad:
+      return f'the gradient of {bad[0]} is not finite'
+    loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
+    if not math.isfinite(loss):
+      return 'the loss is not finite'
+    return (f'the loss {loss:.4g} or the gradient norm {norm:.4g} is {self.config.spike_sigmas:g} standard '
+            'deviations above those before')
 
   def evaluate(self, state: step.TrainState) -> result.Result | held_out.Result:
     use_ema = self.a.parts.perplexity.use_ema
     check(not use_ema or state.ema is not None,
           'perplexity.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
-    return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
+    with self.ledger.doing('evaluation'):
+      return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
 
   def log_evaluation(self, at: int, found: Any) -> None:
     self.writer.write(at, found.scalars())
@@ -370,23 +406,3 @@ def _import_slow_packages(writes: bool) -> None:
   if writes:
     importlib.import_module('tensorboardX.event_file_writer')
 
-
-class Clock:
-  """Tokens per second since the last look, without the pauses for evaluation and saving."""
-
-  def __init__(self):
-    self.seconds = 0.0          # of training, since the first step of this process
-    self.start()
-
-  def start(self) -> None:
-    self.tokens, self.since, self.paused = 0, time.perf_counter(), 0.0   # padding does not count
-
-  def skip(self, seconds: float) -> None:
-    self.paused += seconds
-
-  def rate(self) -> float:
-    elapsed = max(time.perf_counter() - self.since - self.paused, 1e-9)
-    rate = self.tokens / elapsed
-    self.seconds += elapsed
-    self.start()
-    return rate

@@ -272,6 +272,21 @@ class TestKeeping:
     assert not (folder.parent / 'none').exists()
 
 
+def test_going_back_drops_what_came_after_and_saves_it_again(folder):
+  with Checkpoints(folder, keep_last=3, keep_best=True) as c:
+    for step in (1, 2, 3):
+      save(c, step, metrics={'validation_loss': 4.0 - step})
+    c.wait()
+    assert c.restore_newest(abstract(make_state(0)), below=3).step == 2
+    assert c.restore_newest(abstract(make_state(0)), below=1) is None
+    c.drop_after(1)
+    assert c.steps() == [1] and c.best_step() == 1
+    assert [p.name for p in folder.iterdir()] == ['1']
+    save(c, 2, make_state(7))
+    c.wait()
+    assert_same_bits(c.restore_newest(abstract(make_state(0))).state, make_state(7))
+
+
 def damage(path, at=None):
   data = bytearray(path.read_bytes())
   data[len(data) // 2 if at is None else at] ^= 0x10
@@ -435,6 +450,18 @@ class TestFailures:
       assert_holds(c.restore_newest(abstract(make_state(0))), 4)
       assert c.poll() == []
     assert warnings == []  # told by `poll` alone
+
+  def test_whether_the_last_save_failed_is_known(self, folder, monkeypatch):
+    with Checkpoints(folder, keep_last=1) as c:
+      assert not c.failing
+      with monkeypatch.context() as broken:
+        break_saving(broken, 'the manifest')
+        save(c, 1)
+        c.wait()
+        assert c.failing
+      save(c, 1)
+      c.wait()
+      assert not c.failing and c.steps() == [1]
 
   def test_poll_tells_without_a_wait(self, folder, monkeypatch, warnings):
     with Checkpoints(folder, keep_last=1) as c:

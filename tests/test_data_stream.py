@@ -214,13 +214,55 @@ def test_resumes_at_the_exact_element(corpus_dir, form, threads):
   assert_same(next(fresh), expected[13])
 
 
-def test_resumes_on_another_number_of_hosts(corpus_dir):
-  one = open_stream(corpus_dir)
-  for _ in range(5):
-    next(one)
-  half = open_stream(corpus_dir, host_index=1, num_hosts=2)
-  half.restore(one.state())
-  np.testing.assert_array_equal(next(half)['tokens'], next(one)['tokens'][2:])
+HOSTS = (4, 2, 1, 4, 1, 2)   # of one run, each for a batch
+
+
+def on_changing_hosts(open_one):
+  """The batches of a run that is stopped after each, and carried on by another number of hosts."""
+  state, batches = None, []
+  for num_hosts in HOSTS:
+    hosts = [open_one(host_index=h, num_hosts=num_hosts) for h in range(num_hosts)]
+    if state is not None:
+      for host in hosts:
+        host.restore(json.loads(state))
+    parts = [next(host) for host in hosts]
+    state, = {json.dumps(host.state()) for host in hosts}   # one for all
+    batches.append({k: np.concatenate([p[k] for p in parts]) for k in parts[0]})
+    for host in hosts:
+      host.close()
+  return batches
+
+
+@pytest.mark.parametrize('form', [*FORMS, {'form': 'segments', 'align': True}], ids=str)
+def test_other_numbers_of_hosts_read_every_document_once(tmp_path, form):
+  """Twelve documents, each byte of which tells document and place: two epochs of three batches."""
+  for i in range(12):
+    (tmp_path / f'{i:02}.txt').write_bytes(bytes(range(16 * i, 16 * i + 15)))
+  batches = on_changing_hosts(lambda **hosts: open_stream(tmp_path, length=16, threads=0, prefetch=0,
+                                                          **form, **hosts))
+  straight = open_stream(tmp_path, length=16, **form)
+  for i, batch in enumerate(batches):
+    assert_same(batch, straight.batch(i))
+  for epoch in (batches[:3], batches[3:]):
+    ids = [y for batch in epoch for y in batch['targets'][batch['loss_mask'] == 1] if y != SEP]
+    assert sorted(ids) == [16 * i + at for i in range(12) for at in range(15)]
+
+
+@pytest.mark.parametrize('form', [
+    {'form': 'masked'},
+    {'form': 'pairs', 'generator': 'translate', 'source_length': 64},
+    {'form': 'labels', 'generator': 'sentiment', 'length': 340},
+    {'corpus': 'tasks', 'tasks': ('passkey',), 'length': 400}], ids=str)
+def test_other_numbers_of_hosts_read_the_same_rows(corpus_dir, form):
+  made = {} if form.get('form') == 'masked' else {'files': '', 'corpus': 'generated', 'length': 64}
+  if form.get('form') in ('pairs', 'labels'):
+    made['long_documents'] = 'drop'
+  open_one = lambda **hosts: open_stream(corpus_dir, **(dict(threads=0, prefetch=0) | made | form | hosts))
+  straight = open_one()
+  batches = on_changing_hosts(open_one)
+  for i, batch in enumerate(batches):
+    assert_same(batch, straight.batch(i))
+  assert len({batch['tokens'].tobytes() for batch in batches}) == len(HOSTS)
 
 
 @pytest.mark.parametrize('change', [

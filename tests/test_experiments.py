@@ -143,3 +143,34 @@ def test_generators(tmp_path):
       ('ruler_fwe', 1024), ('ruler_fwe', 2048), ('passkey', 1024), ('passkey', 2048)]
   for row in rows:   # what fits into the time, and one more
     assert row['examples'] / row['per_second'] > 0.049 and row['per_second'] > 1
+
+
+@pytest.mark.slow
+def test_faults(tmp_path):
+  """A process killed and a checkpoint's bit flipped, each in a run of two, and both carried on."""
+  run = [sys.executable, ROOT / 'experiments' / '05_faults' / 'run.py', '--tier=smoke', f'--out={tmp_path}',
+         f'--work={tmp_path}/work']
+  done = subprocess.run(run, capture_output=True, text=True, timeout=3000)
+  assert done.returncode == 0, done.stderr
+  lines = (tmp_path / 'faults.jsonl').read_text().splitlines()
+  rows = {row['kind']: row for row in map(json.loads, lines)}
+  assert set(rows) == {'kill', 'flip'} and all(row['kept'] for row in rows.values()), rows
+  assert rows['kill']['codes'] == [75] and '| all | | 2 of 2 | | |' in done.stdout
+  again = subprocess.run(run, capture_output=True, text=True, timeout=300)
+  assert again.returncode == 0 and (tmp_path / 'faults.jsonl').read_text().splitlines() == lines
+
+
+def test_the_plan_of_faults_has_every_kind_and_its_table_counts_them():
+  sys.path.insert(0, str(ROOT / 'experiments' / '05_faults'))
+  try:
+    import faults
+  finally:
+    sys.path.remove(str(ROOT / 'experiments' / '05_faults'))
+  plans = [faults.plan(i, 4, 60) for i in range(100)]
+  assert all(sum(p['kind'] == kind for p in plans) == 10 for kind in faults.KINDS)
+  assert {p['process'] for p in plans} == {0, 1, 2, 3} and all(faults.EVERY < p['step'] <= 40 for p in plans)
+  rows = [dict(plans[1], kept=True, seconds=s, reached=37, resumed_at=30) for s in (3.0, 9.0, 4.0)]
+  rows += [dict(plans[8], kept=False)]
+  assert faults.table(rows).splitlines()[2:] == [
+      '| kill | the others name the lost process and leave | 3 of 3 | 4.0 (9.0) | 7 (7) |',
+      '| nan | one step is skipped | 0 of 1 | - | - |', '| all | | 3 of 4 | | |']

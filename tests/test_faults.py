@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import re
+import signal
 import time
 
 import jax
@@ -123,3 +124,42 @@ def test_killed_is_straight(tmp_path, kills, steps):
   ours, theirs = every_bit(config, killed), every_bit(config, straight)
   assert ours[steps] == theirs[steps]
   assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_hangs_or_is_killed(tmp_path):
+  """The others leave within a bounded time and name it; the same command carries on, and loses no step."""
+  text = {'files': tiny.write_corpus(tmp_path / 'text'), 'cache_dir': str(tmp_path / 'cache')}
+  changes = {'run_num_steps': 120, 'run_log_every': 10, 'run_eval_every': 0, 'run_checkpoint_every': 10,
+             'run_watchdog_seconds': 30, 'run_check_hosts_every': 20, 'run_compilation_cache': str(tmp_path / 'xla')}
+  folder, reached = tmp_path / 'w', 0
+  # (signal, to which, after so many steps, what each of the others says)
+  faults = [(signal.SIGSTOP, 1, 20, r'run.watchdog_seconds=30: nothing has moved here for \d+ s(.|\n)*'
+                                    r'process 1: step \d+, (steps|input) .*, silent for \d+ s'),
+            (signal.SIGKILL, 2, 50, r'process 2 is lost: it ended at step \d+, (steps|input|checkpoints) '),
+            (signal.SIGKILL, 0, 80, r'process 0 is lost: it ended at step \d+, (steps|input|checkpoints) ')]
+  for number, victim, after, said in faults:
+    with launch.several(launch.command(folder, text, 'packed', **changes), tmp_path / f'{after}.out',
+                        processes=4, devices=1) as (children, files):
+      wait_for(lambda output, after=after: last_step(output) >= after, children[0], files[0])
+      children[victim].send_signal(number)
+      others = [i for i in range(4) if i != victim]
+      for i in others:
+        children[i].wait(LIMIT)
+      outputs = [file.read_text() for file in files]
+    assert [children[i].returncode for i in others] == [75] * 3, '\n'.join(outputs)
+    for i in others:
+      assert re.search(said, outputs[i]), outputs[i]
+      assert 'the run ends, and the same command carries on' in outputs[i]
+    if reached:
+      assert f'resumed at step {reached}' in outputs[0]
+    steps = Checkpoints(folder / 'checkpoints', read_only=True).steps()
+    assert after - 10 <= steps[-1]   # the last save, or the one before, which was under way
+    reached = steps[-1]
+  with launch.several(launch.command(folder, text, 'packed', **changes), tmp_path / 'last.out',
+                      processes=2, devices=1) as (children, files):
+    assert [child.wait(LIMIT) for child in children] == [0, 0], files[0].read_text()
+    assert f'resumed at step {reached}' in files[0].read_text()
+  assert [line['step'] for line in logged(folder) if 'loss' in line] == list(range(10, 121, 10))
+  found = json.loads((folder / 'badput.json').read_text())
+  assert found['starts'] == 4 and found['step'] == 120 and found['seconds']['down'] > 0

@@ -114,7 +114,7 @@ def test_compiled_once_over_steps_and_a_restore(tmp_path, monkeypatch):
 def test_every_optimizer_updates_is_saved_and_goes_on_from_there(name, tmp_path):
   a = assemble('lstm', devices=2, optimizer_name=name, mesh_layout='fsdp')
   first, (metrics,) = run(a, [make_batch(0)])
-  assert metrics['finite']
+  assert metrics['good']
   assert bits(first.params) != bits(a.init().params)
   with Checkpoints(tmp_path, keep_last=1) as checkpoints:
     assert checkpoints.save(1, first, stream_state={}, meta={})
@@ -143,14 +143,32 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value):
   assert kept(state) == before
   assert [int(m['bad_in_a_row']) for m in found] == [1, 2]
   assert [int(m['skipped']) for m in found] == [1, 2]
-  assert not any(m['finite'] for m in found)
+  assert not any(m['good'] for m in found)
   assert int(state.step) == 4
   state, (good, bad) = run(a, [make_batch(2), masked_by(value)], state, update)
-  assert (bool(good['finite']), int(good['bad_in_a_row']), int(good['skipped'])) == (True, 0, 2)
+  assert (bool(good['good']), int(good['bad_in_a_row']), int(good['skipped'])) == (True, 0, 2)
   assert (int(bad['bad_in_a_row']), int(bad['skipped'])) == (1, 3)
   # Nothing but the count of steps tells that there were bad ones.
   straight, _ = run(a, [make_batch(i) for i in range(3)], update=update)
   assert kept(state) == kept(straight)
+
+
+def test_a_spike_changes_nothing_and_is_counted():
+  a = assemble('packed', run_spike_sigmas=6.0, run_spike_window=4, optimizer_learning_rate=1e-4)
+  state, found = run(a, [make_batch(0)] * 5)
+  assert all(m['good'] for m in found)
+  model = nnx.merge(a.graphdef, jax.tree.map(jnp.copy, state.params))
+  batch = make_batch(0)
+  hidden_BTD, _ = model(batch['tokens'], None, positions_BT=batch['positions'],
+                        segment_ids_BT=batch['segment_ids'])
+  worst = batch | {'targets': np.asarray(model.logits(hidden_BTD).argmin(-1), np.int32)}
+  before = bits((state.params, state.opt))
+  state, (metrics,) = run(a, [worst], state)
+  assert np.isfinite(metrics['loss']) and metrics['loss'] > found[-1]['loss'] + 0.05
+  assert not metrics['good'] and bits((state.params, state.opt)) == before
+  assert (int(metrics['skipped']), int(metrics['bad_in_a_row']), int(state.step)) == (1, 1, 6)
+  state, (metrics,) = run(a, [make_batch(0)], state)
+  assert metrics['good'] and bits((state.params, state.opt)) != before
 
 
 def test_after_a_skipped_step_the_memory_is_of_the_data_that_was_read():
@@ -159,7 +177,7 @@ def test_after_a_skipped_step_the_memory_is_of_the_data_that_was_read():
   old = numbers(before.memory)
   bad = make_batch(1) | {'loss_mask': np.full((B, T), np.nan, np.float32)}
   skipped, (metrics,) = run(a, [bad], before)
-  assert not metrics['finite']
+  assert not metrics['good']
   good, _ = run(a, [make_batch(1)], run(a, [make_batch(0)])[0])
   assert bits(skipped.memory) == bits(good.memory)   # the parameters that read it were the same
   assert any((x != y).any() for x, y in zip(numbers(skipped.memory), old))
@@ -187,13 +205,13 @@ def test_a_bad_parameter_is_named():
                       jax.tree_util.tree_leaves_with_path(a.abstract.params)],
                      metrics['grad_squares']))
   first = next(name for name, x in squares.items() if not np.isfinite(x))
-  assert trainer.first_bad(metrics) == f'the gradient of {first}'
+  assert trainer.first_bad(metrics) == f'the gradient of {first} is not finite'
   healthy = metrics | {'grad_squares': np.ones_like(metrics['grad_squares'])}
-  assert trainer.first_bad(healthy) == 'the loss'
+  assert trainer.first_bad(healthy | {'loss': np.float32(np.nan)}) == 'the loss is not finite'
   names = list(squares)
   one = np.ones_like(metrics['grad_squares'])
   one[3] = np.inf
-  assert trainer.first_bad(metrics | {'grad_squares': one}) == f'the gradient of {names[3]}'
+  assert trainer.first_bad(metrics | {'grad_squares': one}) == f'the gradient of {names[3]} is not finite'
 
 
 # Microbatches. Adam would magnify the rounding of small gradients.
@@ -266,7 +284,7 @@ def test_keys_are_those_that_queries_with_a_target_see():
 def test_a_batch_without_targets_is_no_disaster():
   _, (metrics,) = run(assemble('lstm', optimizer_ema=0.9), [masked_by(0.0)])
   assert (float(metrics['loss']), float(metrics['grad_norm'])) == (0.0, 0.0)
-  assert metrics['finite']
+  assert metrics['good']
 
 
 # Randomness.
@@ -317,7 +335,7 @@ def test_the_average_is_its_closed_form_over_the_good_steps():
   update, state, after = jitted(a), a.init(), []
   for batch in (masked_by(np.nan), *map(make_batch, range(3)), masked_by(np.nan), make_batch(3)):
     state, (metrics,) = run(a, [batch], state, update)
-    if metrics['finite']:
+    if metrics['good']:
       after.append(numbers(state.params))
     if not after:
       continue

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -393,8 +395,8 @@ def test_too_many_bad_steps_stop_the_run(text, tmp_path, capsys, monkeypatch):
   with monkeypatch.context() as m:
     poison(m, 6)
     with pytest.raises(ConfigError, match=re.escape(
-        'run.max_bad_steps=3: 3 steps in a row up to step 8 were not finite, first in the '
-        'gradient of blocks/0/mixer/w_kv; lower optimizer.learning_rate=0.03')):
+        'run.max_bad_steps=3: 3 bad steps in a row up to step 8, at last the gradient of '
+        'blocks/0/mixer/w_kv is not finite; lower optimizer.learning_rate=0.03')):
       train.run(config, str(tmp_path))
   out = capsys.readouterr().out
   assert [f'step {at} was skipped' in out for at in range(5, 10)] == [False, True, True, True,
@@ -419,12 +421,91 @@ def test_bad_steps_in_between_do_not_stop_it(text, tmp_path, monkeypatch):
   assert [line for line in lines(tmp_path) if 'loss' in line][-1]['skipped_steps'] == 2
 
 
+def events(folder):
+  return [json.loads(line) for line in (Path(folder) / 'events.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_bad_steps_lead_back_and_their_data_is_passed_over(text, tmp_path, capsys, monkeypatch):
+  """Steps 6 and 7 are bad: back to 4, on with the batch after step 8's, killed and carried on."""
+  config = make_config(text, run_eval_every=0, run_keep_best=False, run_checkpoint_every=2, run_log_every=1,
+                       run_rollback_after=2, model_dropout=0.2)
+  real, calls = stream.Stream.__next__, []
+  def bad(self):
+    batch = real(self)
+    calls.append(1)
+    if len(calls) in (6, 7):
+      batch = batch | {'loss_mask': np.where(np.arange(16) == 3, np.nan, batch['loss_mask'])}
+    if len(calls) == 11:   # step 7 again
+      raise CrashError
+    return batch
+  with monkeypatch.context() as m:
+    m.setattr(stream.Stream, '__next__', bad)
+    with pytest.raises(CrashError):
+      train.run(config, str(tmp_path / 'bad'))
+  assert 'back to step 4: 2 bad steps in a row from step 6 on; the batches since step 4 are passed over' in (
+      capsys.readouterr().out)
+  assert list(saved(config, tmp_path / 'bad')) == [4, 6]
+  assert train.run(config, str(tmp_path / 'bad')) == 0
+  assert 'resumed at step 6' in capsys.readouterr().out
+
+  def without(self):   # a run that never sees them
+    calls.append(1)
+    if len(calls) == 5:
+      for _ in range(4):
+        real(self)
+    return real(self)
+  calls.clear()
+  monkeypatch.setattr(stream.Stream, '__next__', without)
+  train.run(config, str(tmp_path / 'without'))
+  ours, theirs = (saved(config, tmp_path / name)[12] for name in ('bad', 'without'))
+  assert ours == theirs   # bit for bit, the place in the data too
+  assert logged(tmp_path / 'bad') == logged(tmp_path / 'without')
+  found = json.loads((tmp_path / 'bad' / 'badput.json').read_text())
+  assert (found['rollbacks'], found['skipped_steps'], found['starts']) == (1, 2, 2)
+  assert found['lost_steps'] == 4 and found['seconds']['lost'] > 0 and found['finished']
+  assert [(e['step'], e['what']) for e in events(tmp_path / 'bad')] == [
+      (6, 'skipped'), (7, 'skipped'), (8, 'rollback')]
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_back_for_ever(text, tmp_path, monkeypatch):
+  poison(monkeypatch, 5)
+  with pytest.raises(ConfigError, match=r'run.rollback_after=2: has returned to step 4 3 times, and other'):
+    train.run(make_config(text, run_rollback_after=2, run_num_steps=40), str(tmp_path))
+
+
 # Checkpoints.
+
+
+def test_a_failed_save_is_tried_again_and_the_last_one_until_it_succeeds(text, tmp_path, capsys, monkeypatch):
+  """A disk that is full at the saves of steps 4, at whatever step that is due again, and twice at the last."""
+  from longctx.training import manifest
+  real, refused, clock = manifest.write, [], itertools.count(0, 0.75)   # looked at once a step
+  def full(folder):
+    at = int(folder.name.split('.')[0])
+    if at in (4, 6) or (at == 12 and refused.count(12) < 2):
+      refused.append(at)
+      raise OSError(28, 'No space left on device')
+    real(folder)
+  monkeypatch.setattr(manifest, 'write', full)
+  slept = []
+  monkeypatch.setattr(train, 'time', types.SimpleNamespace(monotonic=lambda: next(clock), sleep=slept.append))
+  config = make_config(text, run_eval_every=0, run_keep_best=False, run_checkpoint_every=4, run_save_patience=60)
+  settle = Checkpoints.poll
+  monkeypatch.setattr(Checkpoints, 'poll', lambda self: (self.wait(), settle(self))[1])   # each ends in its step
+  assert train.run(config, str(tmp_path)) == 0
+  assert refused == [4, 6, 12, 12] and slept == [1.0, 2.0]
+  assert Checkpoints(tmp_path / 'checkpoints', read_only=True).steps() == [8, 12]
+  out = capsys.readouterr().out
+  assert out.count('could not save step') == 4 and '4 failed saves' in out
+  assert [e['what'] for e in events(tmp_path)] == ['failed_saves'] * 4
 
 
 def test_the_best_is_kept_and_a_full_disk_is_survived(text, tmp_path, capfd, caplog, monkeypatch):
   """Validation gets worse from step 3 on; the saves of steps 4 and 12 meet a full disk."""
-  from longctx.training import manifest
+  from longctx.training import backoff, manifest
+  monkeypatch.setattr(backoff, 'FIRST', math.inf)   # and no save is tried again
   config = make_config(text, run_keep_last=1, run_eval_every=3)
   real, write = train.evaluate, manifest.write
   count = []

@@ -89,6 +89,7 @@ class Checkpoints:
     self._saving: int | None = None  # the step that is being written
     self._failures: list[str] = []
     self._torn = False  # a save has failed, and may have left a folder
+    self.failing = False  # the last save that ended has failed
     self._manager = None
     if not read_only:
       self._make_directory()
@@ -192,7 +193,7 @@ class Checkpoints:
     if self._saving is not None:
       try:
         self.manager.wait_until_finished()
-        self._saving = None
+        self._saving, self.failing = None, False
         self._settle_replaced()
         if self._torn:  # and once more, now that no save is under way
           self._remove_torn()
@@ -221,6 +222,7 @@ class Checkpoints:
   def _failed(self, error: Exception) -> None:
     step, self._saving = self._saving, None
     saved = step in self.steps()
+    self.failing = not saved
     self._settle_replaced()
     if saved:  # written whole; what failed came after, such as deleting an old one
       message = f'saved step {step}, but could not tidy up after it: {_reason(error)}'
@@ -258,20 +260,22 @@ class Checkpoints:
     """The step of the lowest validation loss on disk; None where none was measured."""
     return best_of({s: self._losses[s] for s in self.steps() if s in self._losses})
 
-  def restore_newest(self, abstract_state: Any, *, partial: bool = False) -> Restored | None:
+  def restore_newest(self, abstract_state: Any, *, partial: bool = False, below: int | None = None
+                     ) -> Restored | None:
     """The newest checkpoint that can be read, with one warning for each newer one that cannot.
 
     Args:
       abstract_state: the state's structure, with a jax.ShapeDtypeStruct (or an array) for each
         array. Its sharding says where the array goes; one without is restored as a NumPy array.
       partial: read the arrays that `abstract_state` has and leave the others.
+      below: only of earlier steps than this.
     Returns:
       None if there is no checkpoint at all. ConfigError if there are some and none can be read, or
       if it is of another model.
     """
     self.wait()
     unreadable = {}
-    for step in reversed(processes.of_first(self.steps())):
+    for step in reversed(processes.of_first([s for s in self.steps() if below is None or s < below])):
       restored, fault = self._try_restore(step, abstract_state, partial)
       if restored is not None:
         self._set_aside(unreadable)
@@ -330,6 +334,15 @@ class Checkpoints:
       except OSError as e:
         raise ConfigError(f'{self.directory}: cannot put the damaged checkpoint of step {step} aside '
                           f'({e.strerror}); let yourself write there, or remove it') from e
+
+  def drop_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps: the run goes another way from here and saves them again."""
+    self.wait()
+    for later in processes.of_first([s for s in self.steps() if s > step]):
+      self._losses.pop(later, None)
+      self._put_aside(later, UNREADABLE)
+      if jax.process_index() == 0:
+        shutil.rmtree(self.directory / f'{later}{UNREADABLE}', ignore_errors=True)
 
   def _put_aside(self, step: int, suffix: str) -> None:
     if jax.process_index() == 0:

@@ -36,6 +36,19 @@ def model_flops_utilization(tokens_per_second: float, flops_per_token: float, *,
   return None if peak is None else tokens_per_second * flops_per_token / (peak * count)
 
 
+def utilization(model: Any, devices: np.ndarray, length: int, tokens_per_second: float,
+                keys: dict[int, Any]) -> dict[str, float]:
+  """Both conventions, absent where the chip's peak is unknown. `keys`: of each window, seen on average."""
+  of = lambda seen: model_flops_utilization(
+      tokens_per_second, model.flops_per_token(length, seen), kind=devices.flat[0].device_kind,
+      count=devices.size)
+  full = of(None)
+  if full is None:
+    return {}
+  return dict(model_flops_utilization=full, model_flops_utilization_masked=of(
+      {window: float(mean) for window, mean in keys.items()}))
+
+
 # metrics.jsonl and TensorBoard.
 
 FIELDS = ('step', 'loss', 'bits_per_byte', 'grad_norm', 'learning_rate', 'tokens_per_second',
@@ -65,6 +78,10 @@ class MetricsWriter:
     if not self.enabled:
       return
     self._purge = step + 1
+    if self._events is not None:   # a run that goes back in its midst: the next file of events says so
+      with refusal_is_told('TensorBoard events'):
+        self._events.close()
+      self._events = None
     try:
       if not self.path.exists():
         return

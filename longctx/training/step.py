@@ -1,9 +1,9 @@
 """One update, pure: all it needs comes in, all it makes goes out.
 
 The loss is the mean over the target tokens of the whole global batch, whatever its cut into
-microbatches or over devices. A step whose loss or gradient is not finite leaves parameters and
-optimiser as they were, and is counted; the carried state goes on with the data, but for rows where
-it is not finite itself.
+microbatches or over devices. A step whose loss or gradient is not finite, or leaps out of those
+before (spikes.py), leaves parameters and optimiser as they were, and is counted; the carried state
+goes on with the data, but for rows where it is not finite itself.
 Held by: tests/test_step.py, tests/test_mesh.py.
 
 B rows  T tokens  A microbatches
@@ -20,7 +20,7 @@ from flax import nnx
 
 from longctx.parallel import mesh
 from longctx.training import loss as loss_lib
-from longctx.training import optim
+from longctx.training import optim, spikes
 
 
 class TrainState(NamedTuple):
@@ -34,14 +34,15 @@ class TrainState(NamedTuple):
   bad_in_a_row: jax.Array
   skipped: jax.Array      # steps skipped in all
   dropout_key: jax.Array
+  recent: spikes.Recent | None = None   # what spikes are judged by, or None
 
 
 def init_state(model_init: Callable[[jax.Array], nnx.Module], tx: Callable, *, seed: int,
-               batch_size: int, carries: bool, ema: float) -> TrainState:
+               batch_size: int, carries: bool, ema: float, spike_window: int = 0) -> TrainState:
   """The state before the first step; `seed` gives one seed each to init and dropout.
 
   `tx` takes the parameters and gives the optax transformation; `carries` keeps a model state of
-  `batch_size` rows.
+  `batch_size` rows; `spike_window` losses are kept, where it is not 0.
   """
   init_key, dropout_key = jax.random.split(jax.random.key(seed))
   model = model_init(init_key)
@@ -51,7 +52,8 @@ def init_state(model_init: Callable[[jax.Array], nnx.Module], tx: Callable, *, s
       step=zero(), params=params, opt=tx(params).init(params),
       ema=jax.tree.map(jnp.copy, params) if ema else None,
       memory=model.init_state(batch_size) if carries else None,
-      bad_in_a_row=zero(), skipped=zero(), dropout_key=dropout_key)
+      bad_in_a_row=zero(), skipped=zero(), dropout_key=dropout_key,
+      recent=spikes.no_history(spike_window) if spike_window else None)
 
 
 def model_inputs(batch: dict[str, jax.Array]) -> dict[str, Any]:
@@ -66,12 +68,14 @@ def model_inputs(batch: dict[str, jax.Array]) -> dict[str, Any]:
 
 def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: loss_lib.Config,
                accumulate: int, ema_decay: float, state: TrainState, batch: dict[str, jax.Array], *,
-               aligned: bool = False) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The state after one batch, and scalars: loss (nats per token), grad_norm, finite, skipped,
-  bad_in_a_row, tokens (targets), keys (of each window of the model: what a query with a target
-  sees on average), gates (of memories that have one, as the loss met them: by layer the mean and the
-  largest |gate| of its heads), and grad_squares (one sum of squares a parameter, to name the first that
-  is not finite). `aligned`: the model is told that documents begin rows (data.align).
+               aligned: bool = False, spike_sigmas: float = 0.0
+               ) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after one batch, and scalars: loss (nats per token), grad_norm, good (finite and no
+  spike: the update was made), bad_in_a_row, skipped, tokens (targets), keys (of each window of the
+  model: what a query with a target sees on average), gates (of memories that have one, as the loss met
+  them: by layer the mean and the largest |gate| of its heads), and grad_squares (one sum of squares a
+  parameter, to name the first that is not finite). `aligned`: the model is told that documents begin
+  rows (data.align). `spike_sigmas` is read where the state has `recent`.
   """
   weights_BT = batch['loss_mask'] / jnp.maximum(batch['loss_mask'].sum(), 1.0)
   key = jax.random.fold_in(state.dropout_key, state.step)
@@ -123,15 +127,18 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
   updates_before = state.step - state.skipped
   ema = optim.update_ema(state.ema, params, ema_decay, updates_before) if ema_decay else None
 
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-  bad = jnp.where(finite, 0, state.bad_in_a_row + 1)
-  skipped = state.skipped + jnp.where(finite, 0, 1)
+  good, recent = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.recent
+  if recent is not None:
+    spike, recent = spikes.judge(recent, loss, grad_norm, spike_sigmas)
+    good &= ~spike
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+  bad = jnp.where(good, 0, state.bad_in_a_row + 1)
+  skipped = state.skipped + jnp.where(good, 0, 1)
   state = TrainState(
       step=state.step + 1, params=keep(params, state.params), opt=keep(opt, state.opt),
       ema=keep(ema, state.ema), memory=keep_finite_rows(memory, state.memory), bad_in_a_row=bad,
-      skipped=skipped, dropout_key=state.dropout_key)
-  return state, dict(loss=loss, grad_norm=grad_norm, finite=finite, bad_in_a_row=bad,
+      skipped=skipped, dropout_key=state.dropout_key, recent=recent)
+  return state, dict(loss=loss, grad_norm=grad_norm, good=good, bad_in_a_row=bad,
                      skipped=skipped, tokens=(batch['loss_mask'] > 0).sum(), keys=keys,
                      gates=gates, grad_squares=grad_squares)
 

@@ -35,6 +35,7 @@ def get_config(variant: str = 'packed'):
   config.run.eval_every = 6
   config.run.checkpoint_every = 4
   config.run.compilation_cache = 'none'
+  config.run.save_patience = 0
   config.perplexity.segment = 16
   config.perplexity.modes = ('full',)
   return config
