@@ -134,7 +134,7 @@ def test_four_processes_of_which_one_hangs_or_is_killed(tmp_path):
              'run_watchdog_seconds': 30, 'run_check_hosts_every': 20, 'run_compilation_cache': str(tmp_path / 'xla')}
   folder, reached = tmp_path / 'w', 0
   # (signal, to which, after so many steps, what each of the others says)
-  faults = [(signal.SIGSTOP, 1, 20, r'run.watchdog_seconds=30: nothing has moved here for \d+ s(.|\n)*'
+  faults = [(signal.SIGSTOP, 1, 20, r'run.watchdog_seconds=30: nothing has moved in process \d for \d+ s(.|\n)*'
                                     r'process 1: step \d+, (steps|input) .*, silent for \d+ s'),
             (signal.SIGKILL, 2, 50, r'process 2 is lost: it ended at step \d+, (steps|input|checkpoints) '),
             (signal.SIGKILL, 0, 80, r'process 0 is lost: it ended at step \d+, (steps|input|checkpoints) ')]

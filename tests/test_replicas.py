@@ -15,7 +15,7 @@ SPECS = {'a_whole': P(), 'b_cut': P(None, 'model'), 'c_shared_by_none': P(('data
 
 @pytest.fixture(scope='module')
 def comparison():
-  layout = mesh.make_layout(mesh.Config(layout='fsdp', data=2, seq=2, model=2))
+  layout = mesh.make_layout(mesh.Config(layout='sequence_fsdp', data=2, seq=2, model=2))
   return divergence.Comparison(jax.tree.map(jnp.asarray, make(layout)), layout), layout
 
 

@@ -94,10 +94,19 @@ def test_a_standstill_says_where_each_stood(tmp_path, ended, capfd):
   with waits, dog(tmp_path, 0, seconds=0.3, step=41):
     assert ended.wait()
   said = capfd.readouterr().err
-  assert "longctx: run.watchdog_seconds=0.3: nothing has moved here for " in said
-  assert "in 'steps'; the run ends" in said
+  assert "longctx: run.watchdog_seconds=0.3: nothing has moved in process 0 for " in said
+  assert "s, in 'steps'; the run ends" in said
   assert 'process 0: step 41, steps (said this)' in said and 'process 1: step 40, input (' in said
   assert 'in _watch' in said   # what its threads were at
+
+
+def test_the_reason_of_the_first_that_ends_is_what_all_say(tmp_path, ended, capfd):
+  first, second = dog(tmp_path, 0, step=41, seconds=0.3), dog(tmp_path, 1, step=41)
+  with first, second:
+    assert ended.wait()
+    second._thread.join(LIMIT)
+  said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('longctx: ')]
+  assert len(said) == 2 and said[0] == said[1] and 'nothing has moved in process 0' in said[0]
 
 
 def test_who_moves_is_left_alone_and_compilation_may_take_longer(tmp_path, ended):

@@ -157,11 +157,11 @@ class Watchdog:
       self._beat()
       still = self._still()
       if still > GRACE and (lost := self._lost()):
-        self._end(f'{lost}; the run ends, and the same command carries on')
+        self._end(lost)
       limit = self.seconds * (10 if self.ledger.phase in MAY_LAST else 1)
       if limit and still > limit:
-        self._end(f'run.watchdog_seconds={self.seconds:g}: nothing has moved here for {still:.0f} s in '
-                  f'{self.ledger.phase!r}; the run ends, and the same command carries on')
+        self._end(f'run.watchdog_seconds={self.seconds:g}: nothing has moved in process {self.process} for '
+                  f'{still:.0f} s, in {self.ledger.phase!r}')
 
   def _still(self) -> float:
     """Seconds since this process changed its phase or ended a step."""
@@ -172,7 +172,8 @@ class Watchdog:
   def _lost(self, alike: str = '') -> str:
     """Which peer is gone, and where it was last; '' if all are there.
 
-    One that left with an error, but `alike`, is gone too, where no other is.
+    One that left with an error, but `alike`, is gone too, where no other is; of one that ended the run
+    it is the reason that it gave.
     """
     left = ''
     for peer in self._watched:
@@ -181,7 +182,8 @@ class Watchdog:
         continue   # not here yet
       if said.get('left'):
         if said['error'] and said['error'] != alike:
-          left = left or f'process {peer.process} left with an error {_where(said)}: {said["error"]}'
+          told = f'process {peer.process} left with an error {_where(said)}: {said["error"]}'
+          left = left or (said['error'] if said.get('ended') else told)
       elif said['locked'] and peer.free():
         return f'process {peer.process} is lost: it ended {_where(said)}'
       elif said['silent'] > LOST:
@@ -193,20 +195,20 @@ class Watchdog:
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline:
       if lost := self._lost(error):
-        self._end(f'{lost}; the run ends, and the same command carries on')
+        self._end(lost)
       time.sleep(BEAT / 4)
 
-  def _end(self, message: str) -> None:
+  def _end(self, reason: str) -> None:
     self._ending.acquire()   # never released: of two threads that have come to this one speaks
     self._over.set()
-    lines = [f'longctx: {message}', 'where the processes stood:',
+    lines = [f'longctx: {reason}; the run ends, and the same command carries on', 'where the processes stood:',
              f'  process {self.process}: step {self.ledger.step}, {self.ledger.phase} (said this)']
     lines += [f'  process {peer.process}: {_stands(peer.look(self.run))}' for peer in self._peers]
     print('\n'.join(lines), file=sys.stderr, flush=True)
-    if not self._lost():   # nobody is gone: what this process waits for is worth a look
+    if not self._lost():   # nobody is gone: what its threads wait for is worth a look
       faulthandler.dump_traceback(sys.__stderr__)
-    self._beat(left=True, error=message[:200])
-    self.ledger.event('ended', why=message)
+    self._beat(left=True, ended=True, error=reason[:200])
+    self.ledger.event('ended', why=reason)
     self.ledger.write()
     sys.stdout.flush()
     deadline = time.monotonic() + 3 * GRACE
@@ -223,7 +225,7 @@ class Watchdog:
     del number
     signal.alarm(int(6 * GRACE) + 1)   # should the interpreter be held for good
     if lost := self._lost():
-      self._end(f'{lost}; the run ends, and the same command carries on')
+      self._end(lost)
 
 
 def watch(folder: str, ledger: Ledger, seconds: float) -> Watchdog:
