@@ -103,14 +103,18 @@ class Results:
 
 
 def cell(found: dict, topology: str, model: str) -> str:
-  """'1M (12.1 GiB)', '-' where the shortest does not fit, '' where it was not compiled."""
+  """'1M (12.1 GiB)', '-' where the shortest does not fit, '' where it was not compiled.
+
+  'at least' where twice the length was not compiled.
+  """
   rows = [r for key, r in found.items() if key[:2] == (topology, model)]
   fitting = [r for r in rows if r['fits']]
   if fitting:
     best = max(fitting, key=lambda r: r['length'])
     length = best['length']
     name = f'{length // 2**20}M' if length >= 2**20 else f'{length // 2**10}K'
-    return f'{"at least " if length == LENGTHS[-1] else ""}{name} ({best["gib"]} GiB)'
+    beyond = (topology, model, 2 * length)
+    return f'{"" if beyond in found else "at least "}{name} ({best["gib"]} GiB)'
   return '-' if any(r['length'] == LENGTHS[0] for r in rows) else ''
 
 

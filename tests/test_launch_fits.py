@@ -50,6 +50,7 @@ def test_the_table_stands_between_its_marks(tmp_path):
     fits.Results(tmp_path / 'fits.jsonl', pretended(true, true, [])).longest('v5e:4x4', model)
   results = fits.Results(tmp_path / 'fits.jsonl', pretended(2**15, 2**15, []))
   results.longest('v5e:2x4', '1B')
+  del results.found['v5e:4x4', '1B', 2**21]   # not compiled yet
   readme = tmp_path / 'README.md'
   readme.write_text(f'before\n{fits.BEGIN}\nold\n{fits.END}\nafter\n')
   for _ in range(2):
@@ -59,7 +60,7 @@ def test_the_table_stands_between_its_marks(tmp_path):
 | slice | 1B | 3B | 8B |
 |---|---|---|---|
 | v5e:2x4 | 32K (0.5 GiB) |  |  |
-| v5e:4x4 | 1M (16.0 GiB) | at least 8M (128.0 GiB) | - |
+| v5e:4x4 | at least 1M (16.0 GiB) | at least 8M (128.0 GiB) | - |
 {fits.END}
 after
 """
