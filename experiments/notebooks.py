@@ -10,7 +10,7 @@ import json
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REPOSITORY = 'longctx/longctx'
+REPOSITORY = 'longctx/longctx'   # owner/name on GitHub: where notebooks are opened and cloned from
 # Folder -> what to run in it: a title and the arguments of run.py, behind --tier and --out.
 NOTEBOOKS = {
     '01_cost_of_attention': (('Work and memory', ()),),
@@ -20,6 +20,8 @@ NOTEBOOKS = {
                     ('A passkey far beyond the training length', ('--part=passkey',))),
     '04_arena': (('Every model on the same trials', ()),),
 }
+# These read books too, where a glob of text files is given; without one they leave them out.
+BOOKS = ('04_arena',)
 
 INSTALL = """\
 import os
@@ -39,6 +41,11 @@ import tempfile
 tier = 'smoke'  #@param {tiers}
 out = None      # a folder to keep the results in; None: a temporary one
 out = out or tempfile.mkdtemp()"""
+
+GIVEN_BOOKS = """\
+
+books = ''      #@param {type: 'string'}
+# a glob of text files, such as /content/books/*.txt; '': that trial is left out"""
 
 RUN = """\
 from IPython.display import Image, display
@@ -75,13 +82,14 @@ def notebook(folder: str) -> dict:
   """In the format of nbformat 4.5."""
   badge = (f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
            f'(https://colab.research.google.com/github/{REPOSITORY}/blob/main/experiments/{folder}/colab.ipynb)')
+  with_books = GIVEN_BOOKS if folder in BOOKS else ''
   cells = [('markdown', f'# {title(folder)}\n\n{badge}\n\nThe questions, predictions and committed results: '
                         f'[README](README.md). `smoke` only shows that it runs; `cpu` takes hours on two cores.'),
            ('code', INSTALL.format(repository=REPOSITORY, folder=folder)),
-           ('code', TIER.format(tiers=json.dumps(TIERS[folder]))), ('code', RUN)]
+           ('code', TIER.format(tiers=json.dumps(TIERS[folder])) + with_books), ('code', RUN)]
   for name, arguments in NOTEBOOKS[folder]:
-    cells += [('markdown', f'## {name}'),
-              ('code', f'run({", ".join(map(repr, arguments))})\nshow_new_figures()')]
+    given = [*map(repr, arguments), *["*([f'--books={books}'] if books else [])"] * (folder in BOOKS)]
+    cells += [('markdown', f'## {name}'), ('code', f'run({", ".join(given)})\nshow_new_figures()')]
   empty = dict(markdown={}, code=dict(execution_count=None, outputs=[]))
   return dict(
       cells=[dict(cell_type=kind, id=f'cell-{i}', metadata={}, **empty[kind],

@@ -36,6 +36,7 @@ def test_cost_of_attention(tmp_path):
   assert memory['ring, 8 devices'] < memory['jax.nn dense over 8 devices (GSPMD)']
   assert found['ratios']['1024']['ring, 8 devices'] == 1
   assert found['ratios']['1024']['jax.nn dense, 1 device'] > 0
+  assert (tmp_path / 'cost.png').stat().st_size > 10_000
 
 
 def test_recurrences(tmp_path):

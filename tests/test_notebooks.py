@@ -32,14 +32,19 @@ def execute(folder: str):
   return said, figures
 
 
-@pytest.mark.slow
-def test_the_cost_of_attention_runs_from_a_clean_kernel():
-  said, _ = execute('01_cost_of_attention')
-  assert 'ring, 8 devices' in said
+def test_a_notebook_of_books_passes_them_on():
+  cells = [''.join(cell['source']) for cell in notebooks.notebook('04_arena')['cells']]
+  call, = [cell for cell in cells if cell.startswith('run(')]
+  for books, passed in (('', ()), ('a/*.txt', ('--books=a/*.txt',))):
+    calls = []
+    exec(call, dict(books=books, run=lambda *args, calls=calls: calls.append(args), show_new_figures=lambda: None))
+    assert calls == [passed]
+  assert any(cell.endswith("\nbooks = ''      #@param {type: 'string'}\n# a glob of text files, such as "
+                           "/content/books/*.txt; '': that trial is left out") for cell in cells)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('folder, word', [('02_recurrences', 'mqar'), ('03_memories', 'segment_rewrite'),
+@pytest.mark.parametrize('folder, word', [('01_cost_of_attention', 'ring, 8 devices'), ('02_recurrences', 'mqar'), ('03_memories', 'segment_rewrite'),
                                           ('04_arena', 'mean place')])
 def test_it_runs_from_a_clean_kernel_and_shows_its_figures(folder, word):
   said, figures = execute(folder)

@@ -18,10 +18,14 @@ import statistics
 import subprocess
 import sys
 
-from cost import contenders
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, ROOT)
+
+from cost import contenders  # noqa: E402
+
+from experiments import shared  # noqa: E402
+
 TIERS = {   # lengths timed, length of the dense one, lengths of the memory table, rounds
     'smoke': ((1024,), 1024, (1024,), 1),
     'cpu': ((16_384, 32_768), 8_192, (8_192, 32_768), 3),
@@ -78,10 +82,31 @@ def has_package() -> bool:
              for p in folders if p)
 
 
+def draw(results: dict, path: str) -> None:
+  """Memory and CPU time by length, a line a contender."""
+  seconds = {length: {name: statistics.median(turns) for name, turns in found.items()}
+             for length, found in results['cpu_seconds'].items()}
+  kinds = (('temporary memory of a device, MiB', results['memory'], 2 ** 20),
+           ('CPU time, forward and backward, seconds', seconds, 1))
+
+  def panels(figure):
+    for axis, (label, found, unit) in zip(figure.subplots(1, 2), kinds):
+      lengths = sorted(found, key=int)   # of JSON, words
+      for i, name in enumerate((ALONE, RING, PACKAGE, DENSE, GSPMD)):
+        points = [(int(n), found[n][name] / unit) for n in lengths if name in found[n]]
+        if points:
+          axis.plot(*zip(*points), marker='o', linewidth=1, color=f'C{i}', label=name)
+      axis.set(xlabel='tokens', ylabel=label, yscale='log')
+      axis.set_xscale('log', base=2)
+      axis.legend(fontsize=7)
+
+  shared.draw(panels, path, width=11, height=4)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--tier', choices=TIERS, default='cpu')
-  parser.add_argument('--out', default=HERE, help='folder for results.json')
+  parser.add_argument('--out', default=HERE, help='folder for results.json and cost.png')
   args = parser.parse_args()
   lengths, dense_length, memory_lengths, rounds = TIERS[args.tier]
   others = [PACKAGE] if has_package() else []
@@ -106,6 +131,7 @@ def main():
             f'{results["ratios"][length][name]:.2f} times the ring')
   with open(os.path.join(args.out, 'results.json'), 'w') as f:
     json.dump(results, f, indent=1)
+  draw(results, os.path.join(args.out, 'cost.png'))
 
 
 if __name__ == '__main__':
