@@ -1,8 +1,9 @@
-"""python -m longctx.report --workdir=W [--examples=passkey:512:0,passkey:512:3 | --prompt_file=F]
+"""python -m longctx.report --workdir=W [--examples=passkey:512:0,passkey:512:3 | --prompt_file=F | --source=TEXT]
 
 Writes W/report.html: scores, figures, examples, and how to make them again, on one page that opens
 from disk. With examples of the last evaluation (task:length:index) or a prompt it also shows what
-the answer drew on: which tokens, heads and slots of a memory.
+the answer drew on: which tokens, heads and slots of a memory; of an encoder-decoder, with a source, which of
+its tokens the text that it writes.
 """
 
 # Flags in, one call. A user's mistake ends in one line on stderr and exit status 2.
@@ -17,7 +18,7 @@ from absl import flags
 from longctx import command_line
 from longctx.command_line import complain
 from longctx.errors import ConfigError, check, check_choice, check_range
-from longctx.generate import read_text
+from longctx.generate import read_source, read_text
 from longctx.main import check_devices, set_compilation_cache
 
 ANSWERS = ('written', 'right')
@@ -35,6 +36,8 @@ def define_flags() -> flags.FlagValues:
   )
   text('prompt', '', 'Text to look into; - reads it from stdin.')
   text('prompt_file', '', 'File with the text to look into, every byte of it.')
+  text('source', '', 'Of an encoder-decoder, the text that it reads; - reads it from stdin.')
+  text('source_file', '', 'File with that text.')
   text(
     'answer',
     'written',
@@ -60,7 +63,7 @@ def check_flags(f: flags.FlagValues) -> tuple[list[tuple[str, int, int]], tuple[
   check_choice('--answer', f.answer, ANSWERS)
   for name, low in dict(max_new_tokens=1, pieces=0, segment=1).items():
     check_range(f'--{name}', f[name].value, low)
-  given = [name for name in ('examples', 'prompt', 'prompt_file') if f[name].value]
+  given = [name for name in ('examples', 'prompt', 'prompt_file', 'source', 'source_file') if f[name].value]
   check(len(given) <= 1, f'--{", --".join(given)}: give one of them')
   try:
     layers = tuple(int(i) for i in f.layers.split(',') if f.layers)
@@ -85,6 +88,10 @@ class Looker:
       f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint
     )
     self.tokenizer = self.trained.tokenizer
+    assembly.check_writes(self.trained.model_config)
+    self.source = read_source(f, self.tokenizer, self.trained.model_config)
+    if self.source is not None:
+      return
     self.subject = ModelSubject(
       self.trained.graphdef,
       self.trained.params,
@@ -158,11 +165,30 @@ def prompt_section(looker: Looker) -> str:
                               f'<p>written: <code>{written}</code></p>')
 
 
+def source_section(looker: Looker) -> str:
+  """What a text that was written after a source drew on."""
+  import numpy as np
+
+  from longctx.evaluation import inspect_page, inspect_pair, page
+  from longctx.inference import sampling
+  trained, tokenizer = looker.trained, looker.tokenizer
+  begin = tokenizer.separator
+  written = [*sampling.generate(
+      trained.graphdef, trained.params, [begin], sources=[looker.source], stop_token=begin,
+      sampling=sampling.Sampling(temperature=0.0), max_new_tokens=looker.f.max_new_tokens,
+      banned=range(tokenizer.vocab_size, trained.model_config.vocab_size))]
+  check(len(written) > 0, '--source: the model writes nothing after it; give another')
+  found = inspect_pair.inspect_pair(trained.graphdef, trained.params, np.array(looker.source),
+                                    np.array([begin, *written]), layers=looker.layers)
+  return inspect_page.section('--source', found, inspect_page.text_of(found, tokenizer),
+                              f'<p>written: <code>{page.text(tokenizer.decode(written))}</code></p>')
+
+
 def run(f: flags.FlagValues) -> None:
   examples, layers = check_flags(f)
   from longctx.evaluation import records, report
   sections = []
-  if examples or f.prompt or f.prompt_file:
+  if examples or f.prompt or f.prompt_file or f.source or f.source_file:
     lines = {records.identity(line): line for line in
              report.newest(report.lines_of(f.workdir, 'tasks.jsonl'))[0]}
     for one in examples:
@@ -177,7 +203,7 @@ def run(f: flags.FlagValues) -> None:
     set_compilation_cache('')
     looker = Looker(f, layers)
     sections = ([example_section(looker, lines[one]) for one in examples] if examples else
-                [prompt_section(looker)])
+                [(prompt_section if looker.source is None else source_section)(looker)])
   print(f'report: {report.write(f.workdir, sections)}')
 
 

@@ -1,6 +1,7 @@
 """What an answer drew on: maps against NumPy, watched passes against plain ones, occlusion of a
 known model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,9 +13,16 @@ from flax import nnx
 from longctx import watch
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
-from longctx.evaluation import inspect, reads
+from longctx.evaluation import inspect, inspect_pair, reads
 from longctx.evaluation.subject import Scored
-from longctx.models import decoder, memory_config, memory_decoder, recurrent
+from longctx.models import (
+  decoder,
+  encoder_config,
+  encoder_decoder,
+  memory_config,
+  memory_decoder,
+  recurrent,
+)
 
 VOCAB, C, P, A = 23, 4, 18, 4
 TOKENS = np.random.default_rng(0).integers(1, VOCAB, P + A).astype(np.int32)
@@ -315,3 +323,42 @@ def test_agreement_is_one_where_a_memory_holds_the_key_alone():
   )
   numbers = reads.found([said], slice(0, 2), block=None).numbers_NR
   np.testing.assert_allclose(numbers['agreement'], [[1, 0]], atol=1e-6)
+
+
+@functools.cache
+def pair():
+  """With kv heads for two, and what a rematerialised layer tells."""
+  config = encoder_config.PairConfig(
+    vocab_size=VOCAB, num_layers=2, encoder_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=16,
+    source_length=12, init_std=0.3, layer_loop='unrolled', remat='full')
+  return nnx.split(encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(3)))
+
+
+def test_a_target_reads_its_source_and_itself():
+  graphdef, params = pair()
+  source, target = TOKENS[:9], TOKENS[9:15]
+  found = inspect_pair.inspect_pair(graphdef, params, source, target)
+  assert found.prompt == 10 and found.tokens_T.tolist() == TOKENS[:15].tolist()
+  # All rows in one call, without caches; nothing is compiled, so that what is told are numbers.
+  model = nnx.merge(graphdef, params)
+  model.layers_config = dataclasses.replace(model.layers_config, remat='none')
+  with watch.told() as calls:
+    hidden, _ = model(target[None, :-1], None, source_BS=source[None])
+  logprobs = jax.nn.log_softmax(model.logits(hidden)[0])
+  np.testing.assert_allclose(found.logprobs, logprobs[np.arange(5), target[1:]], rtol=1e-4, atol=1e-5)
+  attended = [call.values for call in calls if call.name == 'attention'][-4:]
+  seen = {'attention': np.tri(5, dtype=bool), 'cross attention': np.ones((5, 9), bool)}
+  for i, layer in enumerate(found.layers):
+    assert list(layer.maps) == ['attention', 'cross attention'] and layer.index == i
+    for j, (name, read) in enumerate(layer.maps.items()):
+      q, k = (np.asarray(attended[2 * i + j][one][0], np.float64) for one in 'qk')
+      scores = np.einsum('rnh,tnh->nrt', q, np.repeat(k, 2, axis=1)) * 4 ** -0.5
+      expected = np.zeros((4, 5, 15))
+      part = slice(9, 14) if name == 'attention' else slice(0, 9)
+      expected[..., part] = softmax(scores, seen[name])
+      np.testing.assert_allclose(read.tokens_NRT, expected, atol=2e-5)
+      np.testing.assert_allclose(read.other_NR, 0, atol=1e-5)
+  one, = inspect_pair.inspect_pair(graphdef, params, source, target, layers=(1,)).layers
+  np.testing.assert_array_equal(one.maps['attention'].tokens_NRT, found.layers[1].maps['attention'].tokens_NRT)
+  with pytest.raises(ConfigError, match='the answer is empty'):
+    inspect_pair.inspect_pair(graphdef, params, source, target[:1])

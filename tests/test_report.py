@@ -17,7 +17,7 @@ from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import inspect, inspect_page, page, reads
 from longctx.evaluation import report as report_page
-from longctx.models import decoder
+from longctx.models import decoder, encoder_config, encoder_decoder
 from longctx.training import workdir as workdir_lib
 
 
@@ -396,3 +396,22 @@ def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch)
   )
   outline = Outline((folder / 'report.html').read_text())
   assert 'What the answer drew on: --prompt' in outline.texts['h2']
+
+
+def test_the_face_looks_into_what_was_written_after_a_source(tmp_path, capsys, monkeypatch):
+  config = encoder_config.PairConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, max_length=16,
+                                     source_length=16, layer_loop='unrolled')
+  graphdef, params = nnx.split(encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(0)))
+  monkeypatch.setattr(assembly, 'load_for_inference', lambda *_, **__: assembly.Trained(
+      graphdef, params, Bytes(), config.resolved(257), None))
+  folder = write(tmp_path / 'w', held_out=None, metrics=[], lines=[])
+  given = ['report', f'--workdir={folder}']
+  assert report.main([*given, '--source=two birds', '--max_new_tokens=3']) == 0
+  outline = Outline((folder / 'report.html').read_text())
+  assert 'What the answer drew on: --source' in outline.texts['h2']
+  rows = {row[0]: [float(cell.rstrip(' %')) for cell in row[1:]] for row in outline.rows if row[0].startswith('layer 0')}
+  # Of cross attention all goes to the source, of its own some to what was written.
+  assert rows['layer 0 cross attention'] == [100.0, 0.0, 0.0]
+  assert rows['layer 0 attention'][1] > 0 and sum(rows['layer 0 attention']) == pytest.approx(100, abs=0.2)
+  assert report.main([*given, '--prompt=a']) == 2
+  assert "--source: missing; model.name='encoder_decoder'" in capsys.readouterr().err

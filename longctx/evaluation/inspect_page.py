@@ -174,6 +174,7 @@ def _maps(found: Inspection, text: Text) -> list[str]:
     marks['question'] = [(text.question, found.prompt)]
   what = {
     'attention': 'attention of each head',
+    'cross attention': 'attention of each head to the source',
     'retrieved': 'what each head retrieved from its memory',
     'segments': 'gates of cached segments',
   }
