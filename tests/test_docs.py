@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from longctx import chat, command_line, contexts, generate, main
+from longctx import chat, command_line, contexts, generate, main, report
 from longctx.data.tasks import needles, ruler_prompts
 from longctx.data.tasks.example import example
 from longctx.data.tokenizer import Bytes
@@ -38,6 +38,8 @@ def test_the_commands_are_read_without_a_mistake(monkeypatch):
       contexts.parse(['contexts', *args])
     elif module == 'longctx.generate':
       generate.parse(['generate', *args])
+    elif module == 'longctx.report':
+      command_line.parse_flags(report.define_flags(), ['report', *args])
     else:
       assert module == 'longctx.chat'
       command_line.parse_flags(chat.define_flags(), ['chat', *args])
