@@ -1,4 +1,4 @@
-"""A transformer of 0.2 million parameters that answers questions about documents.
+"""A transformer of 0.2 million parameters on questions about documents.
 
 Each row is some documents about invented towns, a question about one of them, and the answer, which alone is
 learned (RULER's first question task on synthetic documents, longctx/data/tasks/ruler_questions.py). Towns and
@@ -8,6 +8,9 @@ Command:  python -m longctx.main --config=configs/question_answering.py --workdi
 Then:     python -m longctx.main --config=configs/question_answering.py --workdir=runs/questions --mode=eval \
           --config.eval.tasks=ruler_qa_1 --config.eval.samples=200
 Debug:    python -m longctx.main --config=configs/question_answering.py:debug --workdir=runs/debug
+Expected: the loss falls to 0.75 by step 1,500 (half an hour of a busy core), and answers are then of the kind asked
+          for but no better than guessed: 4 of 100 at 520 and at 640 tokens, where guessing is right in 4.5 %.
+          Reading them has not been learned yet; how many steps that takes has not been measured.
 """
 
 from longctx.configuration import base, check_variant

@@ -334,6 +334,7 @@ def pair():
   return nnx.split(encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(3)))
 
 
+@pytest.mark.slow
 def test_a_target_reads_its_source_and_itself():
   graphdef, params = pair()
   source, target = TOKENS[:9], TOKENS[9:15]

@@ -398,6 +398,7 @@ def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch)
   assert 'What the answer drew on: --prompt' in outline.texts['h2']
 
 
+@pytest.mark.slow
 def test_the_face_looks_into_what_was_written_after_a_source(tmp_path, capsys, monkeypatch):
   config = encoder_config.PairConfig(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, max_length=16,
                                      source_length=16, layer_loop='unrolled')
