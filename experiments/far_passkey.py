@@ -3,6 +3,7 @@
 Held by: tests/test_experiments.py.
 """
 
+import copy
 from typing import Any
 
 import jax
@@ -28,6 +29,12 @@ class Reader:
     self._read = jax.jit(lambda params, state, tokens: model(params)(tokens, state)[1],
                          donate_argnums=1)
     self._ask = jax.jit(ask)
+
+  def of(self, params: Any) -> 'Reader':
+    """The same programs with other parameters."""
+    other = copy.copy(self)
+    other.params = params
+    return other
 
   def read(self, state: Any, tokens: np.ndarray) -> Any:
     return self._read(self.params, state, tokens)

@@ -1,9 +1,18 @@
-"""What experiments of many runs share: a file of results that goes on where it stopped, figures, memory."""
+"""What experiments of many runs share: a file of results that goes on where it stopped, what made a line,
+figures, memory."""
 
+import hashlib
 import json
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterable
+
+import jax
+
+import longctx
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 Run = tuple[dict, Callable[[], dict]]   # what it is, and what does it
 
@@ -35,6 +44,31 @@ def read(path: str) -> list[dict]:
     with open(path, 'w', encoding='utf-8') as file:
       file.writelines(line + '\n' for line in lines[:-1])
   return [json.loads(line) for line in lines[:-1]]
+
+
+def provenance() -> dict:
+  """What a line was made by: the commit ('+' behind it: Python files differ from it; None: no repository
+  or no git) and versions."""
+  def git(*arguments: str) -> str | None:
+    try:
+      done = subprocess.run(['git', '-C', ROOT, *arguments], capture_output=True, text=True)
+    except OSError:
+      return None
+    return done.stdout.strip() if done.returncode == 0 else None
+  commit = git('rev-parse', '--short=12', 'HEAD')
+  if commit and git('status', '--porcelain', '--', '*.py'):
+    commit += '+'
+  return dict(commit=commit, versions=dict(longctx=longctx.__version__, jax=jax.__version__))
+
+
+def digest(paths: Iterable[str]) -> str:
+  """16 hexadecimal digits of the SHA-256 of all files' names and bytes, in the order given."""
+  found = hashlib.sha256()
+  for path in paths:
+    with open(path, 'rb') as file:
+      data = file.read()
+    found.update(f'{os.path.basename(path)} {len(data)}\n'.encode() + data)
+  return found.hexdigest()[:16]
 
 
 def draw(panels: Callable, path: str, *, width: float, height: float) -> None:
