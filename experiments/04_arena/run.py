@@ -1,18 +1,21 @@
 """Every model of longctx on the same trials, at equal parameters, batches and learning-rate grid.
 
     python experiments/04_arena/run.py --tier=cpu --books='../shared/data/books/*.txt'   # hours; carries on
+    python experiments/04_arena/run.py --tier=cpu --books=... --minutes=90               # a part of it
     python experiments/04_arena/run.py --tier=smoke                                      # two models, tiny
-    python experiments/04_arena/run.py --tier=cpu --models=infini,lstm --trials=parity   # a part
+    python experiments/04_arena/run.py --tier=cpu --models=infini,lstm --trials=parity   # some
+    python experiments/04_arena/run.py --tier=cpu --seeds=1                              # one more seed
+    python experiments/04_arena/run.py --tier=cpu --minutes=0                            # tables again
 
-A trial of a model is one unit of work: all its rates, a process a core. Its lines go to results/runs.jsonl
-when it is done; killed, the same command does what is missing. Then the leaderboard is printed and drawn
-from all lines. Without --books that trial is left out.
+A run is one model, trial, learning rate and seed, and a line of results/runs.jsonl as soon as it ends;
+stopped in whatever way, the same command does what is missing. All models meet all trials at one rate before
+any meets another. Then the leaderboard is written from all lines of the tier. Without --books that trial is
+left out.
 """
 
 import argparse
-import concurrent.futures
+import functools
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -23,67 +26,94 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import arena  # noqa: E402
 import leaderboard  # noqa: E402
 import roster  # noqa: E402
+import trials  # noqa: E402
+import workers  # noqa: E402
 
 from experiments import shared  # noqa: E402
+from longctx import main as longctx_main  # noqa: E402
 from longctx.parallel import host_memory  # noqa: E402
 
-TIERS = {
-    'smoke': dict(models=('window', 'gru'), rates=(3e-3,), seeds=(0,), steps=dict(
-        mqar=2, rewrite=2, parity=2, passkey=4, books=2)),
-    'cpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0,), steps=dict(
-        mqar=400, rewrite=400, parity=300, passkey=400, books=200)),
-    'gpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0, 1, 2), steps=dict(
-        mqar=4000, rewrite=4000, parity=3000, passkey=4000, books=4000)),
+TIERS = {   # steps, rows of a batch
+    'smoke': dict(models=('window', 'gru'), rates=arena.RATES[:1], seeds=(0,), sizes=dict(
+        mqar=(2, 8), rewrite=(2, 8), parity=(2, 8), passkey=(4, 8), books=(2, 2))),
+    'cpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0,), sizes=dict(
+        mqar=(400, 32), rewrite=(400, 32), parity=(300, 32), passkey=(400, 32), books=(200, 8))),
+    'gpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0, 1, 2), sizes=dict(
+        mqar=(4000, 64), rewrite=(4000, 64), parity=(3000, 64), passkey=(4000, 64), books=(4000, 16))),
 }
 
 
-def units(tier: dict, models: list[str], trials: list[str], done: list[dict]) -> list[tuple]:
-  """What is missing: (trial, model, steps, rates, seed)."""
-  of = lambda r: (r['trial'], r['model'], r['steps'], r['seed'])
-  have = {(*of(r), r['learning_rate']) for r in done}
-  return [(trial, model, tier['steps'][trial], tier['rates'], seed)
-          for seed in tier['seeds'] for trial in trials for model in models
-          if any((trial, model, tier['steps'][trial], seed, rate) not in have for rate in tier['rates'])]
+def all_runs(tier: dict, files: str) -> list[dict]:
+  """Of a tier, in the order in which they are done; `files` is the digest of the books."""
+  passes = (tier['rates'][:1], tier['rates'][1:])
+  return [dict(trial=trial, model=model, steps=tier['sizes'][trial][0], rows=tier['sizes'][trial][1],
+               learning_rate=rate, seed=seed, **(dict(files=files) if trial == 'books' else {}))
+          for seed in tier['seeds'] for rates in passes for trial in tier['trials']
+          for model in tier['models'] for rate in rates]
 
 
-def begin_worker(cores: 'multiprocessing.Queue') -> None:
-  """A process keeps to a core of its own, so that none waits for another's threads."""
-  core = cores.get()
-  if core is not None:
-    os.sched_setaffinity(0, {core})
+def units(runs: list[dict], done: list[dict]) -> list[list[dict]]:
+  """What is missing; neighbours of one model and trial together, which compile once."""
+  have, found = {arena.key_of(line) for line in done}, []
+  same = lambda run: (run['trial'], run['model'], run['seed'])
+  for run in runs:
+    if arena.key_of(run) not in have:
+      if found and same(found[-1][0]) == same(run):
+        found[-1].append(run)
+      else:
+        found.append([run])
+  return found
+
+
+def one(run: dict, books: str) -> dict:
+  """In a worker."""
+  begin(os.getpid())
+  return arena.compete(run, books)
+
+
+@functools.cache
+def begin(process: int) -> None:
   host_memory.keep_freed_memory()
+  longctx_main.set_compilation_cache('')   # for the other rates, in a later sitting too
 
 
-def cores_of(workers: int) -> list[int | None]:
-  if workers == 1 or not hasattr(os, 'sched_getaffinity'):
-    return [None] * workers
+def cores_of(count: int) -> list[int | None]:
+  """A core for each worker, so that none waits for another's threads; one worker alone has them all."""
+  if count == 1 or not hasattr(os, 'sched_getaffinity'):
+    return [None] * count
   mine = sorted(os.sched_getaffinity(0))
-  return [mine[i % len(mine)] for i in range(workers)]
+  return [mine[i % len(mine)] for i in range(count)]
 
 
-def compete_all(work: list[tuple], path: str, books: str, workers: int) -> None:
-  context = multiprocessing.get_context('spawn')
-  cores = context.Queue()
-  for core in cores_of(workers):
-    cores.put(core)
-  begin = time.time()
-  with concurrent.futures.ProcessPoolExecutor(
-      workers, mp_context=context, initializer=begin_worker, initargs=(cores,)) as pool:
-    waiting = {pool.submit(arena.compete, *unit, books): unit for unit in work}
-    failed = []
-    for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
-      if future.exception() is not None:   # the others go on; the same command tries it again
-        failed.append(f'{waiting[future][:2]}: {future.exception()!r}')
-        print(f'failed: {failed[-1]}', file=sys.stderr, flush=True)
-        continue
-      lines = future.result()
-      with open(path, 'a', encoding='utf-8') as file:
-        file.write(''.join(json.dumps(line) + '\n' for line in lines))
-      best = next(line for line in lines if line.get('best'))
-      left = (time.time() - begin) / number * (len(work) - number) / 60
-      print(f'{number}/{len(work)}, {left:.0f} min left: {json.dumps(best)}', flush=True)
+def core_seconds(runs: list[dict], done: list[dict]) -> float:
+  """What `runs` may take: each as those of its model and trial that are done, or of its trial, or as any."""
+  spent = lambda chosen: [r['train_seconds'] + r['test_seconds'] for r in done if chosen(r)]
+  mean = lambda values: sum(values) / len(values) if values else 0.0
+  same = lambda run, *fields: lambda r: all(r[field] == run[field] for field in fields)
+  return sum(mean(spent(same(run, 'trial', 'steps', 'rows', 'model')) or
+                  spent(same(run, 'trial', 'steps', 'rows')) or spent(lambda r: True)) for run in runs)
+
+
+def compete_all(work: list[list[dict]], path: str, books: str, count: int, minutes: float) -> None:
+  """Adds a line for each run that ends well."""
+  about, failed = shared.provenance(), []
+  total, left = sum(map(len, work)), [run for unit in work for run in unit]
+  cores = cores_of(count)
+  for number, done in enumerate(workers.work_off(
+      work, functools.partial(one, books=books), cores, 60 * minutes), 1):
+    left.remove(done.run)
+    if done.line is None:   # the same command tries it again
+      failed.append(f'{done.run}: {done.error}')
+      print(f'failed: {failed[-1]}', file=sys.stderr, flush=True)
+      continue
+    line = done.line | about | dict(ended=time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime()))
+    with open(path, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(line) + '\n')
+    hours = core_seconds(left, shared.read(path)) / 3600
+    print(f'{number}/{total}, {hours:.1f} core-hours left: {json.dumps(line)}', flush=True)
   if failed:
-    raise SystemExit('not done:\n' + '\n'.join(failed))
+    print('not done:\n' + '\n'.join(failed), file=sys.stderr)
+    raise SystemExit(1)
 
 
 def main() -> None:
@@ -91,30 +121,54 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--tier', choices=TIERS, default='cpu')
   parser.add_argument('--models', default='', help='names with commas between; else all')
-  parser.add_argument('--trials', default='', help=f'of {",".join(arena.NAMES)}; else all')
+  parser.add_argument('--trials', default='', help=f'of {",".join(trials.NAMES)}; else all')
+  parser.add_argument('--seeds', default='', help="numbers with commas between; else the tier's")
   parser.add_argument('--books', default='', help='text files, a glob')
+  parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run after so many')
   parser.add_argument('--workers', type=int, default=0, help='processes; 0: a core each, one on a GPU')
   parser.add_argument('--out', default=os.path.join(HERE, 'results'))
   args = parser.parse_args()
-  tier = TIERS[args.tier]
   names = lambda text, known, flag: chosen(parser, text, known, flag)
-  models = names(args.models, roster.NAMES, '--models') or list(tier['models'])
-  trials = names(args.trials, arena.NAMES, '--trials') or list(arena.NAMES)
-  if not args.books:
-    trials = [trial for trial in trials if trial != 'books']
-    print("books: left out, for want of --books='GLOB'", file=sys.stderr)
+  tier = dict(TIERS[args.tier])
+  tier['models'] = names(args.models, roster.NAMES, '--models') or tier['models']
+  tier['trials'] = names(args.trials, trials.NAMES, '--trials') or trials.NAMES
+  if args.seeds:
+    try:
+      tier['seeds'] = tuple(int(seed) for seed in args.seeds.split(','))
+    except ValueError:
+      parser.error(f'--seeds={args.seeds!r}: must be whole numbers with commas between, such as 0,1')
+  digest = ''
+  if args.books:
+    digest = trials.read_books(args.books).digest   # what is wrong with them is said before hours of work
   else:
-    arena.read_books(args.books)   # what is wrong with it is said before hours of work
+    tier['trials'] = [trial for trial in tier['trials'] if trial != 'books']
+    print("books: left out, for want of --books='GLOB'", file=sys.stderr)
   os.makedirs(args.out, exist_ok=True)
   path = os.path.join(args.out, 'runs.jsonl')
-  work = units(tier, models, trials, shared.read(path))
+  work = units(all_runs(tier, digest), shared.read(path))
   allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  workers = args.workers or (1 if args.tier == 'gpu' else allowed)
-  if work:
-    compete_all(work, path, args.books, min(workers, len(work)))
-  rows = [r for r in shared.read(path) if r['steps'] == tier['steps'][r['trial']]]   # of this tier
-  print(leaderboard.table(rows), flush=True)
-  leaderboard.draw(rows, args.out)
+  count = args.workers or (1 if args.tier == 'gpu' else allowed)
+  try:
+    if work and args.minutes > 0:
+      compete_all(work, path, args.books, min(count, len(work)), args.minutes)
+  finally:
+    rows = of_tier(shared.read(path), tier, digest)
+    report = leaderboard.report(rows, len(tier['rates']), command(args))
+    print(report, flush=True)
+    leaderboard.write(report, rows, args.out, os.path.join(HERE, 'README.md')
+                      if os.path.realpath(args.out) == os.path.join(HERE, 'results') else '')
+
+
+def of_tier(rows: list[dict], tier: dict, digest: str) -> list[dict]:
+  """The lines at the tier's sizes; of books, those of the files that were given, or else of the last ones."""
+  rows = [r for r in rows if (r['steps'], r['rows']) == tier['sizes'][r['trial']]]
+  digest = digest or next((r['files'] for r in reversed(rows) if r['trial'] == 'books'), '')
+  return [r for r in rows if r['trial'] != 'books' or r['files'] == digest]
+
+
+def command(args: argparse.Namespace) -> str:
+  return (f'python experiments/04_arena/run.py --tier={args.tier}'
+          + (" --books='BOOKS/*.txt'" if args.books else ''))
 
 
 def chosen(parser: argparse.ArgumentParser, text: str, known: tuple[str, ...], flag: str) -> list[str]:
