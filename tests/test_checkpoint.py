@@ -646,6 +646,7 @@ print('done', me, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes(folder):
   import socket
 

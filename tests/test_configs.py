@@ -196,8 +196,8 @@ def no_compilation_cache():
 
 
 # Of configs that differ in size alone one stands for the others.
-ALIKE = ('bert', 'books', 'sentiment', 'lstm_ptb_small', 'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p',
-         'question_answering', 'summarise', 'tinyshakespeare')
+ALIKE = ('bert', 'books', 'griffin', 'lstm_ptb_medium', 'lstm_ptb_small', 'question_answering',
+         'ring_32k', 'ring_1m_v5e', 'ring_1m_v5p', 'sentiment', 'summarise', 'tinyshakespeare')
 # These make their examples; of all but passkeys and questions they say how many are right, a number without a figure.
 EXAMPLES = ('passkey', 'question_answering', 'sentiment', 'summarise', 'translate')
 

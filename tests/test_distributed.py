@@ -97,6 +97,7 @@ def test_two_processes_are_as_one(home, text, pair):
   assert json.loads((folder / 'evaluation.json').read_text())['step'] == 30
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   codes, outputs = run_pair(home, 'stopped', text, stop=1, **CHANGES)
   assert codes == [0, 0], '\n'.join(outputs)
@@ -147,6 +148,7 @@ def test_the_sequence_cut_over_processes(home, text):
   assert_close(logged(home / 'sequence'), logged(home / 'whole'))
 
 
+@pytest.mark.slow
 def test_a_held_workdir_is_refused_by_all(home, text):
   """The one that finds it held tells the others, which would wait for it."""
   with workdir.lock(home / 'held'):

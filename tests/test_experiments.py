@@ -10,6 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_speed_of_one_device(tmp_path):
   run = ROOT / 'experiments' / '00_speed_of_one_device' / 'run.py'
   done = subprocess.run([sys.executable, run, '--tier=smoke', f'--out={tmp_path}'],
@@ -26,6 +27,7 @@ def test_speed_of_one_device(tmp_path):
   assert (tmp_path / 'speed.png').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_cost_of_attention(tmp_path):
   run = ROOT / 'experiments' / '01_cost_of_attention' / 'run.py'
   done = subprocess.run([sys.executable, run, '--tier=smoke', f'--out={tmp_path}'],
@@ -39,6 +41,7 @@ def test_cost_of_attention(tmp_path):
   assert (tmp_path / 'cost.png').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_recurrences(tmp_path):
   """A run that was cut short in the middle of a line carries on behind the last whole one."""
   run = [sys.executable, ROOT / 'experiments' / '02_recurrences' / 'run.py', '--tier=smoke',

@@ -588,13 +588,11 @@ def command(module, *args, **env):
 @pytest.mark.parametrize('module, args, env, expected', [
     ('longctx.main', ['--config=configs/quickstart.py:debgu', '--workdir=w'], {},
      'did you mean "debug"'),
-    ('longctx.main', ['--config=configs/quickstart.py:debug', '--workdir=w',
-                      '--config.data.length=0'], {}, 'data.length=0: must be at least 1'),
     ('longctx.main', ['--config=configs/quickstart.py:debug', '--workdir=w'],
      {'JAX_PLATFORMS': 'abacus'}, 'JAX_PLATFORMS=abacus: '),
     ('longctx.generate', ['--workdir=.', b'--prompt=caf\xe9'], {},
      '--prompt: byte 3 (0xe9) is not UTF-8; to continue text in another encoding give'),
-], ids=['variant', 'field', 'platform', 'prompt'])
+], ids=['variant', 'platform', 'prompt'])
 def test_the_real_command(module, args, env, expected):
   done = command(module, *args, **env)
   assert done.returncode == 2

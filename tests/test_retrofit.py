@@ -158,6 +158,7 @@ def test_settings_that_give_the_parameters_another_meaning_are_named(old, new, s
   assert said in ''.join(found)
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, capsys):
   folder, text = plain
   config = memory_config(text, **CLOSED['infini'])

@@ -184,7 +184,8 @@ def test_a_mesh_changes_nothing(name, sizes_of_mesh):
 
 @pytest.mark.parametrize('name,sizes_of_mesh', [
     ('infini', dict(data=2, seq=2, model=2, layout='sequence')),
-    pytest.param('armt', dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)])
+    ('armt', dict(data=2, model=2, layout='tensor'))])
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_for_documents_anywhere(name, sizes_of_mesh):
   """Documents that begin inside a segment, and one that fills its row: values and gradients."""
   config = MEMORY[name]

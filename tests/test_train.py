@@ -187,6 +187,7 @@ def test_what_a_run_writes(text, tmp_path, capsys, monkeypatch):
   assert logged(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_some_steps_are_profiled(tmp_path):
   """In a process of its own: JAX's profiler asks every plugin, and libtpu's, loaded by other tests, crashes."""
   files = tiny.write_corpus(tmp_path / 'corpus')
@@ -209,6 +210,7 @@ def test_tokens_per_second_of_the_very_first_step(text, tmp_path):
   assert min(rates) > 8 * 16 / 2   # a step of these takes milliseconds, its compilation seconds
 
 
+@pytest.mark.slow
 def test_the_pauses_do_not_count(text, tmp_path, monkeypatch):
   real = train.evaluate
   monkeypatch.setattr(train, 'evaluate', lambda *a: (time.sleep(1.5), real(*a))[1])
