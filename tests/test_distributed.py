@@ -1,6 +1,7 @@
 """Two processes with four devices each are one run: as one process with eight, bit for bit resumed."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -19,6 +20,9 @@ from tests.compilation import quick_compilation  # noqa: F401
 from tests.programs import launch, tiny
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
+# What the library of CPU collectives says, of several threads at once and so in pieces of any order.
+GLOO = re.compile(r'\[Gloo\] Rank| is connected to| peer ranks\.|'
+                  r' ?Expected number of connected peer ranks is|[\d\s:]')
 LIMIT = 900   # seconds for a run, on a machine that does much else
 CHANGES = {'run_num_steps': 30, 'run_log_every': 2, 'run_eval_every': 15,
            'run_checkpoint_every': 10, 'optimizer_ema': 0.9}
@@ -92,7 +96,7 @@ def test_two_processes_are_as_one(home, text, pair):
   # The first process alone speaks and writes.
   assert 'on data 8 x seq 1 x model 1' in outputs[0]
   assert 'step 30/30' in outputs[0]
-  assert [line for line in outputs[1].splitlines() if line and '[Gloo]' not in line] == []
+  assert GLOO.sub('', outputs[1]) == ''
   assert len(list(folder.glob('tensorboard/events*'))) == 1
   assert json.loads((folder / 'evaluation.json').read_text())['step'] == 30
 

@@ -123,7 +123,7 @@ def layer_loops(p, variant, x, past, count, length, state):
     heard, state = recalled(m, normed, state, 0)
     seen = rms(attended(p, x, past, count, length, heard), p['seen_norm']['scale'])
     said, state = learned(m, seen, state, valid, 3)
-  return seen * sigmoid(rms(said, p['said_norm']['scale'])), state, x
+  return p['gain'] * seen * sigmoid(rms(said, p['said_norm']['scale'])), state, x
 
 
 def behind_a_window(p, variant, x, past, count, length, state):
@@ -135,13 +135,13 @@ def behind_a_window(p, variant, x, past, count, length, state):
   if variant == 'mac':
     seen = rms(attended(p, x, past, count, length, said), p['seen_norm']['scale'])
     said, state = recalled(m, seen, state, 1)
-    out, stream = seen * sigmoid(rms(said, p['said_norm']['scale'])), [*state.waiting.hidden, *seen]
+    out, stream = p['gain'] * seen * sigmoid(rms(said, p['said_norm']['scale'])), [*state.waiting.hidden, *seen]
     kept = Past(np.array(stream[-M:]), min(M, count + C))
     state, norm = state._replace(waiting=kept), lambda y: y
   else:
     x = x + said if variant == 'mal' else x
     seen, norm, stream = attended(p, x, past, count, length), here, [*past, *x]
-    out = (rms(seen, p['seen_norm']['scale']) * sigmoid(rms(said, p['said_norm']['scale']))
+    out = (p['gain'] * rms(seen, p['seen_norm']['scale']) * sigmoid(rms(said, p['said_norm']['scale']))
            if variant == 'mag' else said + seen)
   there = [j >= M - count for j in range(M)] + [i < length for i in range(C)]
   falls = np.array([norm(y) if known else np.zeros(D) for y, known in zip(stream[:C], there)])

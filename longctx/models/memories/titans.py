@@ -1,11 +1,13 @@
 """Titans: a neural memory that learns while it reads, beside, before or behind attention.
 
   memory   out = M(x)                                    the memory alone, no attention
-  mag      out = norm(Attn([P; x])) * sigmoid(norm(M(x)))                    the default
+  mag      out = g * norm(Attn([P; x])) * sigmoid(norm(M(x)))                the default
   mal      x' = x + M(x);  out = M(x) + Attn([P; x'])
   mac      h = M_before(q(x)) by weights that stand still; y = norm(Attn([P; h; x]))
-           out = y * sigmoid(norm(M(y)))                 the memory learns y
+           out = g * y * sigmoid(norm(M(y)))             the memory learns y
 
+g is a learned number a channel that begins at init_std, as large as an embedding: at 1 what is normed would
+be 25 times as large as the tokens it is added to, and the first layer's output hide them.
 M(u): q, k, v = silu(conv4(u W)), q and k of length 1, are learned and read token by token, a chunk's
 gradients at its start (longctx/memory/titans.py); alpha, eta and theta of each token and head are
 sigmoids of u. P are persistent tokens of the layer, always seen. In mac token i sees h_j for j <= i only:
@@ -23,11 +25,12 @@ memory_rate: theta is at most rate / H (0: 1). What a document begins with is le
 Source: Behrouz et al. 2025, arXiv:2501.00663, sections 3 and 4. Where it gives no number: 4 persistent
 tokens, depth 2, width 4 and a rate over H as in the public code lucidrains/titans-pytorch.
 Differs: mal adds up what the memory and the attention say, M(x) + Attn([P; x + M(x)]), where the paper's
-output is the attention's, Attn(M([P; x])); published with a window, mag and mal learn a token as it is
-read, so that window and memory both hold it; the memory does not read P (what it begins with is learned);
-heads; outputs of the memory are projected; the convolution stands before silu, as in Gated DeltaNet; alpha
-begins near 0.007 (a bias: without, half of a memory is gone a token later); the last matrix begins at 0:
-nothing learned, nothing said.
+output is the attention's, Attn(M([P; x])); g (the norms' weights are said to be learned, not what they begin
+at, and in mac y is what the memory learns, so that its size is another matter); published with a window, mag
+and mal learn a token as it is read, so that window and memory both hold it; the memory does not read P (what
+it begins with is learned); heads; outputs of the memory are projected; the convolution stands before silu, as
+in Gated DeltaNet; alpha begins near 0.007 (a bias: without, half of a memory is gone a token later); the last
+matrix begins at 0: nothing learned, nothing said.
 Held by: tests/test_models.py, tests/test_titans_layers.py, tests/test_titans.py.
 
 B batch  C slots of a cell  P persistent tokens  N heads  H head dim  D model  W taps  E channels
@@ -220,7 +223,7 @@ class Titans(Block):
       flops += 2 * N * weights(s)
     if persistent:
       P, keyed = s.tokens or TOKENS, 2 * D * H * (N + 2 * s.num_kv_heads)   # of a token among the keys
-      parameters += P * D + D * (1 if s.variant == 'mal' else 2)
+      parameters += P * D + D * (1 if s.variant == 'mal' else 3)
       flops += 4 * channels * P + keyed * P / C
     if s.variant == 'mac':
       flops += (4 * D + 2 * TAPS) * channels + 2 * N * weights(s) + keyed + 2 * channels * (C + 1)
@@ -237,6 +240,7 @@ class Titans(Block):
     self.memory_norm = norm() if self.variant == 'mal' else None
     mixes = self.variant in ('mag', 'mac')
     self.seen_norm, self.said_norm = (norm(), norm()) if mixes else (None, None)
+    self.gain = param(rngs, constant(s.std), (s.dim,), (None,)) if mixes else None
     self.persistent = (param(rngs, normal(s.std), (s.tokens or TOKENS, s.dim), (None, 'embed'))
                        if self.variant != 'memory' else None)
 
@@ -262,7 +266,10 @@ class Titans(Block):
       heard, store = self.memory.recall(self.mixer_norm(x_BCD), store)
       seen = self.seen_norm(self.look(x_BCD, None, cell, heard))
       said, store = self.memory(seen, store, valid)
-    return seen * jax.nn.sigmoid(self.said_norm(said)), Memory(None, store)
+    return self.gated(seen, said), Memory(None, store)
+
+  def gated(self, seen_BCD: jax.Array, said_BCD: jax.Array) -> jax.Array:
+    return self.gain.get_value().astype(seen_BCD.dtype) * seen_BCD * jax.nn.sigmoid(self.said_norm(said_BCD))
 
   def mix_behind_a_window(self, x_BCD: jax.Array, past: Past, store: State, cell: Cell
                           ) -> tuple[jax.Array, Memory]:
@@ -271,7 +278,7 @@ class Titans(Block):
       heard, store = self.memory.recall(self.mixer_norm(x_BCD), store)
       y_BCD = self.seen_norm(self.look(x_BCD, past, cell, heard))
       said, store = self.memory.recall(y_BCD, store, stream=1)
-      out = y_BCD * jax.nn.sigmoid(self.said_norm(said))
+      out = self.gated(y_BCD, said)
       learned_BCD, valid_BC = self.leaving(y_BCD, store.waiting, cell)
       store = store._replace(waiting=self.remember(y_BCD, store.waiting, cell))
     else:
@@ -280,8 +287,7 @@ class Titans(Block):
       if self.variant == 'mal':
         x_BCD += said
       seen = self.look(x_BCD, past, cell)
-      out = (self.seen_norm(seen) * jax.nn.sigmoid(self.said_norm(said)) if self.variant == 'mag' else
-             said + seen)
+      out = self.gated(self.seen_norm(seen), said) if self.variant == 'mag' else said + seen
       old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
       learned_BCD = norm(old_BCD)
     store = self.memory.learn(learned_BCD, store, valid_BC)
