@@ -7,15 +7,16 @@
 #   --processes=4     of CPUs; 1 of GPUs, which has all of them (more: a GPU each)
 #   --devices=2       CPU devices of each process
 #   --restarts=3      how often the run is started again after a process was lost
+#   --patience=30     seconds for the others' last words; they end by themselves within 26
 #   --dry_run         print each command
 #
-# Process 0 speaks here, the others into WORKDIR/logs/process_N.log. If one is lost the others are killed,
-# since they would wait for it, and all start again from the last checkpoint. Ctrl-C and SIGTERM save
-# and end the run; a second one kills it.
+# Process 0 speaks here, the others into WORKDIR/logs/process_N.log. If one is lost the others have
+# --patience to say where they stood, then they are killed, since they would wait for it, and all start again
+# from the last checkpoint. Ctrl-C and SIGTERM save and end the run; a second one kills it.
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
-OPTION=([workdir]='' [platform]=cpu [processes]='' [devices]=2 [restarts]=3)
+OPTION=([workdir]='' [platform]=cpu [processes]='' [devices]=2 [restarts]=3 [patience]=30)
 PIDS=()
 SIGNALS=0
 
@@ -30,6 +31,7 @@ main() {
   check_number processes 1
   check_number devices 1
   check_number restarts 0
+  check_number patience 0
   mount_workdir "${OPTION[workdir]}"
   trap 'forward TERM' INT TERM
   trap 'kill_all' EXIT
@@ -67,14 +69,21 @@ attempt() {
       env "${each[@]}" "${command[@]}" "${place[@]}" &
       PIDS+=($!)
     else
-      env "${each[@]}" "${command[@]}" "${place[@]}" >"$logs/process_$i.log" 2>&1 &
+      env "${each[@]}" "${command[@]}" "${place[@]}" >>"$logs/process_$i.log" 2>&1 &
       PIDS+=($!)
     fi
   done
   if ! $DRY_RUN; then watch_all; fi
 }
 
-# watch_all: waits for all; at the first that ends badly kills the others and says which it was.
+# any_runs: whether one of the processes has not ended.
+any_runs() {
+  local pid
+  for pid in "${PIDS[@]}"; do if kill -0 "$pid" 2>/dev/null; then return 0; fi; done
+  return 1
+}
+
+# watch_all: waits for all; at the first that ends badly says which it was, and ends the others.
 watch_all() {
   local pid code left=${#PIDS[@]}
   while ((left)); do
@@ -89,6 +98,8 @@ watch_all() {
     if ((code == 0)); then continue; fi
     say "process $i of ${OPTION[processes]} (pid $pid) was lost: $(ending "$code"); ending the others"
     if ((i > 0)); then tail -n 5 "$WORKDIR_HERE/logs/process_$i.log" >&2; fi
+    local deadline=$((SECONDS + OPTION[patience]))
+    while ((SECONDS < deadline && SIGNALS == 0)) && any_runs; do sleep 0.1 || true; done
     kill_all
     for i in "${!PIDS[@]}"; do wait "${PIDS[i]}" 2>/dev/null || true; done
     PIDS=()

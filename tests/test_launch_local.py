@@ -71,7 +71,7 @@ def test_gpus_are_one_process_or_one_each(stand, tmp_path):
 @pytest.mark.parametrize('loss, said', [
     ('kill -KILL $$', 'killed by SIGKILL'), ('echo its last words; exit 7', 'status 7')])
 def test_a_lost_process_is_named_and_all_start_again(stand, tmp_path, loss, said):
-  done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', LOSS=loss, LOSSES='2')
+  done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', '--patience=1', LOSS=loss, LOSSES='2')
   assert done.returncode == 0, done.stderr
   assert [len(starts(stand, i)) for i in range(4)] == [3] * 4
   lost = re.findall(r'launch: process (\d) of 4 \(pid \d+\) was lost: (.*); ending the others', done.stderr)
@@ -81,8 +81,16 @@ def test_a_lost_process_is_named_and_all_start_again(stand, tmp_path, loss, said
     assert 'its last words' in done.stderr
 
 
+def test_the_others_have_time_for_their_last_words(stand, tmp_path):
+  done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', '--patience=60', LOSS='exit 7', LOSSES='1',
+                   OTHERS='sleep 0.5; echo "process 2 is lost"; exit 75')
+  assert done.returncode == 0, done.stderr
+  assert 'process 2 is lost' in done.stdout
+  assert 'process 2 is lost' in (tmp_path / 'w/logs/process_1.log').read_text()
+
+
 def test_restarts_are_bounded(stand, tmp_path):
-  given = 'local.sh', CONFIG, f'--workdir={tmp_path}/w', '--processes=3', '--restarts=1'
+  given = 'local.sh', CONFIG, f'--workdir={tmp_path}/w', '--processes=3', '--restarts=1', '--patience=0'
   done = stand.run(*given, LOSS='exit 7', LOSSES='9')
   assert done.returncode == 7
   assert len(starts(stand)) == 2

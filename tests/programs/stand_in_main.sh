@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stands in for python -m longctx.main under launch/local.sh and launch/worker.sh: adds its call to CALLS.N.
 # LOST_PROCESS (2, or all) of the first LOSSES attempts does what LOSS says, once all have been called; the
-# others then wait for ever.
+# others do what OTHERS says, or wait for ever.
 if [[ $1 == -c ]]; then echo 1234; exit; fi
 process=0
 number=1
@@ -22,5 +22,5 @@ if ((attempts <= ${LOSSES:-0})); then
     done
     eval "$LOSS"
   fi
-  exec sleep 600
+  eval "${OTHERS:-exec sleep 600}"
 fi
