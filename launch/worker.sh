@@ -44,7 +44,7 @@ setup() {
   command -v uv >/dev/null || python3 -m pip install --user --quiet uv
   # The image's Python may be older than longctx needs.
   [[ -x .venv/bin/python ]] || uv venv --quiet --python "$(cat python_version)" .venv
-  uv pip install --quiet --python .venv/bin/python --requirement requirements.txt 'jax[tpu]' \
+  uv pip install --quiet --python .venv/bin/python --requirement requirements.txt 'jax[tpu]' gcsfs \
     --constraint constraints.txt
 }
 

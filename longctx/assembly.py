@@ -330,6 +330,7 @@ def open_documents(a: Assembly) -> Any:
   """What a run is evaluated on: documents of a split, or rows where examples are learned."""
   if a.parts.data.form in held_out.FORMS:
     return held_out.open_rows(a.parts.data, a.parts.perplexity, a.layout)
-  return stream.open_documents(a.parts.data, a.parts.perplexity.split)
+  host, hosts = host_share(a)
+  return stream.open_documents(a.parts.data, a.parts.perplexity.split, host_index=host, num_hosts=hosts)
 
 

@@ -73,7 +73,7 @@ def test_wide_tokens_for_a_large_vocabulary(tmp_path):
   from longctx.data import corpus
   source = corpus.open_source(config_of(tmp_path))
   store = cache.open_cache(source, 'train', Wide(), str(tmp_path / 'cache'))
-  assert store.tokens.tolist() == [69_999, 120, 121, 69_999]
+  assert store.parts[0].tokens.tolist() == [69_999, 120, 121, 69_999]
 
 
 def test_built_once_and_again_when_the_source_changes(tmp_path, builds):

@@ -260,5 +260,5 @@ def test_setting_up_makes_the_environment_of_the_constraints(stand, tmp_path):
   assert done.returncode == 0, done.stderr
   assert stand.calls() == [
       'uv venv --quiet --python 3.12 .venv',
-      'uv pip install --quiet --python .venv/bin/python --requirement requirements.txt jax[tpu] '
+      'uv pip install --quiet --python .venv/bin/python --requirement requirements.txt jax[tpu] gcsfs '
       '--constraint constraints.txt']

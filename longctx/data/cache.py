@@ -1,51 +1,96 @@
-"""The tokens of one split of a corpus on disk, built once and memory-mapped.
+"""The tokens of one split of a corpus, built once, on a disk or in a bucket.
 
-A cache is a folder `<label>-<split>-<hash>`; the hash covers the source (names, sizes, times), the
-split's rule, the tokenizer and FORMAT, so that a change of any of them is another folder:
+A source has parts (one, unless it is large), and each part a folder `<label>-<split>-<hash>`; the hash covers
+the source (names, sizes, times), the split's rule, the tokenizer and FORMAT, so that a change of any of
+them is another folder:
 
     tokens.bin   SEP b1 .. bn  SEP b1 .. bm  ...  SEP     uint16 or uint32
     offsets.npy  where each document begins, and the end   int64 [documents + 1]
     meta.json    counts, file sizes and the hash of the content
 
-The SEP at the end makes `tokens[i + 1]` the target of every token i. A cache is built in a folder
-beside, under a lock, and renamed when whole, so that a half-written one is never seen.
-Held by: tests/test_data_cache.py.
+The SEP at the end makes the token behind it the target of every token. All processes that open a split build
+its parts together, and what they make is the same whoever makes it.
+
+On a disk tokens are memory-mapped. A part is built in a folder beside, under a lock, and renamed when whole,
+so that a half-written one is never seen; who finds a part's lock taken goes on to another part.
+In a bucket (data.cache_dir=gs://...) a row's tokens are read when it is their turn. There are no locks:
+process i of n builds every n-th part, meta.json last, and waits for the others' parts; if for QUIET seconds
+none comes, it builds them too.
+A process needs 8 bytes of memory for each document, nothing for its tokens.
+Held by: tests/test_data_cache.py, tests/test_data_remote.py.
 """
 
 import array
+import bisect
 import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 from absl import logging
 
+from longctx.data import remote
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
 FORMAT = 2
+QUIET = 600.0   # seconds without a new part of another process
+POLL = 1.0      # seconds between looks at what others have built
+COUNTS = ('documents', 'empty_documents', 'dropped_copies', 'tokens', 'bytes')
 
 
 @dataclasses.dataclass(frozen=True)
-class Cache:
-  """A split's tokens; `tokens` and `offsets` are memory-mapped."""
-  path: pathlib.Path
-  tokens: np.ndarray   # [total + 1], the last one is SEP
-  offsets: np.ndarray  # [documents + 1]
+class Part:
+  """The tokens of a source's part."""
+
+  tokens: np.ndarray | remote.RemoteArray   # [total + 1], the last one is SEP
+  offsets: np.ndarray   # [documents + 1]
   meta: dict
 
-  @property
+
+class Cache:
+  """A split's tokens: its parts' documents, one after the other."""
+
+  def __init__(self, parts: Sequence[Part]):
+    self.parts = parts
+    self._first = list(itertools.accumulate((len(p.offsets) - 1 for p in parts), initial=0))
+    self.meta = parts[0].meta | {name: sum(p.meta[name] for p in parts) for name in COUNTS}
+
+  def __len__(self) -> int:
+    return self._first[-1]
+
+  @functools.cached_property
   def content(self) -> str:
     """sha256 of all tokens and offsets: equal wherever and whenever the cache was built."""
-    return self.meta['content']
+    hashes = [p.meta['content'] for p in self.parts]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    """Tokens of each document, its leading SEP counted: the number of its (input, target) pairs."""
+    return np.concatenate([np.diff(p.offsets) for p in self.parts])
+
+  def read(self, document: int, low: int, high: int) -> np.ndarray:
+    """Tokens [low, high) of a document; the one behind its last is SEP."""
+    i = bisect.bisect_right(self._first, document) - 1
+    start = int(self.parts[i].offsets[document - self._first[i]])
+    return self.parts[i].tokens[start + low:start + high]
 
 
 def default_folder() -> pathlib.Path:
@@ -53,55 +98,196 @@ def default_folder() -> pathlib.Path:
   return pathlib.Path(base) / 'longctx'
 
 
-def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '') -> Cache:
-  """The cache of a source's split; builds it if it is not there, has changed or is damaged."""
-  identity = json.dumps([FORMAT, split, source.fingerprint(split), tokenizer.fingerprint])
-  digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-  root = pathlib.Path(folder).expanduser() if folder else default_folder()
-  path = root / f'{source.label}-{split}-{digest}'
-  found = _read(path)
-  if found:
-    return found
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f'{path.name}.lock'):
-      found = _read(path)  # another process may have built it while this one waited
-      if not found:
-        _remove_remains(path)
-        _build(path, source, split, tokenizer)
-        found = _read(path)
-  except OSError as e:
-    room = (': free some space, or set data.cache_dir to another disk' if e.errno == errno.ENOSPC
-            else ': set data.cache_dir to a folder that can be written')
-    raise ConfigError(f'data.cache_dir={str(root)!r}: {e.strerror}{room}') from e
-  assert found, path
-  return found
+def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '', *, share: tuple[int, int] = (0, 1),
+               processes: int = 1) -> Cache:
+  """The cache of a source's split; builds of it what is not there, has changed or is damaged.
+
+  `share`: (i, n) of n processes that open it together; `processes`: how many this one builds with.
+  """
+  sources = source.parts(split)
+  place = Bucket(folder) if remote.is_url(folder) else Disk(
+      pathlib.Path(folder).expanduser() if folder else default_folder())
+  jobs = [_Job(place, part, split, tokenizer, len(sources) > 1) for part in sources]
+  with place.errors():
+    parts = [place.read(job.name) for job in jobs]
+    if not all(parts):
+      place.build_all(jobs, share, processes)
+      parts = [place.read(job.name) for job in jobs]
+  assert all(parts), [job.name for job, part in zip(jobs, parts) if part is None]
+  cache = Cache(parts)
+  if not len(cache):
+    raise ConfigError(source.explain_empty(split))
+  return cache
 
 
-def _read(path: pathlib.Path) -> Cache | None:
-  """The cache at `path`, or None when there is none or its files are not as they were written."""
-  if not path.exists():
-    return None
-  try:
-    meta = json.loads((path / 'meta.json').read_text())
-    for name, size in meta['sizes'].items():
-      actual = (path / name).stat().st_size
-      if actual != size:
-        raise ValueError(f'{name} has {actual} bytes instead of {size}')
-    # asarray: the same memory without the slow indexing of the memmap class
-    tokens = np.asarray(np.memmap(path / 'tokens.bin', meta['dtype'], mode='r'))
-    offsets = np.asarray(np.load(path / 'offsets.npy', mmap_mode='r'))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    logging.warning('The token cache %s is damaged (%s); it is built again.', path, e)
-    return None
-  return Cache(path=path, tokens=tokens, offsets=offsets, meta=meta)
+class _Job:
+  """A part that is to be built; what another process can be sent."""
+
+  def __init__(self, place: 'Disk | Bucket', source: Any, split: str, tokenizer: Tokenizer,
+               may_be_empty: bool):
+    identity = json.dumps([FORMAT, split, source.fingerprint(split), tokenizer.fingerprint])
+    self.name = f'{source.label}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}'
+    self.place, self._write = place, functools.partial(
+        _write, source=source, split=split, tokenizer=tokenizer, may_be_empty=may_be_empty)
+
+  def __call__(self, wait: bool) -> None:
+    self.place.build(self.name, self._write, wait)
+
+
+def _tried(job: _Job) -> None:
+  job(wait=False)
+
+
+def _side_by_side(jobs: Sequence[_Job], processes: int) -> None:
+  """Does what is missing of them in processes of their own, but for what another process is doing."""
+  jobs = [job for job in jobs if job.place.read(job.name) is None]
+  processes = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+  if processes < 2:
+    for job in jobs:
+      _tried(job)
+    return
+  spawn = multiprocessing.get_context('spawn')   # the threads of this one's devices do not survive a fork
+  with futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+    try:
+      for done in [pool.submit(_tried, job) for job in jobs]:
+        done.result()
+    except BrokenProcessPool as e:
+      raise ConfigError(f'data.build_processes={processes}: one of them was killed, as where memory is short; '
+                        'choose fewer') from e
+
+
+def _rotated(jobs: Sequence[_Job], share: tuple[int, int]) -> Sequence[_Job]:
+  """From the first of this process's own on, so that processes meet late."""
+  first = len(jobs) * share[0] // share[1]
+  return [*jobs[first:], *jobs[:first]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+  """Parts in a folder of a disk, which processes may share."""
+
+  root: pathlib.Path
+
+  @contextlib.contextmanager
+  def errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      room = (': free some space, or set data.cache_dir to another disk' if e.errno == errno.ENOSPC
+              else ': set data.cache_dir to a folder that can be written')
+      raise ConfigError(f'data.cache_dir={str(self.root)!r}: {e.strerror}{room}') from e
+
+  def build_all(self, jobs: Sequence[_Job], share: tuple[int, int], processes: int) -> None:
+    self.root.mkdir(parents=True, exist_ok=True)
+    _side_by_side(_rotated(jobs, share), processes)
+    for job in jobs:
+      job(wait=True)
+
+  def read(self, name: str) -> Part | None:
+    """The part, or None when there is none or its files are not as they were written."""
+    path = self.root / name
+    if not path.exists():
+      return None
+    try:
+      meta = json.loads((path / 'meta.json').read_text())
+      for file, size in meta['sizes'].items():
+        actual = (path / file).stat().st_size
+        if actual != size:
+          raise ValueError(f'{file} has {actual} bytes instead of {size}')
+      # asarray: the same memory without the slow indexing of the memmap class
+      tokens = np.asarray(np.memmap(path / 'tokens.bin', meta['dtype'], mode='r'))
+      offsets = np.asarray(np.load(path / 'offsets.npy', mmap_mode='r'))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+      logging.warning('The token cache %s is damaged (%s); it is built again.', path, e)
+      return None
+    return Part(tokens, offsets, meta)
+
+  def build(self, name: str, write: Callable[[pathlib.Path], dict], wait: bool) -> None:
+    """Builds a part, unless it is there, or another process is at it and `wait` is False."""
+    try:
+      with _locked(self.root / f'{name}.lock', wait):
+        if self.read(name):   # another process may have built it while this one waited
+          return
+        _remove_remains(self.root / name)
+        _build(self.root / name, write)
+    except BlockingIOError:
+      if wait:
+        raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """Parts behind a URL, where files appear whole and nothing can be locked."""
+
+  root: str
+
+  @contextlib.contextmanager
+  def errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      raise ConfigError(f'data.cache_dir={self.root!r}: {e.strerror or e}; check the bucket, and that it may '
+                        'be read and written here') from e
+
+  def _files(self) -> Any:
+    return remote.file_system(self.root, 'data.cache_dir')
+
+  def _url(self, name: str, file: str) -> str:
+    return f'{self.root.rstrip("/")}/{name}/{file}'
+
+  def build_all(self, jobs: Sequence[_Job], share: tuple[int, int], processes: int) -> None:
+    mine = jobs[share[0]::share[1]]
+    _side_by_side(mine, processes)
+    left, since = [job for job in jobs if job not in mine], time.monotonic()
+    while left:
+      still = [job for job in left if self.read(job.name) is None]
+      if len(still) < len(left):
+        left, since = still, time.monotonic()
+      elif time.monotonic() - since > QUIET:
+        logging.warning('No part of another process for %d s: the %d that are missing are built here.', QUIET,
+                        len(left))
+        return _side_by_side(left, processes)
+      else:
+        time.sleep(POLL)
+
+  def read(self, name: str) -> Part | None:
+    """The part, or None when there is none or its files are not as they were written."""
+    fs = self._files()
+    get = lambda file: remote.patiently(self.root, fs.cat_file, self._url(name, file))
+    try:
+      meta = json.loads(get('meta.json'))
+      size = remote.patiently(self.root, fs.size, self._url(name, 'tokens.bin'))
+      if size != meta['sizes']['tokens.bin']:
+        raise ValueError(f'tokens.bin has {size} bytes instead of {meta["sizes"]["tokens.bin"]}')
+      offsets = np.load(io.BytesIO(get('offsets.npy')))
+    except FileNotFoundError:
+      return None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+      logging.warning('The token cache %s is damaged (%s); it is built again.', self._url(name, ''), e)
+      return None
+    return Part(remote.RemoteArray(self._url(name, 'tokens.bin'), meta['dtype']), offsets, meta)
+
+  def build(self, name: str, write: Callable[[pathlib.Path], dict], wait: bool) -> None:
+    """Builds a part on a local disk and copies it, unless it is there."""
+    del wait
+    if self.read(name):
+      return
+    fs = self._files()
+    with tempfile.TemporaryDirectory(prefix='longctx-') as folder:
+      meta = write(pathlib.Path(folder))
+      for file in meta['sizes']:
+        remote.put(fs, os.path.join(folder, file), self._url(name, file))
+    remote.patiently(self.root, fs.pipe_file, self._url(name, 'meta.json'), _encoded(meta))
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-  """Holds an exclusive lock on a file; the system frees it when its process dies."""
+def _locked(path: pathlib.Path, wait: bool) -> Iterator[None]:
+  """Holds an exclusive lock on a file; the system frees it when its process dies.
+
+  BlockingIOError where another process has it and `wait` is False.
+  """
   with open(path, 'w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield
 
 
@@ -111,13 +297,17 @@ def _remove_remains(path: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _build(path: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> None:
+def _encoded(meta: dict) -> bytes:
+  return json.dumps(meta, indent=1).encode()
+
+
+def _build(path: pathlib.Path, write: Callable[[pathlib.Path], dict]) -> None:
   part = path.with_name(f'{path.name}.part-{os.getpid()}')
   part.mkdir()
   try:
-    meta = _write(part, source, split, tokenizer)
+    meta = write(part)
     with _synced(part / 'meta.json') as file:
-      file.write(json.dumps(meta, indent=1).encode())
+      file.write(_encoded(meta))
     os.rename(part, path)
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
@@ -133,7 +323,7 @@ def _synced(path: pathlib.Path) -> Iterator:
     os.fsync(file.fileno())
 
 
-def _write(part: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> dict:
+def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_be_empty: bool) -> dict:
   """Writes tokens and offsets, a chunk of a document at a time; returns the meta data."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
   separator = np.array([tokenizer.separator], dtype).tobytes()
@@ -164,7 +354,7 @@ def _write(part: pathlib.Path, source, split: str, tokenizer: Tokenizer) -> dict
                      len(offsets) - 1, num_bytes / 1e6)
     put(separator)
   num_documents = len(offsets) - 1
-  if not num_documents:
+  if not num_documents and not may_be_empty:
     raise ConfigError(source.explain_empty(split))
   with _synced(part / 'offsets.npy') as file:
     np.save(file, np.frombuffer(offsets, np.int64))

@@ -2,8 +2,9 @@
 
 A source names its documents in a stable order and reads one as chunks of bytes, so that a document
 larger than memory is never held whole. `stdlib` is the source code of the running Python's standard
-library, text that every machine has, without files that another split has too; `files` is any glob;
-`tfds` is in tfds_corpus.py.
+library, text that every machine has, without files that another split has too; `files` is any glob, of
+paths or of a URL (remote.py); `tfds` is in tfds_corpus.py. A large source has parts, which are tokenised side
+by side (cache.py).
 
 Splits: 'hash' puts a whole document where sha256(name) says, whatever else the corpus holds;
 'contiguous' gives the first part of every document's bytes to train, the next to validation, the
@@ -18,13 +19,15 @@ import hashlib
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+from longctx.data.remote import RemoteFile, find, is_url
 from longctx.errors import ConfigError, check
 
 SPLITS = ('train', 'validation', 'test')
 CHUNK = 1 << 20  # bytes of a document held at once
+PART = 64 << 20  # bytes of a source's part, at least; its last may have fewer
 EXCLUDED = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
 
 
@@ -79,11 +82,11 @@ def _aligned(file: BinaryIO, cut: int) -> int:
   return cut - between_characters(before, file.read(1))
 
 
-def read_chunks(path: pathlib.Path, rule: SplitRule, split: str) -> Iterator[bytes]:
+def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str) -> Iterator[bytes]:
   """The split's part of a file; a chunk ends after a line, or at least between characters."""
   try:
-    with open(path, 'rb') as file:
-      start, stop = (_aligned(file, c) for c in rule.bounds(os.fstat(file.fileno()).st_size, split))
+    with path.open('rb') as file:
+      start, stop = (_aligned(file, c) for c in rule.bounds(file.seek(0, os.SEEK_END), split))
       while start < stop:  # every chunk has at least one byte: CHUNK is more than a character
         file.seek(start)
         chunk = file.read(min(CHUNK, stop - start))
@@ -96,7 +99,7 @@ def read_chunks(path: pathlib.Path, rule: SplitRule, split: str) -> Iterator[byt
         yield chunk
         start += len(chunk)
   except OSError as e:
-    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror}') from e
+    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror or e}') from e
 
 
 def file_byte(file: BinaryIO, at: int) -> bytes:
@@ -115,48 +118,71 @@ def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int) ->
 
 
 class FileSource:
-  """Documents that are files; the name is the path below `root`."""
+  """Documents that are files, by names that do not change with the place they are in."""
 
-  def __init__(self, label: str, root: pathlib.Path, paths: list[pathlib.Path], rule: SplitRule,
+  def __init__(self, label: str, root: str, files: dict[str, pathlib.Path | RemoteFile], rule: SplitRule,
                copies: frozenset[str] = frozenset()):
     self.label = label
     self.num_copies = len(copies)   # documents that are left out because another split has them
     self._rule = rule
     self._root = root
-    self._paths = {p.relative_to(root).as_posix(): p for p in paths}
-    self._paths = {n: p for n, p in sorted(self._paths.items()) if n not in copies}
+    self._files = {n: f for n, f in sorted(files.items()) if n not in copies}
 
   def __len__(self) -> int:
-    return len(self._paths)
+    return len(self._files)
 
   def names(self, split: str) -> list[str]:
-    return [n for n in self._paths if self._rule.holds(n, split)]
+    return [n for n in self._files if self._rule.holds(n, split)]
 
   def explain_empty(self, split: str) -> str:
     """Why a split has no text; for the error."""
     what = f'data.corpus={self.label!r}'
     names = self.names(split)
-    if names and not any(_stat(self._paths[n])[0] for n in names):
+    if names and not any(_stat(self._files[n])[0] for n in names):
       return f'{what}: all {len(names)} documents of the {split} split are empty'
     return explain_empty(self._rule, split, what, len(self))
 
   def fingerprint(self, split: str) -> list:
     """Changes when a file of the split is added, removed, renamed or written."""
     del split  # the rule decides; cheap enough to take them all
-    return [self.label, str(self._root.resolve()), dataclasses.astuple(self._rule),
-            [[n, *_stat(p)] for n, p in self._paths.items()]]
+    return [self.label, self._root, dataclasses.astuple(self._rule),
+            [[n, *_stat(f)] for n, f in self._files.items()]]
 
   def documents(self, split: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     for name in self.names(split):
-      yield name, read_chunks(self._paths[name], self._rule, split)
+      yield name, read_chunks(self._files[name], self._rule, split)
+
+  def parts(self, split: str) -> list['FileSource']:
+    """Sources of at least PART bytes, whose documents in their order are those of this one's split."""
+    groups, size = [{}], 0
+    for name in self.names(split):
+      if size >= PART:
+        groups.append({})
+        size = 0
+      groups[-1][name] = self._files[name]
+      size += _stat(self._files[name])[0]
+    if len(groups) == 1:
+      return [self]
+    found = [FileSource(self.label, self._root, files, self._rule) for files in groups]
+    found[0].num_copies = self.num_copies
+    return found
 
 
-def _stat(path: pathlib.Path) -> tuple[int, int]:
+def _stat(file: pathlib.Path | RemoteFile) -> tuple[int, int | str]:
+  """(bytes, what changes when it is written)."""
+  if isinstance(file, RemoteFile):
+    return file.size, file.version
   try:
-    stat = path.stat()
+    stat = file.stat()
   except OSError as e:
-    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror}') from e
+    raise ConfigError(f'data.files: {str(file)!r} cannot be read: {e.strerror}') from e
   return stat.st_size, stat.st_mtime_ns
+
+
+def _local_source(label: str, root: pathlib.Path, paths: list[pathlib.Path], rule: SplitRule,
+                  copies: frozenset[str] = frozenset()) -> FileSource:
+  return FileSource(label, str(root.resolve()), {p.relative_to(root).as_posix(): p for p in paths}, rule,
+                    copies)
 
 
 def stdlib_source(rule: SplitRule) -> FileSource:
@@ -168,7 +194,7 @@ def stdlib_source(rule: SplitRule) -> FileSource:
     paths += [pathlib.Path(folder) / f for f in files if f.endswith('.py')]
   check(bool(paths), f"data.corpus='stdlib': {str(root)!r} holds no .py file (a Python shipped "
         "without its sources); use data.corpus='files'")
-  return FileSource('stdlib', root, paths, rule, copies_in_other_splits(root, paths, rule))
+  return _local_source('stdlib', root, paths, rule, copies_in_other_splits(root, paths, rule))
 
 
 def copies_in_other_splits(root: pathlib.Path, paths: list[pathlib.Path],
@@ -189,6 +215,8 @@ def copies_in_other_splits(root: pathlib.Path, paths: list[pathlib.Path],
 
 def files_source(pattern: str, rule: SplitRule) -> FileSource:
   """The files that a glob matches; `**` goes through folders."""
+  if is_url(pattern):
+    return _remote_source(pattern, rule)
   pattern = os.path.expanduser(pattern)
   found = sorted(set(glob.glob(pattern, recursive=True)))
   paths = [pathlib.Path(p) for p in found if not os.path.isdir(p)]
@@ -197,9 +225,22 @@ def files_source(pattern: str, rule: SplitRule) -> FileSource:
     remedy = (f'; write {os.path.join(pattern, "**", "*.txt")!r} for the files below it'
               if found else '; check the path, or quote the pattern in the shell')
     raise ConfigError(f'data.files={pattern!r}: {what}{remedy}')
-  parts = pathlib.Path(pattern).parts
-  fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-  return FileSource('files', pathlib.Path(*parts[:fixed]), paths, rule)
+  return _local_source('files', pathlib.Path(*_fixed(pathlib.Path(pattern).parts)), paths, rule)
+
+
+def _fixed(parts: Sequence[str]) -> Sequence[str]:
+  """The folders that a pattern names without wildcards."""
+  return parts[:next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)]
+
+
+def _remote_source(pattern: str, rule: SplitRule) -> FileSource:
+  files = find(pattern)
+  check(bool(files), f'data.files={pattern!r}: matches no file; check the bucket, the path and who may read it')
+  protocol, _, path = pattern.partition('://')
+  root = f'{protocol}://{"/".join(_fixed(path.split("/")))}'
+  name = lambda file: file.url.partition('://')[2].lstrip('/').removeprefix(
+      root.partition('://')[2].strip('/')).lstrip('/')
+  return FileSource('files', root, {name(file): file for file in files}, rule)
 
 
 def open_source(config) -> FileSource:

@@ -41,7 +41,7 @@ EXAMPLES = ('pairs', 'labels')   # forms of one example a row
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   corpus: str = 'stdlib'             # 'stdlib', 'files', 'tfds', 'tasks' or 'generated'
-  files: str = ''                    # a glob, for corpus='files'; ** goes through folders
+  files: str = ''                    # a glob, for corpus='files', of paths or a URL; ** goes through folders
   generator: str = ''                # one of generators.py, for corpus='generated'
   tfds_name: str = ''                # as TensorFlow Datasets has it, for corpus='tfds'
   tfds_dir: str = ''                 # '' is TFDS's own folder
@@ -63,7 +63,8 @@ class Config:
   mask_rate: float = 0.15            # form='masked': of the tokens so many are to be guessed
   batch_size: int = 8                # rows of all hosts together
   long_documents: str = 'split'      # longer than a row: 'split', 'trim' or 'drop'
-  cache_dir: str = ''                # '' is $XDG_CACHE_HOME/longctx or ~/.cache/longctx
+  cache_dir: str = ''                # folder or URL; '' is $XDG_CACHE_HOME/longctx or ~/.cache/longctx
+  build_processes: int = 0           # that tokenise a large corpus, of each host; 0: one a core
   prefetch: int = 4                  # batches read ahead
   threads: int = 1                   # 0 reads in the calling thread
 
@@ -99,6 +100,7 @@ class Config:
           "data.form='segments' only, whose rows carry a document on; set data.align=False")
     check_range('data.length', self.length, 1)
     check_range('data.batch_size', self.batch_size, 1)
+    check_range('data.build_processes', self.build_processes, 0)
     check_range('data.prefetch', self.prefetch, 0)
     check_range('data.threads', self.threads, 0)
     check(self.prefetch == 0 or self.prefetch >= self.threads, f'data.prefetch={self.prefetch}: '
@@ -160,26 +162,26 @@ class Documents:
     self._store = store
 
   def __len__(self) -> int:
-    return len(self._store.offsets) - 1
+    return len(self._store)
 
   @property
   def lengths(self) -> np.ndarray:
     """Tokens of each document, its leading SEP counted: the number of its (input, target) pairs."""
-    return np.diff(self._store.offsets)
+    return self._store.lengths
 
   def document(self, i: int) -> np.ndarray:
     """SEP b1 .. bn; the target of its last token is SEP."""
     if not 0 <= i < len(self):
       raise IndexError(f'document {i} of {len(self)}')
-    low, high = self._store.offsets[i:i + 2]
-    return self._store.tokens[low:high].astype(np.int32)
+    return self._store.read(i, 0, int(self.lengths[i])).astype(np.int32)
 
 
-def _open(config: Config, split: str) -> tuple[cache.Cache, Tokenizer]:
+def _open(config: Config, split: str, share: tuple[int, int]) -> tuple[cache.Cache, Tokenizer]:
   check_choice('split', split, corpus.SPLITS)
   tokenizer = load_tokenizer(config.tokenizer)
   source = corpus.open_source(config)
-  return cache.open_cache(source, split, tokenizer, config.cache_dir), tokenizer
+  return cache.open_cache(source, split, tokenizer, config.cache_dir, share=share,
+                          processes=config.build_processes), tokenizer
 
 
 def _task_examples(config: Config, split: str, seed: int) -> Any:
@@ -188,12 +190,12 @@ def _task_examples(config: Config, split: str, seed: int) -> Any:
   return task_stream.Examples(config, load_tokenizer(config.tokenizer), split, seed)
 
 
-def open_documents(config: Config, split: str) -> Any:
-  """The documents of a split; of tasks, some examples of a seed that is not trained on."""
+def open_documents(config: Config, split: str, *, host_index: int = 0, num_hosts: int = 1) -> Any:
+  """The documents of a split, the same on every host; of tasks, some examples of a seed that is not trained on."""
   if config.corpus == 'tasks':
     from longctx.data import task_stream
     return task_stream.TaskDocuments(_task_examples(config, split, 0))
-  return Documents(*_open(config, split))
+  return Documents(*_open(config, split, (host_index, num_hosts)))
 
 
 class BatchSource:
@@ -205,7 +207,7 @@ class BatchSource:
     self.rows = range(host_index * share, (host_index + 1) * share)
     self._config = config
     self._store = store
-    lengths = np.diff(store.offsets)
+    lengths = store.lengths
     if config.form == 'segments':
       self._layout = packing.Lanes(lengths, config.length, config.batch_size, seed,
                                    align=config.align)
@@ -238,8 +240,7 @@ class BatchSource:
     low = 0
     for piece in pieces:
       high = low + piece.count
-      start = int(self._store.offsets[piece.document]) + piece.offset
-      tokens = self._store.tokens[start:start + piece.count + 1]
+      tokens = self._store.read(piece.document, piece.offset, piece.offset + piece.count + 1)
       row['tokens'][low:high] = tokens[:-1]
       row['targets'][low:high] = tokens[1:]
       row['loss_mask'][low:high] = 1
@@ -332,7 +333,7 @@ def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num
     from longctx.data import task_stream
     found = _task_examples(config, split, seed)
     return task_stream.TaskSource(config, found, **hosts), found.content, found.tokenizer
-  store, tokenizer = _open(config, split)
+  store, tokenizer = _open(config, split, (host_index, num_hosts))
   rows = BatchSource(config, store, seed=seed, **hosts)
   if config.form == 'masked':
     rows = MaskedRows(rows, tokenizer, config.mask_rate, seed)

@@ -6,6 +6,7 @@ Held by: tests/test_data_tfds.py, which also asserts that TensorFlow is not impo
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from longctx.data.corpus import SPLITS, SplitRule, cut_bytes, explain_empty
+from longctx.data.corpus import PART, SPLITS, SplitRule, cut_bytes, explain_empty
 from longctx.errors import ConfigError, check, nearest
 
 
@@ -21,6 +22,7 @@ class TfdsSource:
   """Documents that are the `text_feature` of a dataset's examples."""
 
   num_copies = 0   # none is looked for
+  _range: tuple[int, int] | None = None   # of the examples that a part has
 
   def __init__(self, config, rule: SplitRule):
     self._name = config.tfds_name
@@ -70,7 +72,19 @@ class TfdsSource:
     name, info = self._info(split)
     files = [[str(f), *_stat(f)] for f in info.filepaths]
     return [self.label, self._builder.info.full_name, self._feature, name, info.num_examples,
-            dataclasses.astuple(self._rule) if self._divide else '', files]
+            dataclasses.astuple(self._rule) if self._divide else '', files, *(self._range or ())]
+
+  def parts(self, split: str) -> list['TfdsSource']:
+    """Sources of about PART bytes, each a range of the examples."""
+    info = self._info(split)[1]
+    number = min(int(info.num_bytes or 0) // PART, info.num_examples)
+    if number < 2:
+      return [self]
+    cuts = [info.num_examples * i // number for i in range(number + 1)]
+    found = [copy.copy(self) for _ in range(number)]
+    for part, low, high in zip(found, cuts, cuts[1:]):
+      part._range = low, high
+    return found
 
   def explain_empty(self, split: str) -> str:
     """Why a split has no text; for the error."""
@@ -84,7 +98,7 @@ class TfdsSource:
     name, info = self._info(split)
     with _as_config_error(f'data.tfds_name={self._name!r}: cannot be read'):
       examples = self._builder.as_data_source(split=name)
-      for i in range(info.num_examples):
+      for i in range(*self._range or (info.num_examples,)):
         label = f'train/{i}'
         if self._divide and not self._rule.holds(label, split):
           continue

@@ -22,7 +22,7 @@ from longctx.files import Lock, atomic_write
 
 # Keys and sections of a config. These change no number of a run, and may differ from W's:
 FREE = ('mesh', 'eval', 'run.compilation_cache', 'run.expect', 'data.cache_dir', 'data.prefetch',
-        'data.threads', 'run.watchdog_seconds', 'run.check_hosts_every', 'run.save_patience')
+        'data.threads', 'data.build_processes', 'run.watchdog_seconds', 'run.check_hosts_every', 'run.save_patience')
 # nor do these change what a checkpoint scores;
 NOT_SCORED = ('seed', 'optimizer', 'loss', 'run', 'perplexity', 'data.form', 'data.length',
               'data.batch_size', 'data.long_documents')

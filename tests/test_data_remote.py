@@ -1,0 +1,295 @@
+"""Corpora and their tokens behind a URL, and parts that several processes build together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.registry import known_implementations
+
+from longctx.data import cache, corpus, remote, stream
+from longctx.errors import ConfigError, RunError
+
+TEXTS = {f'{folder}/{i}.txt': f'document {i} of {folder}: ' + 'ü' * i * 7
+         for folder in ('a', 'b') for i in range(12)}
+SMALL = 300   # bytes of a part
+
+
+@pytest.fixture
+def bucket():
+  """memory://texts with TEXTS, and its file system."""
+  fs = fsspec.filesystem('memory')
+  for name, text in TEXTS.items():
+    fs.pipe_file(f'memory://texts/{name}', text.encode())
+  yield fs
+  fs.store.clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for name, text in TEXTS.items():
+    path = tmp_path / 'texts' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  return tmp_path
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+  monkeypatch.setattr(corpus, 'PART', SMALL)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+  """What was slept."""
+  slept = []
+  monkeypatch.setattr(remote.time, 'sleep', slept.append)
+  return slept
+
+
+def config_of(files, cache_dir, **settings):
+  return stream.Config(**(dict(corpus='files', files=str(files), cache_dir=str(cache_dir), length=16, batch_size=4,
+                               build_processes=1) | settings))
+
+
+def texts(config, split='train', **share):
+  d = stream.open_documents(config, split, **share)
+  return [d.tokenizer.decode(d.document(i)).decode() for i in range(len(d))]
+
+
+def batches(config, count=6):
+  s = stream.open_stream(config, seed=3)
+  found = [next(s) for _ in range(count)]
+  s.close()
+  return found
+
+
+def assert_same(ours, theirs):
+  for a, b in zip(ours, theirs, strict=True):
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize('pattern', ['**/*.txt', 'a/*.txt', 'b/3.txt'])
+@pytest.mark.parametrize('split', [dict(), dict(split='contiguous')])
+def test_a_url_gives_what_a_path_gives(bucket, folder, pattern, split):
+  rule = dict(validation_fraction=0.3 if 'b/3' not in pattern else 0, test_fraction=0) | split
+  path, url = (config_of(f'{root}/{pattern}', folder / 'cache', **rule) for root in
+               (folder / 'texts', 'memory://texts'))
+  for part in ('train', 'validation') if rule['validation_fraction'] else ('train',):
+    assert texts(url, part) == texts(path, part)
+    assert stream.open_documents(url, part).content == stream.open_documents(path, part).content
+
+
+def test_a_file_that_was_written_again_is_read_again(bucket, tmp_path):
+  config = config_of('memory://texts/a/*.txt', tmp_path, validation_fraction=0, test_fraction=0)
+  before = texts(config)
+  bucket.pipe_file('memory://texts/a/0.txt', b'Document')   # as long
+  assert [t for t in texts(config) if t not in before] == ['Document']
+
+
+@pytest.mark.parametrize('form', ['packed', 'segments'])
+def test_tokens_in_a_bucket_are_those_on_a_disk(bucket, folder, small_parts, form):
+  disk = config_of(folder / 'texts/**/*.txt', folder / 'cache', form=form)
+  far = config_of(folder / 'texts/**/*.txt', 'memory://tokens', form=form)
+  assert_same(batches(far), batches(disk))
+  assert texts(far, 'validation') == texts(disk, 'validation')
+  assert stream.open_documents(far, 'train').content == stream.open_documents(disk, 'train').content
+  assert len(bucket.glob('memory://tokens/*/meta.json')) > 2   # parts
+
+
+def test_a_row_is_one_read_of_its_own_bytes(bucket, tmp_path, monkeypatch):
+  bucket.pipe_file('memory://texts/long.txt', b'0123456789' * 10_000)
+  config = config_of('memory://texts/long.txt', 'memory://tokens', validation_fraction=0, test_fraction=0,
+                     threads=0, prefetch=0)
+  s = stream.open_stream(config, seed=0)
+  read, real = [], type(bucket).cat_file
+  def counting(self, path, start=None, end=None, **kwargs):
+    read.append(end - start)
+    return real(self, path, start, end, **kwargs)
+  monkeypatch.setattr(type(bucket), 'cat_file', counting)
+  s.batch(2)
+  assert read == [2 * (config.length + 1)] * config.batch_size
+  s.close()
+
+
+def test_a_bucket_that_fails_for_a_minute(bucket, tmp_path, monkeypatch, pauses, caplog):
+  config = config_of('memory://texts/a/*.txt', 'memory://tokens', threads=0, prefetch=0)
+  straight = batches(config)
+  real, failures = type(bucket).cat_file, iter([True, True, False, True] + [False] * 1000)
+  def flaky(self, *args, **kwargs):
+    if next(failures):
+      raise OSError('the network is down')
+    return real(self, *args, **kwargs)
+  monkeypatch.setattr(type(bucket), 'cat_file', flaky)
+  assert_same(batches(config), straight)
+  assert pauses == [1, 2, 1]
+  assert 'memory://tokens' in caplog.text
+  assert 'the network is down; tried again in 2 s' in caplog.text
+
+
+def test_a_bucket_that_is_gone(bucket, tmp_path, monkeypatch, pauses):
+  config = config_of('memory://texts/a/*.txt', 'memory://tokens', threads=0, prefetch=0)
+  s = stream.open_stream(config, seed=0)
+  def fail(*args, **kwargs):
+    raise OSError('the network is down')
+  monkeypatch.setattr(type(bucket), 'cat_file', fail)
+  with pytest.raises(RunError, match=r'tokens\.bin: cannot be read any more: the network is down; once it can'):
+    s.batch(0)
+  assert pauses == list(remote.PAUSES)
+  with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': the network is down; check the bucket"):
+    stream.open_documents(config, 'train')
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'no meta', 'torn meta'])
+def test_damage_in_a_bucket_is_built_again(bucket, damage):
+  config = config_of('memory://texts/**/*.txt', 'memory://tokens')
+  before = texts(config)
+  meta, = bucket.glob('memory://tokens/*/meta.json')
+  tokens = meta.replace('meta.json', 'tokens.bin')
+  if damage == 'truncate':
+    bucket.pipe_file(tokens, bucket.cat_file(tokens)[:-2])
+  elif damage == 'no meta':
+    bucket.rm(meta)
+  else:
+    bucket.pipe_file(meta, bucket.cat_file(meta)[:40])
+  assert texts(config) == before
+  assert len(bucket.cat_file(tokens)) == json.loads(bucket.cat_file(meta))['sizes']['tokens.bin']
+
+
+@pytest.mark.parametrize('field', ['files', 'cache_dir'])
+def test_a_url_that_cannot_be_opened(tmp_path, field, monkeypatch):
+  lacking = {'class': 'a_package_that_is_not_there.Files', 'err': 'Please install lacking_fs'}
+  monkeypatch.setitem(known_implementations, 'lacking', lacking)
+  (tmp_path / 'a.txt').write_text('a')
+  for url, said in (('lacking://b/*.txt', 'Please install lacking_fs'), ('nope://b/*.txt', 'not known')):
+    given = dict(files=tmp_path / '*.txt', cache_dir=tmp_path / 'c') | {field: url}
+    with pytest.raises(ConfigError, match=rf"^data\.{field}='{url[:4]}.*{said}"):
+      stream.open_documents(config_of(**given), 'train')
+
+
+def test_no_file_behind_a_url(bucket, tmp_path):
+  with pytest.raises(ConfigError, match=r"^data\.files='memory://texts/\*\.md': matches no file; check the bucket"):
+    stream.open_documents(config_of('memory://texts/*.md', tmp_path), 'train')
+
+
+# Parts.
+
+def test_parts_are_the_source_in_its_order(folder, small_parts):
+  rule = corpus.SplitRule(kind='hash', validation=0.2, test=0)
+  source = corpus.files_source(str(folder / 'texts/**/*.txt'), rule)
+  for split in ('train', 'validation'):
+    parts = source.parts(split)
+    assert [n for p in parts for n in p.names(split)] == source.names(split)
+    sizes = [sum(len(TEXTS[n].encode()) for n in p.names(split)) for p in parts]
+    assert len(parts) > 1 or split == 'validation'
+    assert all(SMALL <= size < 2 * SMALL for size in sizes[:-1])
+
+
+def test_a_change_builds_its_own_part_again(folder, small_parts):
+  config = config_of(folder / 'texts/**/*.txt', folder / 'cache', validation_fraction=0, test_fraction=0)
+  texts(config)
+  before = {p.name for p in (folder / 'cache').iterdir() if p.is_dir()}
+  path = folder / 'texts/b/11.txt'
+  path.write_text(path.read_text().upper())
+  assert texts(config)[-1 - len([n for n in TEXTS if n > 'b/11.txt'])] == path.read_text()
+  after = {p.name for p in (folder / 'cache').iterdir() if p.is_dir()}
+  assert len(before) > 3
+  assert len(after - before) == 1
+
+
+def test_rows_do_not_know_of_parts_built_by_processes(folder, monkeypatch):
+  """Values are those of one part: only the hash of the content is another."""
+  one = config_of(folder / 'texts/**/*.txt', folder / 'one', long_documents='trim')
+  whole = batches(one)
+  monkeypatch.setattr(corpus, 'PART', SMALL)
+  several = config_of(folder / 'texts/**/*.txt', folder / 'several', long_documents='trim', build_processes=3)
+  assert_same(batches(several), whole)
+  assert texts(several) == texts(one)
+  accounting = lambda config: stream.open_stream(config, seed=0).accounting
+  assert accounting(several) == accounting(one)
+
+
+def test_parts_without_text(folder, monkeypatch):
+  monkeypatch.setattr(corpus, 'PART', 1)
+  for name in list(TEXTS)[3:]:
+    (folder / 'texts' / name).write_text('')
+  config = config_of(folder / 'texts/**/*.txt', folder / 'cache', validation_fraction=0, test_fraction=0)
+  assert texts(config) == list(TEXTS.values())[:3]
+  for name in TEXTS:
+    (folder / 'texts' / name).write_text('')
+  with pytest.raises(ConfigError, match='all 24 documents of the train split are empty'):
+    texts(config)
+
+
+SHARE = """
+import sys
+from longctx.data import cache, corpus, stream
+corpus.PART = int(sys.argv[3])
+real = cache._write
+def say(path, **kwargs):
+  open(sys.argv[5], 'a').write(sys.argv[4])
+  return real(path, **kwargs)
+cache._write = say
+config = stream.Config(corpus='files', files=sys.argv[1], cache_dir=sys.argv[2], build_processes=1)
+d = stream.open_documents(config, 'train', host_index=int(sys.argv[4]), num_hosts=2)
+print(d.content, len(d))
+"""
+
+
+@pytest.mark.parametrize('protocol', ['', 'file://'])
+def test_two_hosts_build_a_part_each_and_no_part_twice(folder, monkeypatch, protocol):
+  """On a disk that both see, and in a bucket that knows no locks."""
+  log = folder / 'log'
+  children = [subprocess.Popen([sys.executable, '-c', SHARE, str(folder / 'texts/**/*.txt'),
+                                f'{protocol}{folder}/cache', str(SMALL), str(i), str(log)],
+                               stdout=subprocess.PIPE, text=True) for i in range(2)]
+  said = [child.communicate(timeout=120)[0] for child in children]
+  assert said[0] == said[1]
+  monkeypatch.setattr(corpus, 'PART', SMALL)
+  config = config_of(folder / 'texts/**/*.txt', folder / 'alone')
+  d = stream.open_documents(config, 'train')
+  assert said[0] == f'{d.content} {len(d)}\n'
+  parts = len(corpus.open_source(config).parts('train'))
+  assert parts > 2
+  assert len(log.read_text()) == parts
+  if protocol:
+    assert log.read_text().count('1') == parts // 2
+
+
+def test_parts_of_a_host_that_does_not_come(bucket, small_parts, monkeypatch, caplog):
+  monkeypatch.setattr(cache, 'QUIET', 0.3)
+  monkeypatch.setattr(cache, 'POLL', 0.05)
+  config = config_of('memory://texts/**/*.txt', 'memory://tokens')
+  alone = texts(config_of('memory://texts/**/*.txt', 'memory://others'))
+  assert texts(config, host_index=1, num_hosts=3) == alone
+  assert 'No part of another process' in caplog.text
+
+
+def test_who_waits_in_a_bucket_takes_what_comes(bucket, small_parts, monkeypatch):
+  monkeypatch.setattr(cache, 'POLL', 0.05)
+  config, found = config_of('memory://texts/**/*.txt', 'memory://tokens'), {}
+  def host(i):
+    found[i] = texts(config, host_index=i, num_hosts=3)
+  threads = [threading.Thread(target=host, args=(i,)) for i in range(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(60)
+  assert found[0] == found[1] == found[2] == texts(config)
+
+
+def killed(job):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_builder_that_is_killed(folder, small_parts, monkeypatch):
+  monkeypatch.setattr(cache, '_tried', killed)
+  config = config_of(folder / 'texts/**/*.txt', folder / 'cache', build_processes=2)
+  with pytest.raises(ConfigError, match=r'^data\.build_processes=2: one of them was killed'):
+    texts(config)
