@@ -152,9 +152,13 @@ def test_what_a_dead_process_left_is_swept_after_a_day(tmp_path):
   young, old = tmp_path / '.a.lcm.1.2.tmp', tmp_path / '.b.lcm.1.2.tmp'
   young.write_bytes(b'half')
   old.write_bytes(b'half')
-  os.utime(old, (0, time.time() - index.STALE - 60))
+  another, folder = tmp_path / 'thesis.tmp', tmp_path / 'folder.tmp'   # no business of the store's
+  another.write_bytes(b'whole')
+  folder.mkdir()
+  for path in (old, another, folder):
+    os.utime(path, (0, time.time() - index.STALE - 60))
   assert s.rows() == []
-  assert young.exists()
+  assert young.exists() and another.exists() and folder.exists()
   assert not old.exists()
 
 

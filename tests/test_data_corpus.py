@@ -215,12 +215,12 @@ def test_unreadable_files_are_named(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match=r"^data\.files: '.*b\.txt' cannot be read: No such file"):
     stream.open_documents(config, 'train')
   (tmp_path / 'b.txt').unlink()
-  real_open = open
+  real_open = pathlib.Path.open
   def refuse(path, *args, **kwargs):
-    if str(path).endswith('a.txt'):
+    if path.name == 'a.txt':
       raise PermissionError(13, 'Permission denied')
     return real_open(path, *args, **kwargs)
-  monkeypatch.setattr('builtins.open', refuse)
+  monkeypatch.setattr(pathlib.Path, 'open', refuse)
   with pytest.raises(ConfigError, match=r"^data\.files: '.*a\.txt' cannot be read: Permission"):
     stream.open_documents(config, 'train')
 

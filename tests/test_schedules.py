@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from longctx.errors import ConfigError
-from longctx.models import memory_config, memory_decoder
+from longctx.models import memory_config, memory_decoder, schedules
 from longctx.models.memories import MEMORIES
 from longctx.parallel import aot, mesh
 from tests.test_models import MODELS, VOCAB, built, memory
@@ -65,6 +65,21 @@ one_by_one = functools.cache(lambda name, truncate=0: read(name, 'sequential', t
 @pytest.mark.parametrize('name', marked(SIDE_BY_SIDE))
 def test_all_segments_at_once(name):
   close(read(name, 'parallel'), one_by_one(name))
+
+
+@pytest.mark.parametrize('name', marked([n for n in SIDE_BY_SIDE if MEMORIES[MEMORY[n].long_term].deals]))
+def test_groups_of_segments_side_by_side(name, monkeypatch):
+  monkeypatch.setattr(schedules, 'AT_ONCE', 2 * B * MEMORY[name].segment)
+  assert schedules._groups(B, S, MEMORY[name].segment) == 2
+  close(read(name, 'parallel'), one_by_one(name))
+
+
+def test_groups_are_of_all_devices_that_a_row_is_cut_over(monkeypatch):
+  monkeypatch.setattr(schedules, 'AT_ONCE', 6)
+  assert schedules._groups(B, S, 6) == 4
+  with mesh.use(mesh.make_layout(mesh.Config(data=2, seq=2, layout='sequence'), jax.devices()[:4])):
+    assert schedules._groups(B, S, 6) == 2
+    assert schedules._groups(B, 5, 6) == 1
 
 
 @pytest.mark.parametrize('name', marked(DIAGONAL))
@@ -127,6 +142,19 @@ def test_memory_of_training_grows_by_the_carried_states_alone(name, whole, optim
   """Read one by one, as whole rows or as documents anywhere; beside them what the loss is made of."""
   more, state, hidden = growth(name, whole, 'full')
   assert state <= more <= state + 2 * hidden
+
+
+@pytest.mark.parametrize('name', ['infini', pytest.param('transformer_xl', marks=pytest.mark.slow)])
+def test_memory_of_segments_side_by_side_grows_by_inputs_and_memories(name, optimized, monkeypatch):
+  """Of a group alone a device holds what a layer makes: a fifth, and less, of that of all at once."""
+  LONG[f'{name} at once'] = long('none', short_term=16) if name == 'transformer_xl' else long('infini')
+  LONG[f'{name} at once'] = dataclasses.replace(LONG[f'{name} at once'], schedule='auto')
+  more = []
+  for at_once in (schedules.AT_ONCE, 32):
+    monkeypatch.setattr(schedules, 'AT_ONCE', at_once)
+    temporary.cache_clear()
+    more.append(growth(f'{name} at once', True, 'full')[0])
+  assert more[1] < more[0] / 5
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ PLAIN = {'optimizer_name': 'sgd', 'optimizer_learning_rate': 0.5, 'loss_z_loss':
 
 
 @pytest.mark.parametrize('variant,devices', [
-    ('windowed', 2), pytest.param('lstm', 1, marks=pytest.mark.slow)])
+    ('windowed', 2), ('compressive', 1), pytest.param('lstm', 1, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(variant, devices):
   batches = [make_batch(i) for i in range(3)]
   whole, of_whole = run(assemble(variant, devices, **PLAIN), batches)

@@ -2,7 +2,9 @@
 
   sequential   a scan over segments, each through all layers                          any class
   parallel     a layer over all segments: the memories before them are known from     P0, P1
-               its input (Block.before), then each segment is a row
+               its input (Block.before), then each segment is a row. With remat a device holds what a
+               layer makes of AT_ONCE tokens, and of each segment the layers' inputs and memories (of
+               memories that share a line of keys or states, Block.deals, what a layer makes of all)
   wavefront    cell (layer l, segment s) in step l + s, the cells of a step side by   P2
                side: S + L - 1 steps of up to L cells instead of S L
 
@@ -12,6 +14,7 @@ Held by: tests/test_schedules.py.
 B batch  S segments  C slots of a cell  D model  L layers
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +25,9 @@ from longctx.models.decoder_config import REMAT
 from longctx.models.layers import of_each
 from longctx.models.memories.base import Cell
 from longctx.models.segments import detach, rows_where
+from longctx.parallel import mesh
+
+AT_ONCE = 16_384   # tokens of a device that fill an accelerator, and hardly its memory
 
 
 def sequential(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,
@@ -85,20 +91,61 @@ def _at_once(model, tokens_BSC, valid_BSC, number_B, memory, key_S):
   rows = lambda x: x.reshape(B * S, *x.shape[2:])
   cell = Cell(rows(valid_BSC), (number_B[:, None] + jnp.arange(S)).reshape(-1), parts=S)
   x_RCD, cell = model.enter(rows(tokens_BSC), cell, (), key_S)
+  keep = lambda f: f if model.config.remat == 'none' else jax.checkpoint(f, policy=REMAT[model.config.remat])
   after = []
   for i, (block, before) in enumerate(zip(model.blocks, memory.layers)):
     graphdef, params = nnx.split(block)
-    def layer(params, x_RCD, before, key_S, graphdef=graphdef):
+
+    def known(params, x_RCD, before, graphdef=graphdef):
       block = nnx.merge(graphdef, params)
       befores, last = block.before(x_RCD.reshape(B, S, C, -1), before, valid_BSC)
-      return block(x_RCD, jax.tree.map(rows, befores), cell, key_S)[0], last
-    if model.config.remat != 'none':
-      layer = jax.checkpoint(layer, policy=REMAT[model.config.remat])
+      return jax.tree.map(rows, befores), last
+
+    def layer(params, x_RCD, befores, cell, key_S, graphdef=graphdef):
+      return nnx.merge(graphdef, params)(x_RCD, befores, cell, key_S)[0]
+
+    def whole(params, x_RCD, before, key_S, known=known, layer=layer):
+      befores, last = known(params, x_RCD, before)
+      return layer(params, x_RCD, befores, cell, key_S), last
+
     own_S = None if key_S is None else of_each(lambda key, i=i: jax.random.fold_in(key, i), key_S)
-    x_RCD, last = layer(params, x_RCD, before, own_S)
+    number = _groups(B, S, C) if block.deals and model.config.remat != 'none' else 1
+    if number == 1:
+      x_RCD, last = keep(whole)(params, x_RCD, before, own_S)
+    else:
+      befores, last = keep(known)(params, x_RCD, before)
+      x_RCD = _by_groups(functools.partial(keep(layer), params), B, number, x_RCD, befores, cell, own_S)
     after.append(last)
   hidden_RCD, _ = model.leave(x_RCD)
   return hidden_RCD.reshape(B, S, C, -1), memory._replace(layers=tuple(after))
+
+
+def _groups(B: int, S: int, C: int) -> int:
+  """Into how many groups a row's segments are dealt, so that a device holds about AT_ONCE tokens of one."""
+  layout = mesh.current()
+  cuts, shards = (layout.size('length'), layout.size('batch')) if layout else (1, 1)
+  if S % cuts:
+    return 1
+  wanted = B * S * C / (shards * cuts * AT_ONCE)
+  return next(g for g in range(1, S // cuts + 1) if S // cuts % g == 0 and (g >= wanted or g == S // cuts))
+
+
+def _by_groups(layer, B, number, x_RCD, befores, cell, key_S):
+  """layer(rows, their memories, their cell, keys), a group of each row's segments after the other.
+
+  Group g has segments g, g + number, ..: of each device that a row is cut over as many.
+  """
+  S = x_RCD.shape[0] // B
+  deal = lambda x: jnp.moveaxis(x.reshape(B, -1, number, *x.shape[1:]), 2, 0).reshape(number, -1, *x.shape[1:])
+  back = lambda x: jnp.moveaxis(x.reshape(number, B, S // number, *x.shape[2:]), 0, 2).reshape(B * S, *x.shape[2:])
+  keys = None if key_S is None else jnp.moveaxis(key_S.reshape(-1, number), 1, 0)
+  each = jax.tree.map(deal, (x_RCD, befores, cell.valid_BC, cell.number_B))
+
+  def one(inputs):
+    (x_RCD, befores, valid_RC, number_R), keys = inputs
+    return layer(x_RCD, befores, Cell(valid_RC, number_R, parts=S // number), keys)
+
+  return back(jax.lax.map(one, (each, keys)))
 
 
 def wavefront(model: Any, tokens_BSC: jax.Array, valid_BSC: jax.Array, number_B: jax.Array,

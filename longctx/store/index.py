@@ -10,6 +10,7 @@ Held by: tests/test_contexts.py.
 
 import contextlib
 import os
+import re
 import sqlite3
 import stat
 import time
@@ -25,6 +26,7 @@ NAME = 'index.sqlite'
 LOCK = '.lock'
 PIN = '.pin'
 STALE = 24 * 3600   # seconds after which a temporary file was left behind by a process that died
+OURS = re.compile(r'\..*' + re.escape(file.SUFFIX) + r'\.\d+\.\d+\.tmp')   # as longctx.files names it
 TABLE = '''create table if not exists contexts (
   name text primary key, file text not null, bytes integer not null, tokens integer,
   model text not null, hash text not null, state text not null, created integer, used integer not null,
@@ -68,9 +70,11 @@ class Index:
         # A file may go while it is looked at, by a hand that knows no lock.
         with contextlib.suppress(FileNotFoundError):
           found = entry.stat(follow_symlinks=False)
-          if entry.name.endswith('.tmp') and time.time() - found.st_mtime > STALE:
+          if not stat.S_ISREG(found.st_mode):
+            continue
+          if OURS.fullmatch(entry.name) and time.time() - found.st_mtime > STALE:
             os.unlink(entry.path)
-          if stat.S_ISREG(found.st_mode) and entry.name.endswith(file.SUFFIX):
+          if entry.name.endswith(file.SUFFIX):
             here[entry.name.removesuffix(file.SUFFIX)] = found
     for name in known.keys() - here.keys():
       self._forget(name)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from longctx.models.memories.auxiliary import share_of_batch
 from longctx.parallel import mesh
 from longctx.training import loss as loss_lib
 from longctx.training import optim, spikes
@@ -108,8 +109,9 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
     def one(carry, inputs):
       grads, loss = carry
       i, batch, weights_BT, memory = inputs
-      (_, (part, memory)), more = grad_fn(state.params, batch, weights_BT, memory,
-                                          jax.random.fold_in(key, i))
+      with share_of_batch(1 / accumulate):
+        (_, (part, memory)), more = grad_fn(state.params, batch, weights_BT, memory,
+                                            jax.random.fold_in(key, i))
       return (jax.tree.map(jnp.add, grads, more), loss + part), memory
     # Row r goes to microbatch r mod A, so that each device keeps its own rows.
     cut = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)

@@ -1,6 +1,7 @@
 """The config of runs that last a second: 1 layer, width 16, rows of 16 tokens, 12 steps.
 
-Variants: packed (the default), lstm (segments), windowed (segments through a sliding window).
+Variants: packed (the default), lstm (segments), windowed (segments through a sliding window), compressive
+(segments of 4 tokens and a memory that learns to compress).
 The corpus is the caller's: --config.data.files='FOLDER/*.txt' (`write_corpus` makes one) and
 --config.data.cache_dir=FOLDER.
 """
@@ -12,7 +13,7 @@ from longctx.configuration import base
 
 
 def get_config(variant: str = 'packed'):
-  config = base('lstm' if variant == 'lstm' else 'decoder')
+  config = base({'lstm': 'lstm', 'compressive': 'memory'}.get(variant, 'decoder'))
   config.data.corpus = 'files'
   config.data.files = 'missing/*.txt'
   config.data.split = 'contiguous'
@@ -24,6 +25,8 @@ def get_config(variant: str = 'packed'):
   config.model.embed_dim = 16
   if variant == 'lstm':
     config.model.hidden_dim = 16
+  elif variant == 'compressive':
+    config.model.update(dict(num_heads=2, segment=4, short_term=4, long_term='compressive', memory_rate=2))
   else:
     config.model.num_heads = 2
     config.model.attention, config.model.layer_loop = 'reference', 'unrolled'   # compile soonest

@@ -138,6 +138,7 @@ class Block(nnx.Module):
   reads: ClassVar[tuple[str, ...]] = ()
   identity: ClassVar[bool] = True    # whether it can begin as the plain transformer's layer
   falls: ClassVar[bool] = True       # with short_term, is written what falls out; else each segment
+  deals: ClassVar[bool] = True       # some of the memories of `before` may be taken without the others
 
   @staticmethod
   def extra_tokens(settings: Settings) -> tuple[int, int]:

@@ -9,7 +9,7 @@
 
 The loss is each layer's own: its gradient, times RECONSTRUCTION_WEIGHT, is added where a segment is whole
 (models/memories/auxiliary.py), goes to f_c alone, and is all that f_c gets: compressed states enter
-attention without gradient. It is a mean over the batch, summed over layers and segments; Adam's rate
+attention without gradient. It is a mean over the batch (of all microbatches), summed over layers and segments; Adam's rate
 makes its weight nearly meaningless, but for the norm that clipping sees.
 Positions count slots, as the paper's do: compressed slot i of m stands m - i before the short-term
 memory, both for rope and for the relative bias, so that a slot's distance is not that of its tokens.
@@ -22,6 +22,8 @@ Held by: tests/test_models.py, tests/test_compressive.py.
 
 B batch  S segments  C slots of a cell  M short_term  U compressed at once  D model
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +61,12 @@ class Compressive(Block):
           'fall out are kept as one')
     check(slots > 0, f'model.memory_size={s.size}: must be at least 1 where model.short_term='
           f'{s.short_term}; 0 means as many compressed slots as short_term')
+    both = math.gcd(s.segment, s.short_term)
+    fits = min((r for r in range(1, both + 1) if both % r == 0), key=lambda r: (abs(r - rate), r == 1))
     for name, tokens in (('segment', s.segment), ('short_term', s.short_term)):
       check(tokens % rate == 0, f'model.{name}={tokens}: must be a multiple of model.memory_rate='
-            f'{rate}; every {rate} tokens that fall out are kept as one')
+            f'{f"0 ({rate} here)" if not s.rate else rate}; every {rate} tokens that fall out are kept as one; set '
+            f'model.memory_rate={fits}')
     heads, pairs = s.num_heads * s.head_dim, 2 * s.num_kv_heads * s.head_dim
     learned = s.variant in ('', CONV)
     flops = 2.0 * slots / s.segment * s.dim * pairs + 4.0 * heads * slots

@@ -66,6 +66,7 @@ class Memorizing(Block):
   """Can begin as the plain layer: model.gate='tanh' is closed at first."""
 
   dependency = 'P0'
+  deals = False   # one line of keys for all segments
   reads = ('variant', 'size', 'top', 'gate')
 
   @classmethod

@@ -68,6 +68,7 @@ class MemoryCaching(Block):
   """Memory.store is a caching.State."""
 
   dependency = 'P1'
+  deals = False   # one line of states for all segments
   reads = ('variant', 'size', 'width', 'top')
   identity = False
 

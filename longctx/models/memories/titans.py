@@ -68,8 +68,10 @@ class State(NamedTuple):
 def chunk_of(settings: Settings, most: int) -> int:
   """Tokens of a chunk; a segment is cut into whole ones."""
   chunk = settings.chunk or min(most, settings.segment)
-  check(settings.segment % chunk == 0, f'model.memory_chunk={chunk}: must divide model.segment='
-        f'{settings.segment}; the memory learns whole chunks of a segment')
+  fits = max(c for c in range(1, min(chunk, settings.segment) + 1) if settings.segment % c == 0)
+  said = str(settings.chunk) if settings.chunk else f'0 ({chunk} here)'
+  check(settings.segment % chunk == 0, f'model.memory_chunk={said}: must divide model.segment='
+        f'{settings.segment}, since whole chunks of a segment are learned; set {fits}')
   return chunk
 
 
