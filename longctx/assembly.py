@@ -7,6 +7,7 @@ Held by: tests/test_train.py, tests/test_mistakes.py.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.errors import check
 from longctx.evaluation import held_out, perplexity
 from longctx.models import attention_layer
-from longctx.parallel import chips, costs, layouts, mesh, sequence
+from longctx.parallel import chips, costs, device_memory, layouts, mesh, sequence
 from longctx.training import optim, step, workdir
 from longctx.training.checkpoint import Checkpoints
 
@@ -92,6 +93,20 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
   return Assembly(p, layout, tokenizer, graphdef, model_config, model.state_grows,
                   make_tx(abstract_params), optim.make_schedule(p.optimizer, p.run.num_steps),
                   init, abstract, advice)
+
+
+def check_fits(a: Assembly) -> None:
+  """ConfigError, with numbers, if what a run keeps between steps is larger than a device's memory."""
+  devices = [d for d in a.layout.mesh.devices.flat if d.process_index == jax.process_index()]
+  sizes = {name: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part))
+           for name, part in a.abstract._asdict().items()}
+  copies = len(devices) if devices[0].platform == 'cpu' else 1   # CPU devices share one memory
+  free = device_memory.free_bytes(devices[0])
+  largest = ', '.join(f'{name} {copies * size:,}' for name, size in sorted(sizes.items(), key=lambda x: -x[1])[:3])
+  check(free is None or copies * sum(sizes.values()) <= free, f'this run keeps {copies * sum(sizes.values()):,} bytes '
+        f'on {"the host" if copies > 1 or devices[0].platform == "cpu" else "a device"} ({largest}), and '
+        f'{devices[0].device_kind} has {free or 0:,} left; set a smaller model or data.batch_size (where memory is the '
+        'largest, smaller model.memory_* too), or give more devices; --mode=plan counts them without a device')
 
 
 def choose_strategy(p: Parts, devices: list) -> tuple[mesh.Config, str]:

@@ -152,6 +152,7 @@ def parts(config: ml_collections.ConfigDict) -> Parts:
   built = {section: build(section, part, dict(config.get(section, {})))
            for section, part in SECTIONS.items()}
   _check_form(model, built['data'].form)
+  _check_schedule(model, built['data'])
   return Parts(seed=seed, model=model, **built)
 
 
@@ -164,6 +165,19 @@ def _check_form(model: Any, form: str) -> None:
   check(bool(classes) == (form == 'labels'), f'model.num_classes={classes}: with data.form={form!r} '
         + ('must be the number of classes, such as 2' if form == 'labels' else 'must be 0: it guesses '
            'tokens'))
+
+
+def _check_schedule(model: Any, data: stream.Config) -> None:
+  """That the order which is asked for can be kept to."""
+  schedule = getattr(model, 'schedule', 'auto')
+  check(schedule in ('auto', 'sequential') or data.align, f'model.schedule={schedule!r}: is not read with data.align='
+        f"{data.align}, where documents begin anywhere and segments are read one by one; set data.form='segments' "
+        "and data.align=True, or model.schedule='auto'")
+  if schedule == 'parallel' and model.truncate:
+    of_a_row = max(1, data.length // model.segment)
+    check(of_a_row % model.truncate == 0 or model.truncate % of_a_row == 0, f'model.truncate={model.truncate}: must '
+          f"divide the {of_a_row} segments of a row, or be a multiple of them, with model.schedule='parallel'; or "
+          "set 'sequential'")
 
 
 def _check_dependency(model: Any, cuts: Any) -> None:

@@ -118,6 +118,7 @@ class Trainer:
     self.documents = assembly.open_documents(self.a)
     self.checkpoints: Checkpoints = closing(
         assembly.open_checkpoints(self.a.parts, self.folder, read_only=False))
+    assembly.check_fits(self.a)
     state = self.begin()
     # Not before: a config that cannot run must not be what the next run has to agree with.
     processes.together(self.record)

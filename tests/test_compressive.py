@@ -229,9 +229,9 @@ def test_costs_are_what_is_there(variant):
 
 def test_impossible_sizes_are_refused():
   refused = lambda **changes: Compressive.cost(dataclasses.replace(SETTINGS, **changes))
-  with pytest.raises(ConfigError, match=r'segment=8: must be a multiple of model.memory_rate=3'):
+  with pytest.raises(ConfigError, match=r'segment=8: must be a multiple of model.memory_rate=0 \(3 here\).*give both'):
     refused(segment=8)
-  with pytest.raises(ConfigError, match=r'short_term=4: must be a multiple of model.memory_rate=3'):
+  with pytest.raises(ConfigError, match=r'short_term=4: must be a multiple of model.memory_rate=0 \(3 here\)'):
     refused(short_term=4)
   with pytest.raises(ConfigError, match=r'memory_rate=2.5: must be a whole number'):
     refused(rate=2.5)

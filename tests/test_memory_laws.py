@@ -184,6 +184,15 @@ def test_gradients_are_finite_in_the_corners(name, corner):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize('name', ['infini', 'memorizing', 'two stores'])
+def test_gates_begin_at_zero(name):
+  """Half open as a sigmoid, shut as a tanh. At +10, as in public code, no head would hear its own segment."""
+  model = memory_decoder.MemoryDecoder(MODELS[name], rngs=nnx.Rngs(0))
+  gates = [block.gate.get_value() for block in model.blocks if getattr(block, 'gate', None) is not None]
+  assert gates
+  assert not any(np.asarray(gate).any() for gate in gates)
+
+
 def test_what_tokens_carry_is_float32_whatever_the_arithmetic():
   config = dataclasses.replace(CORNER['rmt'], dtype='bfloat16')
   model = memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0))

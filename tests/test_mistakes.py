@@ -350,6 +350,28 @@ def test_a_mistake_in_a_field(tmp_path, capfd, overrides, expected):
   assert not (tmp_path / 'w').exists()   # a mistake leaves no folder behind
 
 
+MEMORY = f'--config={ROOT}/configs/books_memory.py:debug'
+
+
+@pytest.mark.parametrize('overrides, expected', [
+    ('model.schedule=parallel data.align=False', "model.schedule='parallel': is not read with data.align=False"),
+    ('model.schedule=parallel model.truncate=3', 'model.truncate=3: must divide the 4 segments of a row'),
+    ('model.schedule=wavefront', "serves memories of dependency class P2 that all layers have, not infini (P1)"),
+    ('model.long_term=titans model.segment=100 data.length=100', 'model.memory_chunk=0 (64 here): must divide '
+     'model.segment=100, since whole chunks of a segment are learned; set 50'),
+    ('model.long_term=compressive model.short_term=16', 'model.segment=16: must be a multiple of model.memory_rate=0 '
+     '(3 here); every 3 tokens that fall out are kept as one; set model.memory_rate=2'),
+    ('model.long_term=memorizing model.memory_size=2000000000', 'model.memory_* too'),
+])
+def test_a_mistake_about_a_memory(tmp_path, capfd, overrides, expected):
+  args = [f'--config.{override}' for override in overrides.split(' ')]
+  if 'memorizing' in overrides:   # found when its text has been read
+    (tmp_path / 'a.txt').write_text(TEXT)
+    args += ['--config.data.corpus=files', f'--config.data.files={tmp_path}/*.txt', '--config.data.split=contiguous',
+             f'--config.data.cache_dir={tmp_path}/cache', '--config.perplexity.split=train']
+  check_mistake(main, [MEMORY, *args, f'--workdir={tmp_path}/w'], [expected], capfd)
+
+
 @pytest.mark.parametrize('layout', [[], ['--config.mesh.layout=sequence']])
 @pytest.mark.parametrize('config, name', [
     (LSTM, 'lstm'), (LSTM, 'elman'), (LSTM, 'gru'), (LSTM, 'slstm'),

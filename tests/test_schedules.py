@@ -200,9 +200,11 @@ def test_aligned_rows_give_what_rows_of_any_documents_do(name):
     pytest.param('caching behind a window', dict(data=2, seq=4, layout='sequence'),
                  marks=pytest.mark.slow),
     pytest.param('compressive', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
+    pytest.param('memorizing', dict(data=2, seq=4, layout='sequence'), marks=pytest.mark.slow),
+    pytest.param('two stores', dict(data=2, seq=2, model=2, layout='sequence'), marks=pytest.mark.slow),
     *(pytest.param(name, dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)
-      for name in ('rmt', 'memorizing', 'block_recurrent', 'titans mag', 'titans mac',
-                   'titans behind a window', 'ttt'))])
+      for name in ('transformer_xl', 'compressive', 'memory caching', 'rmt', 'memorizing', 'block_recurrent',
+                   'titans mag', 'titans mac', 'titans mal', 'titans alone', 'titans behind a window', 'ttt'))])
 def test_a_mesh_changes_nothing(name, sizes_of_mesh):
   devices = jax.devices()[:int(np.prod([n for n in sizes_of_mesh.values() if isinstance(n, int)]))]
   layout = mesh.make_layout(mesh.Config(**sizes_of_mesh), devices)

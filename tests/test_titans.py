@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from longctx.memory import titans
+from longctx.parallel import aot
 
 erf = np.vectorize(math.erf)
 act = lambda z: z * 0.5 * (1 + erf(z / math.sqrt(2)))
@@ -95,6 +96,21 @@ def by_loops(state, tokens, size, max_norm=1.0):
 
 
 segment = jax.jit(titans.segment, static_argnums=2)
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+def test_no_token_has_weights_of_its_own(depth):
+  """Forward and backward need a few copies of the memory, far from one for each token of a chunk."""
+  C, wide = 64, 64
+  row = lambda *shape: jax.ShapeDtypeStruct((1, 1, *shape), jnp.float32)
+  weights = tuple(row(*shape) for shape in titans.shapes(wide, 4 * wide, depth))
+  tokens = titans.Tokens(*[row(C, wide)] * 3, *[row(C)] * 3, jax.ShapeDtypeStruct((1, 1, C), bool))
+  def loss(state, tokens):
+    y, after = titans.segment(state, tokens, C)
+    return (y ** 2).sum() + sum((x ** 2).sum() for x in jax.tree.leaves(after))
+  compiled = jax.jit(jax.grad(loss, allow_int=True)).lower(titans.State(weights, weights), tokens).compile()
+  of_one = sum(w.size * 4 for w in weights)
+  assert aot.memory_of(compiled).temporary < 16 * of_one < C * of_one / 2
 
 
 def near(got, expected, **tolerance):

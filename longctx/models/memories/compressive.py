@@ -65,8 +65,8 @@ class Compressive(Block):
     fits = min((r for r in range(1, both + 1) if both % r == 0), key=lambda r: (abs(r - rate), r == 1))
     for name, tokens in (('segment', s.segment), ('short_term', s.short_term)):
       check(tokens % rate == 0, f'model.{name}={tokens}: must be a multiple of model.memory_rate='
-            f'{f"0 ({rate} here)" if not s.rate else rate}; every {rate} tokens that fall out are kept as one; set '
-            f'model.memory_rate={fits}')
+            f'{f"0 ({rate} here)" if not s.rate else rate}; every {rate} tokens that fall out are kept as one; '
+            + (f'set model.memory_rate={fits}' if fits > 1 else 'give both a common divisor'))
     heads, pairs = s.num_heads * s.head_dim, 2 * s.num_kv_heads * s.head_dim
     learned = s.variant in ('', CONV)
     flops = 2.0 * slots / s.segment * s.dim * pairs + 4.0 * heads * slots
