@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import small_training
 from longctx import store
+from longctx.data.tasks.token_batches import TASKS, UNSCORED
 from longctx.models import memory_config, memory_decoder
 from longctx.models.memories import MEMORIES
 from tests.compilation import quick_compilation  # noqa: F401
@@ -104,6 +106,31 @@ def test_zeroing_what_it_remembers_changes_the_loss(name):
   config = MODELS[name]
   assert heard == ({'short term'} if config.short_term else set()) | (
       {'none': set(), 'rmt': {'tokens'}}.get(config.long_term, {'long term'}))
+
+
+TRAINED = {'transformer_xl': dict(short_term=8), 'infini': dict(long_term='infini'),
+           'memorizing': dict(long_term='memorizing', memory_size=16, memory_top=4),
+           'armt': dict(long_term='armt', memory_tokens=2, memory_width=16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TRAINED)
+def test_a_trained_memory_is_what_knows(name):
+  """Trained to tell which value came with each of two keys; zeroed before it is asked, it guesses."""
+  task, segment, steps = TASKS['segment_recall'], 2, 150
+  config = memory_config.Config(vocab_size=task.vocab_size, num_layers=2, embed_dim=64, num_heads=2, mlp='gelu',
+                                init_std=0.1, remat='none', segment=segment, **TRAINED[name])
+  programs, rng = small_training.programs(config, segment, steps), np.random.default_rng(0)
+  batches = (task.make(rng, 64, 8) for _ in range(steps))
+  model = nnx.merge(programs.graphdef, small_training.train(programs, batches, steps, 3e-3, 0).params)
+  tokens, targets = task.make(rng, 256, 8)
+  _, state = model(tokens[:, :4], model.init_state(256))
+  asked = targets[:, 4:] != UNSCORED
+  def accuracy(memory):
+    hidden, _ = model(tokens[:, 4:], state._replace(memory=memory))
+    return (np.asarray(model.logits(hidden).argmax(-1)) == targets[:, 4:])[asked].mean()
+  assert accuracy(state.memory) > 0.9
+  assert accuracy(jax.tree.map(jnp.zeros_like, state.memory)) < 0.3
 
 
 def written(state):

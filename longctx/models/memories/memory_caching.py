@@ -15,7 +15,8 @@ a segment's length at a time, makes a memory, and the cached memories alone are 
 y = Attn(x) + rmsnorm(what the cached memories say) W_out.
 
 Source: arXiv:2602.24281; the mathematics: longctx/memory/caching.py.
-Differs: the paper's other backbones are deep memories; beta = sigmoid(x W_beta) does not forget, and
+Differs: the paper's other backbones are deep memories, which are not wrapped, nor are the cells of
+models/recurrent (their state has no reading by a query); beta = sigmoid(x W_beta) does not forget, and
 'delta' and 'linear' have no convolution. The gate's pooled inputs are normed. No window is published.
 Held by: tests/test_models.py, tests/test_memory_caching.py, tests/test_cached_mixer.py,
 tests/test_truncation.py.
