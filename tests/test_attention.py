@@ -89,6 +89,15 @@ def run_kernel(name, q, k, v, start, end, index, *, options=None):
 RUNS = {name: functools.partial(run_kernel, name) for name in KERNELS}
 
 
+def pulled(run, inputs, cotangents):
+  """(run(*inputs), its gradients): one compiled program, where each operation by itself would be one."""
+  @functools.partial(jax.jit, compiler_options={'xla_llvm_disable_expensive_passes': True})
+  def both(inputs, cotangents):
+    out, pull = jax.vjp(run, *inputs)
+    return out, pull(cotangents)
+  return both(inputs, cotangents)
+
+
 @functools.partial(jax.jit, static_argnums=0,
                    compiler_options={'xla_llvm_disable_expensive_passes': True})   # compile faster
 def values_and_gradients(run, qkv, mask, cotangents):
@@ -320,8 +329,7 @@ def test_learned_sink_logits_take_their_share_and_learn(name):
   sink = np.random.RandomState(0).randn(6).astype(np.float32)
   run = lambda sink, *qkv: attention(*qkv, intervals(*mask), scale=SCALE, sink_N=sink,
                                      implementation=name)
-  out, pull = jax.vjp(run, sink, *qkv)
-  dsink, *grads = pull(dout)
+  out, (dsink, *grads) = pulled(run, (sink, *qkv), dout)
   qkv64, sees = [x.astype(np.float64) for x in qkv], oracles.interval_mask(*mask)
   want, _ = oracles.masked_attention(*qkv64, sees, SCALE, sink=sink)
   *want_grads, _, want_sink = oracles.masked_gradients(
@@ -342,13 +350,13 @@ def test_first_tokens_stay_in_sight_of_a_window(name):
   for mask in masks:
     run = lambda *qkv, mask=mask: sequence.one_device(KERNELS[name], True, *qkv, mask,
                                                       Options(scale=SCALE))
-    out, pull = jax.vjp(run, *qkv)
+    found = pulled(run, qkv, cotangents)
     sees = oracles.interval_mask(mask.start_BT, mask.end_BT, mask.index_BT)
     sees |= oracles.interval_mask(mask.sink_start_BT, mask.sink_end_BT, mask.index_BT)
     qkv64 = [x.astype(np.float64) for x in qkv]
     want = oracles.masked_attention(*qkv64, sees, SCALE)
     grads = oracles.masked_gradients(*qkv64, sees, SCALE, *cotangents)[:3]
-    check_close((out, pull(cotangents)), (want, grads), 1e-5)
+    check_close(found, (want, grads), 1e-5)
 
 
 def gradient_temp_bytes(length):
@@ -367,8 +375,8 @@ def test_memory_is_linear_in_length():
 
 def test_auto_takes_tiles_for_long_queries_and_bad_calls_are_refused():
   qkv, mask = arrays(9, 130, 130, 'GQA'), intervals_module.causal(2, 130)
-  auto = attend(*qkv, mask)
-  want = sequence.one_device(Reference(), True, *qkv, mask, Options(scale=SCALE))
+  auto = jax.jit(lambda *qkv: attend(*qkv, mask))(*qkv)
+  want = jax.jit(lambda *qkv: sequence.one_device(Reference(), True, *qkv, mask, Options(scale=SCALE)))(*qkv)
   for a, b in zip(auto, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match='3 query heads must be a multiple of 2'):
@@ -390,8 +398,7 @@ def test_heads_at_once_are_the_definition_too(monkeypatch):
   cotangents = cotangents_of(qkv[0])
   table = biases.T5Buckets(np.random.RandomState(3).randn(6, 8).astype(np.float32), max_distance=20)
   run = lambda *qkv: RUNS['blockwise'](*qkv[:3], *mask, options=Options(scale=SCALE, bias=qkv[3]))
-  out, pull = jax.vjp(run, *qkv, table)
-  *grads, dtable = pull(cotangents)
+  out, (*grads, dtable) = pulled(run, (*qkv, table), cotangents)
   bias = np.asarray([oracle_bias(table, n, np.arange(LENGTH), mask[2][0]) for n in range(6)])
   qkv64, sees = [x.astype(np.float64) for x in qkv], oracles.interval_mask(*mask)
   want = oracles.masked_attention(*qkv64, sees, SCALE, bias=bias)
@@ -415,9 +422,8 @@ def test_tiles_are_chosen_by_length_alike_before_and_after_filling_up(length):
   mask = intervals_module.sliding_window(1, length, 300)
   results = []
   for implementation in ('blockwise', 'reference'):
-    out, pull = jax.vjp(lambda *qkv, name=implementation: attention(
-        *qkv, mask, implementation=name), q, k, v)
-    results.append((out, *pull(dout)))
+    out, grads = pulled(lambda *qkv, name=implementation: attention(*qkv, mask, implementation=name), (q, k, v), dout)
+    results.append((out, *grads))
   for a, b in zip(*results):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
