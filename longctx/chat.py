@@ -237,8 +237,8 @@ class Chat:
   def merge(self, name: str) -> None:
     other = self.reader.another()
     other.restore(self.store.load(name, other.identity), f'context {name!r}')
-    self.changed = True
     self.reader.merge(other)
+    self.changed = True
     self.say(f'{self.name}: remembers {name} too, {self.reader.tokens:,} tokens in all')
 
   def forget(self) -> None:

@@ -230,6 +230,7 @@ def newton_schulz(matrix):
 
 def interval_mask(start, end, k_index):
   """[B, T, S] bool: start[b, t] <= k_index[b, s] < end[b, t]."""
+  start, end, k_index = (np.asarray(x) for x in (start, end, k_index))   # an index of a jax.Array takes 0.1 ms
   sees = np.zeros((*start.shape, k_index.shape[1]), bool)
   for b, t, s in np.ndindex(*sees.shape):
     sees[b, t, s] = start[b, t] <= k_index[b, s] < end[b, t]
