@@ -306,6 +306,7 @@ class Trained(NamedTuple):
   tokenizer: Tokenizer
   model_config: Any
   layout: mesh.Layout
+  step: int
 
 
 def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 'newest',
@@ -324,8 +325,8 @@ def load_for_inference(folder: str, *, use_ema: bool = False, checkpoint: str = 
   if 'eval' in config:   # not in workdirs from before there were tasks
     config.eval.tasks = ()
   a = assemble(config, devices[:seq])
-  _, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
-  return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout)
+  step, params = load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
+  return Trained(a.graphdef, params, a.tokenizer, a.model_config, a.layout, step)
 
 
 def check_writes(model: Any, alone: bool = False) -> None:

@@ -101,9 +101,8 @@ def open_subject(workdir: str, checkpoint: str, use_ema: bool, seq: int, batch_s
   check_range('--model_args seq', seq, low=1)
   from longctx import assembly
   from longctx.evaluation.subject import ModelSubject
-  graphdef, params, tokenizer, _, layout = assembly.load_for_inference(
-      workdir, use_ema=use_ema, checkpoint=checkpoint, seq=seq)
-  return ModelSubject(graphdef, params, tokenizer, layout=layout, batch_size=batch_size,
+  found = assembly.load_for_inference(workdir, use_ema=use_ema, checkpoint=checkpoint, seq=seq)
+  return ModelSubject(found.graphdef, found.params, found.tokenizer, layout=found.layout, batch_size=batch_size,
                       segment=segment)
 
 
@@ -133,6 +132,9 @@ def run(words: list[str]) -> None:
       parser.execute(args)
   except FloatingPointError as e:
     raise ConfigError(str(e)) from e
+  except ImportError as e:
+    raise ConfigError(f'lm_eval: {e}; some of its tasks need more than itself: pip install {e.name or "it"}, or '
+                      "'lm_eval[ruler]' transformers for RULER's") from e
   except ValueError as e:
     if traceback.extract_tb(e.__traceback__)[-1].filename.endswith(CHECKS):
       raise ConfigError(f'lm_eval: {e}') from e
@@ -167,9 +169,14 @@ def given_tokenizer(args: Any) -> Iterator[None]:
     yield
     return
   from longctx.data import tokenizer
+  from longctx.data.tasks import ruler_compat
   from longctx.evaluation import harness_tasks
   from longctx.training import workdir as workdir_lib
   own = tokenizer.load_tokenizer(workdir_lib.load_config(workdir).data.tokenizer)
+  endless = sorted({'ruler', 'ruler_vt'} & set(args.tasks.split(',') if isinstance(args.tasks, str) else args.tasks or ()))
+  check(not endless or 5 * len(own.encode(ruler_compat.NOISE.encode())) <= 400, f'--tasks {",".join(endless)}: lm_eval fits the worked '
+        "example of ruler_vt into 500 tokens, and never ends where this model's tokenizer needs more; write longctx's own: "
+        '--export=DIR --tasks=ruler_vt')
   with tempfile.TemporaryDirectory() as folder:
     if harness_tasks.write_tokenizer(own, folder):
       args.metadata = dict(metadata, tokenizer=folder)

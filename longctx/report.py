@@ -131,6 +131,10 @@ def example_section(looker: Looker, line: dict) -> str:
   """What an example's answer drew on."""
   from longctx.data.tasks.table import TASKS
   from longctx.evaluation import inspect_page, page, report
+  name, who, own = ':'.join(map(str, (line['task'], line['length'], line['index']))), looker.trained.step, looker.f.use_ema
+  check((line['step'], line['use_ema']) == (who, own), f'--examples={name}: was answered by step {line["step"]}, '
+        f'use_ema={line["use_ema"]}, and --checkpoint={looker.f.checkpoint} is step {who}, use_ema={own}; give '
+        f'{"--use_ema" if line["use_ema"] else "--nouse_ema"} and --checkpoint=newest or best, or evaluate this one')
   made = report.remake(line, looker.tokenizer)
   prompt = looker.tokens(made.prompt, line['task'])
   written = looker.write(prompt, made.new_tokens)

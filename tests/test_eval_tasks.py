@@ -152,6 +152,32 @@ def test_an_answer_is_as_long_as_its_own_example_allows(tmp_path):
   assert [len(line['written']) for line in lines] == [line['new_tokens'] for line in lines]
 
 
+class Exactly(Constant):
+  """Refuses what the model would: prompts that are too long together with the room of their longest answer."""
+
+  def generate(self, prompts, max_new_tokens, stops=()):
+    assert max(map(len, prompts)) + max_new_tokens <= self.max_length
+    return super().generate(prompts, max_new_tokens, stops)
+
+
+@pytest.mark.parametrize('task, length', [('mrcr_2', 1300), ('ruler_compat_fwe', 1024)])
+def test_examples_as_long_as_the_model_are_asked_or_counted_each_by_itself(tmp_path, task, length):
+  """Their answers are of different lengths; one in NVIDIA's form may be a token longer than asked for."""
+  subject = Exactly(Bytes(), b'x' * 999)
+  subject.max_length = length
+  cell, = evaluate(subject, tmp_path, tasks=(task,), lengths=(length,), samples=6, too_long='count')
+  lines = lines_of(tmp_path)
+  assert [line['too_long'] for line in lines] == [line['prompt_tokens'] + line['new_tokens'] > length for line in lines]
+  assert cell.too_long == sum(line['too_long'] for line in lines) < 6
+
+
+def test_a_length_that_some_examples_do_not_fit_is_refused_at_the_start(tmp_path):
+  asked = Counted(Constant(Bytes(), b''), 0)
+  with pytest.raises(ConfigError, match=r'niah: length=300: must be at least \d+'):
+    evaluate(asked, tmp_path, tasks=('niah',), lengths=(300,), samples=200)
+  evaluate(Constant(Bytes(), b''), tmp_path, tasks=('passkey', 'niah'), lengths=(320, 384), samples=200)   # README's
+
+
 class Counted:
   """Passes calls on, counts examples, and dies after so many calls."""
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')   # read when lm_eval is imported
 
@@ -322,7 +323,7 @@ def test_results_are_those_of_our_own_scorers(tmp_path, checkpoint):
   (tmp_path / 't' / 'rolling.jsonl').write_text(json.dumps(dict(text=text)))
   found, samples = run(tmp_path, include, 'choice,rolling,copy', '--gen_kwargs=max_gen_toks=5',
                        f'--model_args=workdir={checkpoint},segment=16', '--batch_size=2')
-  graphdef, params, tokenizer, _, layout = assembly.load_for_inference(checkpoint)
+  graphdef, params, tokenizer, _, layout, _ = assembly.load_for_inference(checkpoint)
 
   class Documents:
     lengths, total_tokens = np.array([len(text) + 1]), len(text) + 1
@@ -467,6 +468,16 @@ def test_every_task_can_be_exported(everything, name):
   doc = json.loads((folder / f'{name}_4096.jsonl').read_text())
   made = example.example(name, TASKS[name], Bytes(), length=4096, index=0)
   assert doc['prompt'].encode() == made.prompt and doc['question'] == made.question
+
+
+@pytest.mark.parametrize('tasks', ['ruler', ['niah_single_1', 'ruler_vt']])
+def test_a_task_that_would_never_end_is_refused(monkeypatch, tasks):
+  monkeypatch.setattr(workdir, 'load_config', lambda folder: types.SimpleNamespace(
+      data=types.SimpleNamespace(tokenizer='bytes')))
+  args = types.SimpleNamespace(model='longctx', model_args=dict(workdir='w'), metadata=None, tasks=tasks)
+  with pytest.raises(ConfigError, match=r'^--tasks ruler(_vt)?: lm_eval fits .* --export=DIR --tasks=ruler_vt'):
+    with face.given_tokenizer(args):
+      pass
 
 
 def test_the_tokenizer_that_tasks_count_with_has_our_tokens(tmp_path):

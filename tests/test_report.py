@@ -372,8 +372,9 @@ def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch)
                           layer_loop='unrolled', remat='none', attention='reference')
   graphdef, params = nnx.split(decoder.Decoder(config, rngs=nnx.Rngs(0)))
   monkeypatch.setattr(assembly, 'load_for_inference', lambda *_, **__: assembly.Trained(
-      graphdef, params, Bytes(), config, None))
+      graphdef, params, Bytes(), config, None, line_of()['step']))
   folder = write(tmp_path / 'w', held_out=None, metrics=[], lines=[line_of(length=320)])
+  other = write(tmp_path / 'other', held_out=None, metrics=[], lines=[line_of(length=320, step=1)])
   given = ['report', f'--workdir={folder}', '--pieces=3', '--segment=64']
   assert report.main([*given, '--examples=passkey:320:0', '--answer=right', '--layers=0']) == 0
   outline = Outline((folder / 'report.html').read_text())
@@ -386,6 +387,9 @@ def test_the_face_looks_into_examples_and_prompts(tmp_path, capsys, monkeypatch)
   at = outline.rows.index(['head', 'of its reading'])
   assert {row[0] for row in outline.rows[at + 1:at + 3]} == {'layer 0 attention, head 0',
                                                              'layer 0 attention, head 1'}
+  assert report.main(['report', f'--workdir={other}', '--examples=passkey:320:0', '--answer=right']) == 2
+  assert '--examples=passkey:320:0: was answered by step 1, use_ema=False, and --checkpoint=newest is step' in (
+      capsys.readouterr().err)
   assert report.main([*given, '--examples=passkey:320:0', '--layers=1']) == 2
   assert '--layers=1: must be at least 0 and at most 0' in capsys.readouterr().err
   assert (
@@ -404,7 +408,7 @@ def test_the_face_looks_into_what_was_written_after_a_source(tmp_path, capsys, m
                                      source_length=16, layer_loop='unrolled')
   graphdef, params = nnx.split(encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(0)))
   monkeypatch.setattr(assembly, 'load_for_inference', lambda *_, **__: assembly.Trained(
-      graphdef, params, Bytes(), config.resolved(257), None))
+      graphdef, params, Bytes(), config.resolved(257), None, 0))
   folder = write(tmp_path / 'w', held_out=None, metrics=[], lines=[])
   given = ['report', f'--workdir={folder}']
   assert report.main([*given, '--source=two birds', '--max_new_tokens=3']) == 0

@@ -126,8 +126,10 @@ def main() -> None:
   parser.add_argument('--books', default='', help='text files, a glob')
   parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run after so many')
   parser.add_argument('--workers', type=int, default=0, help='processes; 0: a core each, one on a GPU')
-  parser.add_argument('--out', default=os.path.join(HERE, 'results'))
+  parser.add_argument('--out', default='', help='a folder; else results/ of the cpu tier, results/TIER of others')
   args = parser.parse_args()
+  results = os.path.join(HERE, 'results')   # what the README tells of
+  args.out = args.out or (results if args.tier == 'cpu' else os.path.join(results, args.tier))
   names = lambda text, known, flag: chosen(parser, text, known, flag)
   tier = dict(TIERS[args.tier])
   tier['models'] = names(args.models, roster.NAMES, '--models') or tier['models']
@@ -156,7 +158,7 @@ def main() -> None:
     report = leaderboard.report(rows, len(tier['rates']), command(args))
     print(report, flush=True)
     leaderboard.write(report, rows, args.out, os.path.join(HERE, 'README.md')
-                      if os.path.realpath(args.out) == os.path.join(HERE, 'results') else '')
+                      if args.tier == 'cpu' and os.path.realpath(args.out) == os.path.realpath(results) else '')
 
 
 def of_tier(rows: list[dict], tier: dict, digest: str) -> list[dict]:

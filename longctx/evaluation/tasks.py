@@ -24,6 +24,8 @@ from longctx.evaluation import records, ruler_summary
 from longctx.evaluation.subject import Subject, prompt_tokens
 from longctx.training import processes
 
+SMALL = 1024   # tokens of examples that are all made before the first is asked: thousands a second
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -161,9 +163,12 @@ class _Maker:
           yield [self.make(task, length, index) for index in left[at:at + self.config.batch_size]]
 
   def check_first(self, kept: records.Records) -> None:
-    """ConfigError where a length is too short for a task, or what was answered is no longer what it makes."""
+    """ConfigError where a length is too short for a task, or what was answered is no longer what it makes.
+
+    Examples of one length need not be alike: where it is small one may be too long and the first be not.
+    """
     for task, length, index in self.identities():
-      if index == 0:
+      if index == 0 or length <= SMALL:
         made, line = self.make(task, length, index).made, kept.lines.get((task, length, index))
         check(line is None or line['prompt_sha256'] == _digest(made.prompt), f'{kept.path}: task {task!r} '
               'makes other examples of this seed than when they were answered; remove the file, or give '
@@ -176,9 +181,17 @@ def _digest(text: bytes) -> str:
 
 def _answered(subject: Subject, config: Config, batch: list[Asked]) -> list[dict]:
   """A line for each example of a batch."""
-  if subject.max_length and batch[0].length > subject.max_length:
-    return [_line(config, one, too_long=True, written=None, score=None) for one in batch]
+  most, needs = subject.max_length, lambda one: len(one.tokens) + one.made.new_tokens
+  if most and any(needs(one) > most for one in batch):
+    check(config.too_long == 'count', f'eval.lengths={batch[0].length}: with its answer an example of task '
+          f'{batch[0].task!r} takes {max(map(needs, batch))} tokens, and model.max_length={most}; give eval.lengths='
+          f"{2 * most - max(map(needs, batch))} or eval.too_long='count'")
+    each = [_answered(subject, config, [one]) if needs(one) <= most else
+            [_line(config, one, too_long=True, written=None, score=None)] for one in batch]
+    return [line for lines in each for line in lines]
   room = max(one.made.new_tokens for one in batch)
+  if most and len(batch) > 1 and max(len(one.tokens) for one in batch) + room > most:   # each fits by itself
+    return [line for one in batch for line in _answered(subject, config, [one])]
   written = _written(subject, [one.tokens for one in batch], batch, room)
   lines = [_line(config, one, too_long=False, written=text, score=float(TASKS[one.task].score(text, one.made)))
            for one, text in zip(batch, written)]
