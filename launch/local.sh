@@ -19,6 +19,7 @@ source "$(dirname "$0")/common.sh"
 OPTION=([workdir]='' [platform]=cpu [processes]='' [devices]=2 [restarts]=3 [patience]=30)
 PIDS=()
 SIGNALS=0
+STOPPED=75   # of a run that was asked to stop, and saved
 
 main() {
   read_arguments run "$@"
@@ -56,6 +57,7 @@ attempt() {
     mkdir -p "$logs" || return 2
     port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   fi
+  if ((SIGNALS)); then return 130; fi   # one came between two attempts
   PIDS=()
   for ((i = 0; i < number; i++)); do
     local each=("${ENVIRONMENT[@]}") place=()
@@ -95,7 +97,7 @@ watch_all() {
     local i
     for i in "${!PIDS[@]}"; do if [[ ${PIDS[i]} == "$pid" ]]; then break; fi; done
     unset 'PIDS[i]'
-    if ((code == 0)); then continue; fi
+    if ((code == 0 || (code == STOPPED && SIGNALS))); then continue; fi
     say "process $i of ${OPTION[processes]} (pid $pid) was lost: $(ending "$code"); ending the others"
     if ((i > 0)); then tail -n 5 "$WORKDIR_HERE/logs/process_$i.log" >&2; fi
     local deadline=$((SECONDS + OPTION[patience]))

@@ -66,11 +66,12 @@ start() {
   if running; then die "$(hostname): a run is still going (pid $(cat "$STATE/pid")); stop it first"; fi
   prepare "$@"
   mkdir -p "$STATE"
-  rm -f "$STATE/status" "$STATE/pid"
+  rm -f "$STATE/status" "$STATE/pid" "$STATE/stopping"
   # A session of its own, which outlives the connection, and outlives SIGTERM to tell the run's status,
-  # which is there whole or not at all.
+  # which is there whole or not at all. 75, saved and not finished, is no failure where it was asked for.
   # shellcheck disable=SC2016
   nohup setsid bash -c 'trap : TERM; echo $$ >"$1/pid"; code=0; "${@:2}" || code=$?
+    if [[ $code == 75 && -e $1/stopping ]]; then code=0; fi
     echo "$code" >"$1/status.new"; mv "$1/status.new" "$1/status"' - "$STATE" "${COMMAND[@]}" \
     >"$STATE/log" 2>&1 </dev/null 3>&- &
   until [[ -s $STATE/pid ]]; do sleep 0.1; done
@@ -100,6 +101,7 @@ stop() {
   local pid i
   running || return 0
   pid=$(cat "$STATE/pid")
+  touch "$STATE/stopping"
   pkill -TERM --session "$pid" || true
   for ((i = 0; i < ${STOP_SECONDS:-120}; i++)); do
     running || return 0

@@ -342,11 +342,15 @@ def host_share(a: Assembly) -> tuple[int, int]:
   return a.layout.host_rows(a.parts.data.batch_size)
 
 
+def builders() -> tuple[int, int]:
+  """(index, count): which of the processes that tokenise a corpus together this one is."""
+  return jax.process_index(), jax.process_count()
+
+
 def open_documents(a: Assembly) -> Any:
   """What a run is evaluated on: documents of a split, or rows where examples are learned."""
   if a.parts.data.form in held_out.FORMS:
     return held_out.open_rows(a.parts.data, a.parts.perplexity, a.layout)
-  host, hosts = host_share(a)
-  return stream.open_documents(a.parts.data, a.parts.perplexity.split, host_index=host, num_hosts=hosts)
+  return stream.open_documents(a.parts.data, a.parts.perplexity.split, builders=builders())
 
 

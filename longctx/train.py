@@ -32,6 +32,8 @@ from longctx.training.backoff import Backoff
 from longctx.training.checkpoint import Checkpoints
 
 MODES = ('train', 'eval')
+STOPPED = 75      # exit status of a run that was asked to stop and saved: sysexits.h, EX_TEMPFAIL; try again
+ASK_EVERY = 10.0  # seconds of steps between two questions to all processes whether one was asked to stop
 MAX_RETURNS = 3   # to one checkpoint, by run.rollback_after
 
 
@@ -105,6 +107,7 @@ class Trainer:
     self.programs: dict[int, Any] = {}   # the update, for rows cut into so many
     self.backoff = Backoff()
     self.returns: collections.Counter[int] = collections.Counter()   # {step: how often gone back to}
+    self.asked_at, self.ask_at = (0, time.monotonic()), 0   # (step, seconds); the step to ask at
     self.tokens, self.trained = 0, 0.0   # since the last logged step; seconds of training until then
 
   # The state, and where it goes.
@@ -114,7 +117,7 @@ class Trainer:
     closing = lambda thing: exits.enter_context(contextlib.closing(thing))
     host, hosts = assembly.host_share(self.a)
     self.stream = closing(stream.open_stream(self.a.parts.data, seed=self.a.parts.seed,
-                                             host_index=host, num_hosts=hosts))
+                                             host_index=host, num_hosts=hosts, builders=assembly.builders()))
     self.documents = assembly.open_documents(self.a)
     self.checkpoints: Checkpoints = closing(
         assembly.open_checkpoints(self.a.parts, self.folder, read_only=False))
@@ -200,7 +203,9 @@ class Trainer:
       why = 'lost' if finished else self.stop.name or 'another process was stopped'
       self.say(f'{why}: {f"step {done} could not be saved" if lost else f"saved step {done}"}; the '
                f'same command carries on from {f"step {newest}" if lost else "there"}')
-    return 1 if lost or not written else 0
+    if lost or not written:
+      return 1
+    return 0 if finished else STOPPED
 
   def loop(self, state: step.TrainState, done: int):
     """(state, steps done, evaluation after the last step or None)."""
@@ -213,6 +218,8 @@ class Trainer:
     while done < c.num_steps:
       stop, save_again = self.asked(done)
       if save_again or stop:
+        if alike:
+          alike.check(done, state.params)
         self.save(done, state)
       if stop:
         break
@@ -243,7 +250,7 @@ class Trainer:
       if too_bad and (back := self.roll_back(too_bad[0] - c.rollback_after, state)):
         state, waiting, done = back, None, int(back.step)
         continue
-      if alike and done % c.check_hosts_every == 0:
+      if alike and (done % c.check_hosts_every == 0 or saves):   # none of other bits is saved
         alike.check(done, state.params)
       if evaluates or saves:
         found = self.evaluate(state) if evaluates else None
@@ -286,10 +293,15 @@ class Trainer:
 
   def asked(self, done: int) -> tuple[bool, bool]:
     """Whether a process was asked to stop, and whether a failed save is due again; all answer alike."""
-    if jax.process_count() > 1 and done % self.config.log_every:
+    if jax.process_count() > 1 and done < self.ask_at:
       return False, False
-    own = self.stop.requested, self.backoff.due(self.checkpoints.failing, time.monotonic())
-    return tuple(any(answers) for answers in zip(*processes.gather(own)))
+    now, (before, then) = time.monotonic(), self.asked_at
+    own = (self.stop.requested, self.backoff.due(self.checkpoints.failing, now),
+           (now - then) / max(1, done - before))
+    answers = list(zip(*processes.gather(own)))
+    a_step = max(answers[2][0], 1e-3)   # the first process's, so that all ask at the same step
+    self.asked_at, self.ask_at = (done, now), done + max(1, min(self.config.log_every, int(ASK_EVERY / a_step)))
+    return any(answers[0]), any(answers[1])
 
   def roll_back(self, before: int, state: step.TrainState) -> step.TrainState | None:
     """The newest checkpoint of at most `before` steps, whose run goes on with the data to come.
@@ -303,6 +315,7 @@ class Trainer:
                f'{before + 1} to return to; going on')
       return None
     at = restored.step
+    self.asked_at, self.ask_at = (at, time.monotonic()), at
     self.returns[at] += 1
     check(self.returns[at] <= MAX_RETURNS, f'run.rollback_after={self.config.rollback_after}: has returned to '
           f'step {at} {MAX_RETURNS} times, and other data is no better; lower optimizer.learning_rate='

@@ -201,7 +201,7 @@ def test_failure_while_building_leaves_nothing(tmp_path, monkeypatch):
 
 def test_cache_dir_that_cannot_be_made(tmp_path):
   write(tmp_path, a='one')
-  with pytest.raises(ConfigError, match=r"^data\.cache_dir='.*a\.txt/cache': .*can be written"):
+  with pytest.raises(ConfigError, match=r"^data\.cache_dir='.*a\.txt/cache': .*can be read and written"):
     texts(config_of(tmp_path, cache_dir=str(tmp_path / 'a.txt' / 'cache')))
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import fsspec
 import numpy as np
@@ -118,19 +119,24 @@ def test_a_row_is_one_read_of_its_own_bytes(bucket, tmp_path, monkeypatch):
   s.close()
 
 
-def test_a_bucket_that_fails_for_a_minute(bucket, tmp_path, monkeypatch, pauses, caplog):
+class ServerError(Exception):
+  """Such as gcsfs's own, which is no OSError."""
+
+
+@pytest.mark.parametrize('kind', [OSError, ServerError])
+def test_a_bucket_that_fails_for_a_minute(bucket, tmp_path, monkeypatch, pauses, caplog, kind):
+  """While the corpus is read, while tokens are opened, and while rows are."""
   config = config_of('memory://texts/a/*.txt', 'memory://tokens', threads=0, prefetch=0)
-  straight = batches(config)
-  real, failures = type(bucket).cat_file, iter([True, True, False, True] + [False] * 1000)
+  straight = batches(config_of('memory://texts/a/*.txt', tmp_path, threads=0, prefetch=0))
+  real, failures = type(bucket).cat_file, iter([True, True, False, True] + [False, True] * 1000)
   def flaky(self, *args, **kwargs):
     if next(failures):
-      raise OSError('the network is down')
+      raise kind('the network is down')
     return real(self, *args, **kwargs)
   monkeypatch.setattr(type(bucket), 'cat_file', flaky)
   assert_same(batches(config), straight)
-  assert pauses == [1, 2, 1]
-  assert 'memory://tokens' in caplog.text
-  assert 'the network is down; tried again in 2 s' in caplog.text
+  assert pauses[:3] == [1, 2, 1]
+  assert '/texts/a/' in caplog.text and 'tokens.bin: the network is down; tried again in 1 s' in caplog.text
 
 
 def test_a_bucket_that_is_gone(bucket, tmp_path, monkeypatch, pauses):
@@ -139,14 +145,23 @@ def test_a_bucket_that_is_gone(bucket, tmp_path, monkeypatch, pauses):
   def fail(*args, **kwargs):
     raise OSError('the network is down')
   monkeypatch.setattr(type(bucket), 'cat_file', fail)
-  with pytest.raises(RunError, match=r'tokens\.bin: cannot be read any more: the network is down; once it can'):
+  with pytest.raises(RunError, match=r'tokens\.bin: cannot be reached: the network is down; tried for 127 s. Once it'):
     s.batch(0)
   assert pauses == list(remote.PAUSES)
-  with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': the network is down; check the bucket"):
+  with pytest.raises(RunError, match=r'^memory://tokens: cannot be reached: the network is down'):
     stream.open_documents(config, 'train')
 
 
-@pytest.mark.parametrize('damage', ['truncate', 'no meta', 'torn meta'])
+def test_a_bucket_that_may_not_be_read(bucket, tmp_path, monkeypatch, pauses):
+  def refuse(*args, **kwargs):
+    raise PermissionError(13, 'Permission denied')
+  monkeypatch.setattr(type(bucket), 'cat_file', refuse)
+  with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': Permission denied; check the bucket"):
+    stream.open_documents(config_of('memory://texts/a/*.txt', 'memory://tokens'), 'train')
+  assert pauses == []
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'no meta', 'torn meta', 'no offsets'])
 def test_damage_in_a_bucket_is_built_again(bucket, damage):
   config = config_of('memory://texts/**/*.txt', 'memory://tokens')
   before = texts(config)
@@ -156,6 +171,8 @@ def test_damage_in_a_bucket_is_built_again(bucket, damage):
     bucket.pipe_file(tokens, bucket.cat_file(tokens)[:-2])
   elif damage == 'no meta':
     bucket.rm(meta)
+  elif damage == 'no offsets':
+    bucket.pipe_file(meta.replace('meta.json', 'offsets.npy'), b'')
   else:
     bucket.pipe_file(meta, bucket.cat_file(meta)[:40])
   assert texts(config) == before
@@ -215,6 +232,17 @@ def test_rows_do_not_know_of_parts_built_by_processes(folder, monkeypatch):
   assert accounting(several) == accounting(one)
 
 
+def test_more_parts_than_files_that_may_be_open(folder, small_parts, monkeypatch):
+  config = config_of(folder / 'texts/**/*.txt', folder / 'cache')
+  mapped = batches(config)
+  monkeypatch.setattr(cache, 'MAPPED', 2)
+  files = len(os.listdir('/proc/self/fd'))
+  s = stream.open_stream(config, seed=3)
+  assert_same([s.batch(i) for i in range(6)], mapped)
+  assert len(os.listdir('/proc/self/fd')) <= files + 1
+  s.close()
+
+
 def test_parts_without_text(folder, monkeypatch):
   monkeypatch.setattr(corpus, 'PART', 1)
   for name in list(TEXTS)[3:]:
@@ -237,7 +265,7 @@ def say(path, **kwargs):
   return real(path, **kwargs)
 cache._write = say
 config = stream.Config(corpus='files', files=sys.argv[1], cache_dir=sys.argv[2], build_processes=1)
-d = stream.open_documents(config, 'train', host_index=int(sys.argv[4]), num_hosts=2)
+d = stream.open_documents(config, 'train', builders=(int(sys.argv[4]), 2))
 print(d.content, len(d))
 """
 
@@ -267,7 +295,7 @@ def test_parts_of_a_host_that_does_not_come(bucket, small_parts, monkeypatch, ca
   monkeypatch.setattr(cache, 'POLL', 0.05)
   config = config_of('memory://texts/**/*.txt', 'memory://tokens')
   alone = texts(config_of('memory://texts/**/*.txt', 'memory://others'))
-  assert texts(config, host_index=1, num_hosts=3) == alone
+  assert texts(config, builders=(1, 3)) == alone
   assert 'No part of another process' in caplog.text
 
 
@@ -275,13 +303,48 @@ def test_who_waits_in_a_bucket_takes_what_comes(bucket, small_parts, monkeypatch
   monkeypatch.setattr(cache, 'POLL', 0.05)
   config, found = config_of('memory://texts/**/*.txt', 'memory://tokens'), {}
   def host(i):
-    found[i] = texts(config, host_index=i, num_hosts=3)
+    found[i] = texts(config, builders=(i, 3))
   threads = [threading.Thread(target=host, args=(i,)) for i in range(3)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join(60)
   assert found[0] == found[1] == found[2] == texts(config)
+
+
+ORPHANS = """
+import sys, time
+from longctx.data import cache, corpus, stream
+sys.path.insert(0, sys.argv[3])
+import slow_job
+corpus.PART = 300
+cache._tried = slow_job.sleep
+if __name__ == '__main__':
+  stream.open_documents(stream.Config(corpus='files', files=sys.argv[1], cache_dir=sys.argv[2], build_processes=2), 'train')
+"""
+
+
+def test_builders_end_with_a_parent_that_is_killed(folder):
+  (folder / 'slow_job.py').write_text("""
+import os, pathlib, time
+def sleep(job):
+  (pathlib.Path(__file__).parent / f'builder-{os.getpid()}').write_text('')
+  time.sleep(300)
+""")
+  (folder / 'main.py').write_text(ORPHANS)
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  parent = subprocess.Popen([sys.executable, str(folder / 'main.py'), str(folder / 'texts/**/*.txt'),
+                             str(folder / 'cache'), str(folder)], env=os.environ | {'PYTHONPATH': root})
+  deadline = time.monotonic() + 60
+  while len(found := list(folder.glob('builder-*'))) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  parent.kill()
+  parent.wait()
+  pids = [int(path.name.removeprefix('builder-')) for path in found]
+  while any(os.path.exists(f'/proc/{pid}') for pid in pids):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
 
 
 def killed(job):

@@ -100,7 +100,8 @@ def test_restarts_are_bounded(stand, tmp_path):
   assert len(starts(stand)) == 3
 
 
-@pytest.mark.parametrize('loss, status', [('echo ready; exec sleep 601', 130), (GRACEFUL, 0)])
+@pytest.mark.parametrize('loss, status', [
+    ('echo ready; exec sleep 601', 130), (GRACEFUL, 0), (GRACEFUL.replace('exit 0', 'exit 75'), 0)])
 def test_sigterm_goes_to_all_and_leaves_none_behind(stand, tmp_path, loss, status):
   """Processes that save and leave are a run that ended well, and is not started again."""
   env = os.environ | dict(PATH=f'{tmp_path}/bin:/usr/bin:/bin', PYTHON=str(tmp_path / 'bin/python'), LOSSES='9',
@@ -191,6 +192,15 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
   assert worker(stand, 'stop').returncode == 0
   assert worker(stand, 'state').stdout.split()[1:] == ['exited', '0']
   assert (tmp_path / 'state/log').read_text().endswith('saved\n')
+  # Saved and not finished: no failure where it was asked for, a run to start again where a machine asked.
+  of_machine = 'trap "echo saved; exit 75" TERM; echo ready; while :; do sleep 0.05; done'
+  for ask, status in ((lambda: worker(stand, 'stop'), '0'),
+                      (lambda: subprocess.run(['pkill', '-TERM', '--session', (tmp_path / 'state/pid').read_text().strip()],
+                                              check=True), '75')):
+    assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=of_machine).returncode == 0
+    await_text(tmp_path / 'state/log', 'ready')
+    ask()
+    await_text(tmp_path / 'state/status', status)
   # One that hears nothing.
   assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0',
                 LOSS='trap "" TERM; echo ready; while :; do sleep 0.05; done').returncode == 0

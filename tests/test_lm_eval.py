@@ -475,9 +475,9 @@ def test_a_task_that_would_never_end_is_refused(monkeypatch, tasks):
   monkeypatch.setattr(workdir, 'load_config', lambda folder: types.SimpleNamespace(
       data=types.SimpleNamespace(tokenizer='bytes')))
   args = types.SimpleNamespace(model='longctx', model_args=dict(workdir='w'), metadata=None, tasks=tasks)
-  with pytest.raises(ConfigError, match=r'^--tasks ruler(_vt)?: lm_eval fits .* --export=DIR --tasks=ruler_vt'):
-    with face.given_tokenizer(args):
-      pass
+  with (pytest.raises(ConfigError, match=r'^--tasks ruler(_vt)?: lm_eval fits .* --export=DIR --tasks=ruler_vt'),
+        face.given_tokenizer(args)):
+    pass
 
 
 def test_the_tokenizer_that_tasks_count_with_has_our_tokens(tmp_path):

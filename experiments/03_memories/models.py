@@ -31,7 +31,8 @@ RECALL = {
     'ttt': dict(long_term='ttt'),
 }
 
-# Segments of 64 tokens, the same widths.
+# Segments of 64 tokens, the same widths. Titans' rate is that of short chunks: a mark is met once, and by the
+# default for chunks of 64 (an eighth) it is not learned in 1,000 steps.
 PASSKEY = {
     'gated_delta': dict(name='decoder', layers=('gated_delta',), mixer_conv=1),
     'transformer_xl': dict(short_term=256),
@@ -41,8 +42,8 @@ PASSKEY = {
     'memorizing': dict(long_term='memorizing', memory_size=1024, memory_top=8),
     'rmt': dict(long_term='rmt', memory_tokens=8),
     'armt': dict(long_term='armt', memory_tokens=8, memory_width=16),
-    'titans_mag': dict(long_term='titans', memory_variant='mag', memory_width=64),
-    'titans_mac': dict(long_term='titans', memory_variant='mac', memory_width=64),
+    'titans_mag': dict(long_term='titans', memory_variant='mag', memory_width=64, memory_rate=1.0),
+    'titans_mac': dict(long_term='titans', memory_variant='mac', memory_width=64, memory_rate=1.0),
     'ttt': dict(long_term='ttt'),
 }
 

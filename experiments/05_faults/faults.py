@@ -202,7 +202,7 @@ def promise_is_kept(run: Run, kind: str, victim: int, codes: list[int], key: dic
   """Whether exit statuses and words are those that KINDS has; a majority is needed to name who differs."""
   others = [run.said(i) for i in range(len(run.children)) if i != victim]
   if kind == 'term':
-    return codes == [0] * len(codes) and 'the same command carries on from there' in run.said()
+    return codes == [75] * len(codes) and 'the same command carries on from there' in run.said()
   if kind == 'kill':
     return set(codes) == {75} and all(f'process {victim} is lost' in text for text in others)
   if kind == 'stop':

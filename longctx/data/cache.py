@@ -11,12 +11,14 @@ them is another folder:
 The SEP at the end makes the token behind it the target of every token. All processes that open a split build
 its parts together, and what they make is the same whoever makes it.
 
-On a disk tokens are memory-mapped. A part is built in a folder beside, under a lock, and renamed when whole,
+On a disk the tokens of up to MAPPED parts are memory-mapped, those of more are read when it is their turn, since a
+process may hold only so many files open. A part is built in a folder beside, under a lock, and renamed when whole,
 so that a half-written one is never seen; who finds a part's lock taken goes on to another part.
-In a bucket (data.cache_dir=gs://...) a row's tokens are read when it is their turn. There are no locks:
+In a bucket (data.cache_dir=gs://...) each document's tokens of a row are read when it is its turn. There are no locks:
 process i of n builds every n-th part, meta.json last, and waits for the others' parts; if for QUIET seconds
 none comes, it builds them too.
-A process needs 8 bytes of memory for each document, nothing for its tokens.
+A process needs 8 to 16 bytes of memory for each document, nothing for its tokens (and the order of an epoch's
+rows some more of each: packing.py).
 Held by: tests/test_data_cache.py, tests/test_data_remote.py.
 """
 
@@ -36,6 +38,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -51,6 +54,7 @@ from longctx.errors import ConfigError
 
 FORMAT = 2
 QUIET = 600.0   # seconds without a new part of another process
+MAPPED = 64     # parts: a file each stays open
 POLL = 1.0      # seconds between looks at what others have built
 COUNTS = ('documents', 'empty_documents', 'dropped_copies', 'tokens', 'bytes')
 
@@ -59,7 +63,7 @@ COUNTS = ('documents', 'empty_documents', 'dropped_copies', 'tokens', 'bytes')
 class Part:
   """The tokens of a source's part."""
 
-  tokens: np.ndarray | remote.RemoteArray   # [total + 1], the last one is SEP
+  tokens: Any   # [total + 1], an array or what gives its slices, the last one is SEP
   offsets: np.ndarray   # [documents + 1]
   meta: dict
 
@@ -106,7 +110,7 @@ def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '', *, sh
   """
   sources = source.parts(split)
   place = Bucket(folder) if remote.is_url(folder) else Disk(
-      pathlib.Path(folder).expanduser() if folder else default_folder())
+      pathlib.Path(folder).expanduser() if folder else default_folder(), mapped=len(sources) <= MAPPED)
   jobs = [_Job(place, part, split, tokenizer, len(sources) > 1) for part in sources]
   with place.errors():
     parts = [place.read(job.name) for job in jobs]
@@ -118,6 +122,16 @@ def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '', *, sh
   if not len(cache):
     raise ConfigError(source.explain_empty(split))
   return cache
+
+
+class FileArray:
+  """A file of numbers that is open only while a slice of it is read."""
+
+  def __init__(self, path: pathlib.Path, dtype: str):
+    self.path, self.dtype = path, np.dtype(dtype)
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    return np.fromfile(self.path, self.dtype, part.stop - part.start, offset=part.start * self.dtype.itemsize)
 
 
 class _Job:
@@ -138,6 +152,15 @@ def _tried(job: _Job) -> None:
   job(wait=False)
 
 
+def _end_with(parent: int) -> None:
+  """Ends this process soon after its parent, which may have been killed and not told it."""
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+  threading.Thread(target=watch, daemon=True).start()
+
+
 def _side_by_side(jobs: Sequence[_Job], processes: int) -> None:
   """Does what is missing of them in processes of their own, but for what another process is doing."""
   jobs = [job for job in jobs if job.place.read(job.name) is None]
@@ -147,13 +170,15 @@ def _side_by_side(jobs: Sequence[_Job], processes: int) -> None:
       _tried(job)
     return
   spawn = multiprocessing.get_context('spawn')   # the threads of this one's devices do not survive a fork
-  with futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+  with futures.ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
     try:
-      for done in [pool.submit(_tried, job) for job in jobs]:
+      for done in futures.as_completed([pool.submit(_tried, job) for job in jobs]):
         done.result()
     except BrokenProcessPool as e:
       raise ConfigError(f'data.build_processes={processes}: one of them was killed, as where memory is short; '
                         'choose fewer') from e
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _rotated(jobs: Sequence[_Job], share: tuple[int, int]) -> Sequence[_Job]:
@@ -167,6 +192,7 @@ class Disk:
   """Parts in a folder of a disk, which processes may share."""
 
   root: pathlib.Path
+  mapped: bool = True
 
   @contextlib.contextmanager
   def errors(self) -> Iterator[None]:
@@ -174,7 +200,8 @@ class Disk:
       yield
     except OSError as e:
       room = (': free some space, or set data.cache_dir to another disk' if e.errno == errno.ENOSPC
-              else ': set data.cache_dir to a folder that can be written')
+              else ': let the process open more files (ulimit -n)' if e.errno in (errno.EMFILE, errno.ENFILE)
+              else ': set data.cache_dir to a folder that can be read and written')
       raise ConfigError(f'data.cache_dir={str(self.root)!r}: {e.strerror}{room}') from e
 
   def build_all(self, jobs: Sequence[_Job], share: tuple[int, int], processes: int) -> None:
@@ -194,10 +221,12 @@ class Disk:
         actual = (path / file).stat().st_size
         if actual != size:
           raise ValueError(f'{file} has {actual} bytes instead of {size}')
-      # asarray: the same memory without the slow indexing of the memmap class
-      tokens = np.asarray(np.memmap(path / 'tokens.bin', meta['dtype'], mode='r'))
-      offsets = np.asarray(np.load(path / 'offsets.npy', mmap_mode='r'))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+      if self.mapped:   # asarray: the same memory without the slow indexing of the memmap class
+        tokens = np.asarray(np.memmap(path / 'tokens.bin', meta['dtype'], mode='r'))
+        offsets = np.asarray(np.load(path / 'offsets.npy', mmap_mode='r'))
+      else:
+        tokens, offsets = FileArray(path / 'tokens.bin', meta['dtype']), np.load(path / 'offsets.npy')
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, EOFError) as e:
       logging.warning('The token cache %s is damaged (%s); it is built again.', path, e)
       return None
     return Part(tokens, offsets, meta)
@@ -262,7 +291,7 @@ class Bucket:
       offsets = np.load(io.BytesIO(get('offsets.npy')))
     except FileNotFoundError:
       return None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as e:
       logging.warning('The token cache %s is damaged (%s); it is built again.', self._url(name, ''), e)
       return None
     return Part(remote.RemoteArray(self._url(name, 'tokens.bin'), meta['dtype']), offsets, meta)

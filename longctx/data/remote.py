@@ -6,6 +6,7 @@ Held by: tests/test_data_remote.py.
 """
 
 import dataclasses
+import io
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
@@ -17,6 +18,7 @@ from longctx.errors import ConfigError, RunError
 
 T = TypeVar('T')
 PAUSES = (1, 2, 4, 8, 16, 32, 64)   # seconds
+AHEAD = 1 << 22   # bytes of a corpus that are read at once
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -34,16 +36,22 @@ def file_system(url: str, field: str) -> Any:
 
 
 def patiently(what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-  """call(*args, **kwargs), again after a pause where it fails as a network does."""
-  for pause in PAUSES:
+  """call(*args, **kwargs), again after a pause where it fails as a network does; RunError in the end.
+
+  File systems have errors of their own for that: all are taken for passing but those that say what is wrong.
+  """
+  for pause in (*PAUSES, None):
     try:
       return call(*args, **kwargs)
-    except LASTING:
+    except (*LASTING, ValueError, NotImplementedError, RunError):
       raise
-    except OSError as e:
+    except Exception as e:
+      if pause is None:
+        raise RunError(f'{what}: cannot be reached: {e}; tried for {sum(PAUSES)} s. Once it can, start the same '
+                       'command again, which carries on from the last checkpoint') from e
       logging.warning('%s: %s; tried again in %d s', what, e, pause)
       time.sleep(pause)
-  return call(*args, **kwargs)
+  raise AssertionError
 
 
 def put(fs: Any, path: str, url: str) -> None:
@@ -55,6 +63,32 @@ def put(fs: Any, path: str, url: str) -> None:
     patiently(url, fs.put_file, path, url)
 
 
+class _Ranges(io.RawIOBase):
+  """A file that is read a range at a time."""
+
+  def __init__(self, url: str, size: int):
+    self._url, self._size, self._at = url, size, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    stop = min(self._at + len(buffer), self._size)
+    if stop <= self._at:
+      return 0
+    data = patiently(self._url, file_system(self._url, 'data.files').cat_file, self._url, start=self._at, end=stop)
+    buffer[:len(data)] = data
+    self._at += len(data)
+    return len(data)
+
+
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
   """A file as it was listed."""
@@ -64,7 +98,7 @@ class RemoteFile:
   version: str   # another one for another content
 
   def open(self, mode: str = 'rb') -> BinaryIO:
-    return file_system(self.url, 'data.files').open(self.url, mode)
+    return io.BufferedReader(_Ranges(self.url, self.size), AHEAD)
 
   def __str__(self) -> str:
     return self.url
@@ -92,10 +126,6 @@ class RemoteArray:
 
   def __getitem__(self, part: slice) -> np.ndarray:
     size = self.dtype.itemsize
-    fs = file_system(self.url, 'data.cache_dir')
-    try:
-      data = patiently(self.url, fs.cat_file, self.url, start=int(part.start) * size, end=int(part.stop) * size)
-    except OSError as e:
-      raise RunError(f'{self.url}: cannot be read any more: {e}; once it can, start the same command again, which '
-                     'carries on from the last checkpoint') from e
+    data = patiently(self.url, file_system(self.url, 'data.cache_dir').cat_file, self.url,
+                     start=int(part.start) * size, end=int(part.stop) * size)
     return np.frombuffer(data, self.dtype)

@@ -64,7 +64,7 @@ class Config:
   batch_size: int = 8                # rows of all hosts together
   long_documents: str = 'split'      # longer than a row: 'split', 'trim' or 'drop'
   cache_dir: str = ''                # folder or URL; '' is $XDG_CACHE_HOME/longctx or ~/.cache/longctx
-  build_processes: int = 0           # that tokenise a large corpus, of each host; 0: one a core
+  build_processes: int = 0           # that each process tokenises a large corpus with; 0: one a core
   prefetch: int = 4                  # batches read ahead
   threads: int = 1                   # 0 reads in the calling thread
 
@@ -190,12 +190,15 @@ def _task_examples(config: Config, split: str, seed: int) -> Any:
   return task_stream.Examples(config, load_tokenizer(config.tokenizer), split, seed)
 
 
-def open_documents(config: Config, split: str, *, host_index: int = 0, num_hosts: int = 1) -> Any:
-  """The documents of a split, the same on every host; of tasks, some examples of a seed that is not trained on."""
+def open_documents(config: Config, split: str, *, builders: tuple[int, int] = (0, 1)) -> Any:
+  """The documents of a split; of tasks, some examples of a seed that is not trained on.
+
+  `builders`: (i, n) of n processes that open it together, and tokenise what is not yet.
+  """
   if config.corpus == 'tasks':
     from longctx.data import task_stream
     return task_stream.TaskDocuments(_task_examples(config, split, 0))
-  return Documents(*_open(config, split, (host_index, num_hosts)))
+  return Documents(*_open(config, split, builders))
 
 
 class BatchSource:
@@ -298,15 +301,18 @@ class Stream:
 
 
 def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: int = 0,
-                num_hosts: int = 1) -> Stream:
-  """The batches of a split; tokenises the corpus first if no cache of it is there."""
+                num_hosts: int = 1, builders: tuple[int, int] = (0, 1)) -> Stream:
+  """The batches of a split: the rows of host i of n; tokenises the corpus first if no cache of it is there.
+
+  `builders`: (i, n) of n processes that tokenise together; several may read the same rows.
+  """
   check_range('seed', seed, 0)
   check(config.batch_size % num_hosts == 0, f'data.batch_size={config.batch_size}: must be a '
         f'multiple of the number of hosts, {num_hosts}; each reads an equal share of the rows')
   if not 0 <= host_index < num_hosts:
     raise ConfigError(f'host_index={host_index}: must be in 0..{num_hosts - 1}')
   source, content, tokenizer = open_rows(config, split=split, seed=seed, host_index=host_index,
-                                         num_hosts=num_hosts)
+                                         num_hosts=num_hosts, builders=builders)
   identity = {'content': content, 'tokenizer': tokenizer.fingerprint, 'split': split,
               'seed': seed, 'form': config.form, 'length': config.length,
               'batch_size': config.batch_size, 'long_documents': config.long_documents}
@@ -319,8 +325,8 @@ def open_stream(config: Config, *, split: str = 'train', seed: int, host_index: 
   return Stream(config, source, identity, tokenizer)
 
 
-def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num_hosts: int = 1
-              ) -> tuple[Any, str, Tokenizer]:
+def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num_hosts: int = 1,
+              builders: tuple[int, int] = (0, 1)) -> tuple[Any, str, Tokenizer]:
   """(batches by their index, what identifies their content, the tokenizer) of a split."""
   hosts = dict(host_index=host_index, num_hosts=num_hosts)
   if config.form in EXAMPLES:
@@ -333,7 +339,7 @@ def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num
     from longctx.data import task_stream
     found = _task_examples(config, split, seed)
     return task_stream.TaskSource(config, found, **hosts), found.content, found.tokenizer
-  store, tokenizer = _open(config, split, (host_index, num_hosts))
+  store, tokenizer = _open(config, split, builders)
   rows = BatchSource(config, store, seed=seed, **hosts)
   if config.form == 'masked':
     rows = MaskedRows(rows, tokenizer, config.mask_rate, seed)
