@@ -124,7 +124,16 @@ image() {
 }
 
 submit() {
-  local more=()
+  local more=() left
+  # What an earlier start has left, and has ended, would be taken for this one.
+  if ! $DRY_RUN; then
+    left=$(kubectl get "jobset/${OPTION[name]}" --ignore-not-found '--output=jsonpath={.status.terminalState}') ||
+      die "kubectl cannot tell whether a JobSet ${OPTION[name]} is there, as said above"
+    if [[ -n $left ]]; then
+      say "JobSet ${OPTION[name]}: $left before; it is removed and made again, from the last checkpoint"
+      stop
+    fi
+  fi
   if [[ ${OPTION[xpk]} == true ]]; then
     worker_command
     if [[ ${OPTION[spot]} == true ]]; then more+=(--spot); fi
@@ -142,7 +151,7 @@ submit() {
 
 # follow: the log of process 0, of each attempt's pod, until the JobSet has ended.
 follow() {
-  local ended='' restarts=0 before=0 pod phase last=''
+  local ended='' restarts=0 before=0 pod phase last='' failures=0
   local name_and_phase='{.items[0].metadata.name} {.items[0].status.phase}{"\n"}' log
   log=("--container=$(container)" --follow)
   while [[ -z $ended ]]; do
@@ -159,8 +168,13 @@ follow() {
       kubectl logs "$pod" "${log[@]}" --tail=20 || true
     fi
     last=$pod
-    ended=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.terminalState}')
-    restarts=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.restarts}')
+    if ended=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.terminalState}') &&
+      restarts=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.restarts}'); then
+      failures=0
+    else
+      failures=$((failures + 1)) ended='' restarts=$before
+      ((failures < 10)) || die "kubectl has not answered 10 times; the JobSet may go on: launch/gke.sh log"
+    fi
     if [[ ${restarts:=0} != "$before" ]]; then
       say "restart $restarts of ${OPTION[restarts]}, from the last checkpoint"
     fi

@@ -112,12 +112,23 @@ described() {   # described KIND FIELD: what gcloud says, or ABSENT
   if $DRY_RUN; then
     run gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)"
     echo "${DRY_STATE:-ABSENT}"
-  elif ! gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)" \
-    2>"$TEMPORARY/errors"; then
-    grep -q NOT_FOUND "$TEMPORARY/errors" ||
-      die "gcloud cannot tell the state of ${OPTION[name]}: $(<"$TEMPORARY/errors")"
-    echo ABSENT
+    return
   fi
+  local attempt
+  for attempt in 1 2 3 4 5; do
+    if gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)" \
+      2>"$TEMPORARY/errors"; then
+      return
+    elif grep -q NOT_FOUND "$TEMPORARY/errors"; then
+      echo ABSENT
+      return
+    elif grep -Eq 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT' "$TEMPORARY/errors"; then
+      break
+    fi
+    say "gcloud does not tell the state of ${OPTION[name]} (attempt $attempt of 5): $(tail -n 1 "$TEMPORARY/errors")"
+    sleep "${OPTION[poll]}"
+  done
+  die "gcloud cannot tell the state of ${OPTION[name]}: $(<"$TEMPORARY/errors")"
 }
 
 # ready_slice: makes the slice unless it is there, and waits until it is up.

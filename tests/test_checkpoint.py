@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, whole or not at all, and never the end of a run that could go on."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, RunError
 from longctx.training import checkpoint, manifest
 from longctx.training.checkpoint import Checkpoints, best_of
 
@@ -329,6 +330,26 @@ class TestDamage:
     assert seen['item'] == {1}  # nothing in an item's folder is harmless
     assert seen['_CHECKPOINT_METADATA'] == seen['commit_success.txt'] == {2}
     assert 1 in seen['manifest.json']
+
+  def test_what_cannot_be_read_for_a_moment_is_no_damage(self, folder, warnings, monkeypatch):
+    with Checkpoints(folder, keep_last=2) as c:
+      save(c, 1)
+      save(c, 2)
+    real, failing, slept = manifest._digest, [3], []
+    def flaky(path):
+      if failing[0] > 0:
+        failing[0] -= 1
+        raise OSError(errno.EIO, 'Input/output error')
+      return real(path)
+    monkeypatch.setattr(manifest, '_digest', flaky)
+    monkeypatch.setattr(manifest.time, 'sleep', slept.append)
+    with Checkpoints(folder, keep_last=2) as c:
+      assert_holds(c.restore_newest(abstract(make_state(0))), 2)
+      assert slept and not warnings
+      failing[0] = 10_000
+      with pytest.raises(RunError, match=r'2: .* cannot be read now \(Input/output error\), tried for 63 s; once it'):
+        c.restore_newest(abstract(make_state(0)))
+      assert c.steps() == [1, 2]   # none was put aside
 
   def test_the_warning_names_step_and_reason_and_the_run_saves_that_step_again(
       self, folder, warnings):

@@ -179,6 +179,11 @@ def test_what_gcloud_cannot_tell_ends_it(stand):
   assert done.returncode == 2
   assert calls == [DESCRIBE]
   assert 'gcloud cannot tell the state of longctx: ERROR: PERMISSION_DENIED: not yours' in done.stderr
+  stand.calls_file.unlink()
+  done, calls = tpu(stand, '--check=none', answers=[
+      ('*describe*', 1, 'ERROR: 503 Service Unavailable'), ('*describe*', 1, 'ERROR: PERMISSION_DENIED: not yours')])
+  assert calls == [DESCRIBE, DESCRIBE]   # what passes is asked for again
+  assert 'attempt 1 of 5): ERROR: 503' in done.stderr
 
 
 @pytest.mark.parametrize('action, asked', [
@@ -306,13 +311,14 @@ def gke(stand, *more, answers=()):
 
 GET = 'kubectl get jobset/longctx --output=jsonpath={.status.'
 CREDENTIALS = 'gcloud container clusters get-credentials c --location=z'
+LEFT = 'kubectl get jobset/longctx --ignore-not-found --output=jsonpath={.status.terminalState}'
 WAIT = 'kubectl wait --for=condition=Ready pod,batch.kubernetes.io/job-completion-index=0 --timeout=0s'
 
 
 @pytest.mark.parametrize('end, status', [('Completed', 0), ('Failed', 1)])
 def test_a_jobset_is_submitted_and_followed_over_a_restart(stand, end, status):
   pod = lambda name: ('kubectl get pods*', 0, f'{name} Running')
-  ended = lambda state: ('kubectl get jobset*terminalState*', 0, state)
+  ended = lambda state: ('kubectl get jobset/longctx --output*terminalState*', 0, state)
   count = lambda n: ('kubectl get jobset*restarts*', 0, n)
   done, calls = gke(stand, 'run', answers=[
       pod('first'), ended(''), count(0), pod('second'), ended(''), count(1), pod('second'), ended(end), count(1)])
@@ -320,22 +326,39 @@ def test_a_jobset_is_submitted_and_followed_over_a_restart(stand, end, status):
   look = [c for c in calls if c.startswith('kubectl get pods')][0]
   turn = lambda pod, tail: [WAIT, look, f'kubectl logs {pod} --container=longctx --follow --tail={tail}',
                             f'{GET}terminalState}}', f'{GET}restarts}}']
-  assert calls == [FIT, CREDENTIALS, f'kubectl apply --filename={stand.folder}/longctx.jobset.yaml',
+  assert calls == [FIT, CREDENTIALS, LEFT, f'kubectl apply --filename={stand.folder}/longctx.jobset.yaml',
                    *turn('first', -1), *turn('second', -1), *turn('second', 20)]
   assert yaml.safe_load((stand.folder / 'longctx.jobset.yaml').read_text()) == manifest(stand, '--slice=v5e:4x4')
   assert 'restart 1 of 10' in done.stderr
   assert f'JobSet longctx: {end}' in done.stderr
 
 
+def test_what_an_earlier_start_left_is_removed_and_made_again(stand):
+  done, calls = gke(stand, 'run', '--check=none', answers=[
+      ('kubectl get jobset/longctx --ignore*', 0, 'Failed'), ('kubectl get jobset/longctx --output*terminal*', 0, 'Completed')])
+  assert done.returncode == 0, done.stderr
+  assert [c.split(' ')[1] for c in calls if c.startswith('kubectl')][:3] == ['get', 'delete', 'apply']
+  assert 'JobSet longctx: Failed before; it is removed and made again' in done.stderr
+
+
+def test_a_cluster_that_does_not_answer_for_a_while(stand):
+  ended = lambda status, state: ('kubectl get jobset/longctx --output*terminal*', status, state)
+  done, _ = gke(stand, 'run', '--check=none', answers=[ended(1, '')] * 9 + [ended(0, 'Completed')])
+  assert done.returncode == 0, done.stderr
+  done, _ = gke(stand, 'run', '--check=none', answers=[ended(1, '')] * 10)
+  assert done.returncode == 2
+  assert 'kubectl has not answered 10 times; the JobSet may go on' in done.stderr
+
+
 def test_xpk_submits_and_deletes(stand):
   done, calls = gke(stand, 'run', '--xpk', '--spot', '--check=none',
-                    answers=[('kubectl get jobset*terminalState*', 0, 'Completed')])
+                    answers=[('kubectl get jobset/longctx --output*terminalState*', 0, 'Completed')])
   assert done.returncode == 0, done.stderr
-  assert calls[1] == (
+  assert calls[1:3] == [LEFT, (
       'xpk workload create --workload=longctx --cluster=c --tpu-type=v5litepod-16 --num-slices=1 '
       '--docker-image=registry/longctx:1 --max-restarts=10 --restart-on-user-code-failure --spot --command=cd '
       f'/longctx && GCS_ROOT=/gcs bash launch/worker.sh exec --platform=tpu {CONFIG} '
-      '--workdir=gs://bucket/runs/a --distributed')
+      '--workdir=gs://bucket/runs/a --distributed')]
   done, calls = gke(stand, 'stop', '--xpk')
   assert calls[-1] == 'xpk workload delete --workload=longctx --cluster=c --force'
 

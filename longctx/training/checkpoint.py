@@ -31,7 +31,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from longctx.errors import ConfigError, check, check_range
+from longctx.errors import ConfigError, RunError, check, check_range
 from longctx.training import manifest, named_arrays, processes
 
 TEMPORARY = '.orbax-checkpoint-tmp'  # Orbax's suffix of a checkpoint that is not whole yet
@@ -302,6 +302,8 @@ class Checkpoints:
   def _try_restore(self, step: int, abstract: Any, partial: bool) -> tuple[Restored | None, str]:
     folder = self.directory / str(step)
     fault = processes.first_fault(manifest.fault(folder) if jax.process_index() == 0 else '')
+    if manifest.NOT_NOW in fault:   # another one must not take its place
+      raise RunError(f'{folder}: {fault}, tried for {sum(manifest.PAUSES)} s; once it can, the same command carries on')
     if fault:
       return None, fault
     stream, about, fault = None, None, ''
