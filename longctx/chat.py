@@ -398,7 +398,7 @@ def run(f: flags.FlagValues) -> int:
     from longctx import assembly
     from longctx.inference import reader as r
     from longctx.store import identify
-    graphdef, params, tokenizer, config, layout, _ = assembly.load_for_inference(
+    graphdef, params, tokenizer, config, layout, *_ = assembly.load_for_inference(
         f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint, seq=f.seq)
     assembly.check_writes(config, alone=True)
     reader = r.Reader(

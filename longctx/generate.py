@@ -166,7 +166,7 @@ def run(f: flags.FlagValues) -> None:
   set_compilation_cache('')
   from longctx import assembly
   from longctx.inference import sampling
-  graphdef, params, tokenizer, model_config, layout, _ = assembly.load_for_inference(
+  graphdef, params, tokenizer, model_config, layout, *_ = assembly.load_for_inference(
       f.workdir, use_ema=f.use_ema, checkpoint=f.checkpoint, seq=f.seq)
   assembly.check_writes(model_config)
   source = read_source(f, tokenizer, model_config)

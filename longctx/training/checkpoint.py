@@ -160,7 +160,7 @@ class Checkpoints:
     # Copies: both move on while they are written.
     about = json.loads(json.dumps({'meta': meta, 'types': types, 'validation_loss': loss}))
     self.wait()
-    if step in self.steps():
+    if processes.of_first(step in self.steps()):   # a listing may lag behind on one host
       if not force:
         return True
       self._put_aside(step, REPLACED)
