@@ -19,6 +19,15 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_disable_most_optimizations', True)
 
 
+def pytest_collection_modifyitems(items):
+  """tests/test_ring.py first, in a young process.
+
+  Its rings of three devices hung for ten minutes, or gave NaN, in processes that had run 900 other tests, twice
+  in three runs of the suite, and never in a new one (14,000 calls beside other work). Not understood.
+  """
+  items.sort(key=lambda item: item.path.name != 'test_ring.py')
+
+
 @pytest.fixture
 def optimized():
   """Compiles as in a real run."""
