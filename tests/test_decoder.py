@@ -78,6 +78,7 @@ def test_loops_and_remat_policies_compute_the_same(remat, loop):
                grads, expected_grads)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less(optimized):
   """Peak temp memory of the gradient falls with the policy: full < dots < none."""
   config = decoder.Config(vocab_size=19, num_layers=8, embed_dim=32, num_heads=2,

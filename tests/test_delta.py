@@ -184,6 +184,7 @@ small = functools.partial(Settings, dim=D, num_heads=2, key_dim=4, value_dim=6, 
 tokens = lambda: np.random.default_rng(1).standard_normal((2, 11, D)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_gated_delta_is_the_layer_of_qwen3_next():
   import torch
   from transformers.models.qwen3_next import modeling_qwen3_next as published

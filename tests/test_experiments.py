@@ -64,6 +64,7 @@ def test_recurrences(tmp_path):
   assert '"task"' not in again.stdout   # nothing was done twice
 
 
+@pytest.mark.slow
 def test_what_a_memory_recalls(tmp_path):
   run = [sys.executable, ROOT / 'experiments' / '03_memories' / 'run.py', '--tier=smoke', '--part=recall',
          f'--out={tmp_path}']

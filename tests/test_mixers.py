@@ -47,6 +47,7 @@ def arrays(mixer):
   return found
 
 
+@pytest.mark.slow
 def test_rglru_is_the_block_of_recurrent_gemma():
   import torch
   from transformers.models.recurrent_gemma import modeling_recurrent_gemma as published
