@@ -26,7 +26,7 @@ PARAMETERS, VOCAB = 3_000_000, 257
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def runs(args, tier, done) -> Iterator[tuple[dict, Callable[[], dict]]]:
   for model in args.models or tier['books']:
     if model in models.BOOKS:
       key = dict(model=model, steps=tier['books_steps'], debug=tier['books_debug'])

@@ -25,7 +25,7 @@ SHAPES = ((64, 8, 64, 2), (64, 128, 32, 2), (64, 128, 64, 4), (64, 128, 128, 4),
 ROUNDS = 7
 
 
-def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def runs(args, tier, done) -> Iterator[tuple[dict, Callable[[], dict]]]:
   for kind, order in ORDERS.items():
     if not args.models or kind in args.models:
       for segments, size, dim, layers in tier['forms']:

@@ -20,7 +20,7 @@ RATES = (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 CHUNK, HEAD, KEYS = 64, 16, 8
 
 
-def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def runs(args, tier, done) -> Iterator[tuple[dict, Callable[[], dict]]]:
   if args.models and 'titans' not in {m.split('_')[0] for m in args.models}:
     return
   for rate in RATES:

@@ -35,7 +35,7 @@ def lengths(most: int) -> list[int]:
   return [n for n in (CALL * 4 ** i for i in range(12)) if n <= most]
 
 
-def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def runs(args, tier, done) -> Iterator[tuple[dict, Callable[[], dict]]]:
   for seed in tier['seeds']:
     for rate in tier['passkey_rates']:
       for model in args.models or tier['passkey']:

@@ -5,6 +5,7 @@ segment_rewrite, where each key is written twice and the last value counts). Tra
 8 pairs, drawn anew at each step: memories that meet one number of segments alone forget shorter documents.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import models
@@ -28,16 +29,26 @@ def guess(pairs: int) -> float:
   return 1 / pairs + (1 - 1 / pairs) * TASKS['segment_recall'].chance
 
 
-def runs(args, tier) -> Iterator[tuple[dict, Callable[[], dict]]]:
-  """All models at one rate and seed first, then the rest of the grid."""
-  for seed in tier['seeds']:
-    for rate in tier['rates']:
-      for task in tier['recall_tasks']:
-        for model in args.models or tier['recall']:
-          if model in models.RECALL:
-            key = dict(task=task, model=model, learning_rate=rate, seed=seed,
-                       steps=tier['recall_steps'])
-            yield key, lambda key=key: one(tested=tier['recall_pairs'], **key)
+def runs(args, tier, done) -> Iterator[tuple[dict, Callable[[], dict]]]:
+  """All models at one rate and seed first; then the rest of the grid, a model's runs together: they share
+  their programs. With tier['recall_only_best'] seeds after the first only at the rate that was best with it."""
+  names = [model for model in args.models or tier['recall'] if model in models.RECALL]
+  pairs = list(itertools.product(tier['recall_tasks'], names))
+  (first, *seeds), rates = tier['seeds'], tier['rates']
+
+  def run(task, model, rate, seed):
+    key = dict(task=task, model=model, learning_rate=rate, seed=seed, steps=tier['recall_steps'])
+    return key, lambda: one(tested=tier['recall_pairs'], **key)
+
+  for task, model in pairs:
+    yield run(task, model, rates[0], first)
+  for task, model in pairs:
+    for rate in rates[1:]:
+      yield run(task, model, rate, first)
+    for seed in seeds:
+      mine = [r for r in done if (r['task'], r['model'], r['seed']) == (task, model, first)]
+      for rate in (best_rate(mine),) if tier['recall_only_best'] else rates:
+        yield run(task, model, rate, seed)
 
 
 def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
@@ -63,15 +74,22 @@ def one(task: str, model: str, learning_rate: float, seed: int, steps: int,
               flops_per_token=config.flops_per_token(length(task, TRAINED[-1])), **found)
 
 
+def best_rate(rows: list[dict]) -> float:
+  """Of one task and model: the rate of the best mean accuracy where it was trained, over the seeds that all
+  rates have."""
+  of = lambda rate: {r['seed']: r[f'accuracy_{TRAINED[-1]}'] for r in rows if r['learning_rate'] == rate}
+  rates = sorted({r['learning_rate'] for r in rows})
+  seeds = set.intersection(*(set(of(rate)) for rate in rates))
+  return max(rates, key=lambda rate: np.mean([of(rate)[seed] for seed in seeds]))
+
+
 def best(rows: list[dict], task: str) -> dict[str, list[dict]]:
-  """model -> its rows, a seed each, at the learning rate that did best where it was trained."""
+  """model -> its rows, a seed each, at the best rate; in the order of the models' table."""
   found = {}
-  for model in dict.fromkeys(r['model'] for r in rows if r['task'] == task):
-    mine = [r for r in rows if (r['task'], r['model']) == (task, model)]
-    score = lambda rate, mine=mine: np.mean([r[f'accuracy_{TRAINED[-1]}'] for r in mine
-                                             if r['learning_rate'] == rate])
-    rate = max({r['learning_rate'] for r in mine}, key=score)
-    found[model] = [r for r in mine if r['learning_rate'] == rate]
+  for model in models.RECALL:
+    if mine := [r for r in rows if (r['task'], r['model']) == (task, model)]:
+      rate = best_rate(mine)
+      found[model] = sorted((r for r in mine if r['learning_rate'] == rate), key=lambda r: r['seed'])
   return found
 
 

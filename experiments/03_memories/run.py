@@ -31,10 +31,11 @@ from longctx.parallel import host_memory  # noqa: E402
 PARTS = {'recall': recall, 'passkey': passkey, 'books': books, 'forms': forms,
          'inner_rate': inner_rate}
 
-# The first rate and seed come first, of all models. 'hour': that alone, and four passkeys.
+# The first rate and seed come first, of all models. 'hour': that alone, and four passkeys. 'cpu': of recall the
+# seeds after the first only at the rate that was best with it. 'gpu': all rates with all seeds.
 TIERS = {
     'smoke': dict(
-        seeds=(0,), rates=(3e-3,), recall=('infini',), recall_tasks=('segment_rewrite',),
+        seeds=(0,), rates=(3e-3,), recall_only_best=True, recall=('infini',), recall_tasks=('segment_rewrite',),
         recall_steps=2, recall_pairs=(8,), passkey=('transformer_xl',), passkey_rates=(3e-3,),
         passkey_steps=2, passkey_curriculum=(1,), passkey_segments=64, books=('rmt',),
         books_debug=True, books_steps=6, forms=((4, 16, 32, 2),), inner_chunks=50),
@@ -43,8 +44,9 @@ TIERS = {
         recall_steps=600, recall_pairs=recall.TESTED, passkey=models.PASSKEY,
         passkey_rates=(3e-3, 1e-3), passkey_steps=1000, passkey_curriculum=passkey.CURRICULUM,
         passkey_segments=16_384, books=models.BOOKS, books_debug=False, books_steps=400,
-        forms=forms.SHAPES, inner_chunks=1000),
+        recall_only_best=True, forms=forms.SHAPES, inner_chunks=1000),
 }
+TIERS['gpu'] = TIERS['cpu'] | dict(seeds=(0, 1, 2), recall_only_best=False)
 TIERS['hour'] = TIERS['cpu'] | dict(
     seeds=(0,), rates=(3e-3,), passkey=('infini', 'gated_delta', 'armt', 'titans_mag'),
     passkey_rates=(3e-3,))
@@ -71,7 +73,7 @@ def main() -> None:
     if name != args.part and (args.part or (name == 'books' and not args.books)):
       continue
     path = os.path.join(args.out, f'{name}.jsonl')
-    done = shared.carry_on(path, lambda done, part=part: part.runs(args, TIERS[args.tier]))
+    done = shared.carry_on(path, lambda done, part=part: part.runs(args, TIERS[args.tier], done))
     print(part.table(done), flush=True)
     part.draw(done, os.path.join(args.out, f'{name}.png'))
 
