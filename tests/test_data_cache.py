@@ -6,12 +6,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from longctx.data import cache, stream
+from longctx import progress
+from longctx.data import cache, corpus, stream
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 
@@ -184,6 +186,58 @@ def test_two_processes_build_once(tmp_path):
   outputs = [p.communicate(timeout=120)[0] for p in processes]
   assert outputs == ["[b'one', b'two']\n"] * 2
   assert (tmp_path / 'log').read_text() == 'read\n' * 2  # two documents, once each
+
+
+# Progress.
+
+
+def counted(do):
+  """How often do() says that it goes on."""
+  moves = []
+  with progress.told(lambda: moves.append(1)):
+    do()
+  return len(moves)
+
+
+def test_each_piece_of_a_document_counts(tmp_path, monkeypatch):
+  """One file is one part, however large."""
+  monkeypatch.setattr(corpus, 'CHUNK', 100)
+  write(tmp_path, a='line\n' * 1000)
+  assert counted(lambda: texts(config_of(tmp_path))) >= 50
+  assert counted(lambda: texts(config_of(tmp_path))) == 1   # it is there
+
+
+@pytest.mark.parametrize('grows', [True, False])
+def test_who_waits_moves_with_who_builds(tmp_path, monkeypatch, grows):
+  """Another process has the lock, and its part's files grow, or do not."""
+  monkeypatch.setattr(cache, 'POLL', 0.1)
+  write(tmp_path, a='one')
+  assert texts(config_of(tmp_path)) == ['one']
+  name, = folders(tmp_path)
+  whole, half = tmp_path / 'cache' / name, tmp_path / 'cache' / f'{name}.part-1'
+  whole.rename(half)   # as while it is being built
+  tokens = (half / 'tokens.bin').read_bytes()
+  held, before = threading.Event(), []
+  def build():
+    with cache._locked(whole, wait=False):
+      (half / 'tokens.bin').write_bytes(b'')
+      held.set()
+      for _ in range(10):
+        time.sleep(0.2)
+        if grows:
+          with open(half / 'tokens.bin', 'ab') as file:
+            file.write(b'some')
+      before.append(len(moves))
+      (half / 'tokens.bin').write_bytes(tokens)
+      half.rename(whole)
+  moves, builder = [], threading.Thread(target=build)
+  builder.start()
+  held.wait(60)
+  with progress.told(lambda: moves.append(1)):
+    assert texts(config_of(tmp_path)) == ['one']
+  builder.join()
+  first = 1   # a look at what is there
+  assert before[0] >= first + 3 if grows else before[0] == first
 
 
 def test_failure_while_building_leaves_nothing(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fsspec.registry import known_implementations
 
+from longctx import progress
 from longctx.data import cache, corpus, remote, stream
 from longctx.errors import ConfigError, RunError
 
@@ -345,6 +346,49 @@ def sleep(job):
   while any(os.path.exists(f'/proc/{pid}') for pid in pids):
     assert time.monotonic() < deadline
     time.sleep(0.05)
+
+
+class Job:
+  """A part that its builder never finishes: it moves, or does not."""
+
+  def __init__(self, moves):
+    self.place, self.name, self.moves = self, 'part', moves
+
+  def read(self, name):
+    return None
+
+  def __call__(self, wait):
+    for _ in range(20):
+      time.sleep(0.1)
+      if self.moves:
+        progress.moved()
+
+
+@pytest.mark.parametrize('moves', [True, False])
+def test_what_builders_do_is_heard_before_a_part_is_done(monkeypatch, moves):
+  monkeypatch.setattr(cache, 'POLL', 0.05)
+  heard, began = [], time.monotonic()
+  with progress.told(lambda: heard.append(time.monotonic() - began)):
+    cache._side_by_side([Job(moves), Job(moves)], 2)
+  if moves:
+    assert len(heard) >= 6
+  else:
+    assert 1 <= len(heard) <= 2   # each part, once it is done
+
+
+def test_parts_that_come_are_heard_by_who_waits(bucket, small_parts, monkeypatch):
+  """In a bucket: here they come all at once."""
+  monkeypatch.setattr(cache, 'POLL', 0.05)
+  config, heard = config_of('memory://texts/**/*.txt', 'memory://tokens'), []
+  parts = len(corpus.open_source(config).parts('train'))
+  other = threading.Timer(0.5, lambda: texts(config, builders=(0, 1)))
+  monkeypatch.setattr(cache, '_side_by_side', lambda jobs, processes, real=cache._side_by_side: (
+      real(jobs, processes) if threading.current_thread() is other else None))
+  other.start()
+  with progress.told(lambda: heard.append(1)):
+    texts(config, builders=(1, 10 * parts))
+  other.join()
+  assert len(heard) > 2 * parts   # two looks at all of them, and one thing more
 
 
 def killed(job):

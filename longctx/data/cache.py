@@ -17,6 +17,7 @@ so that a half-written one is never seen; who finds a part's lock taken goes on 
 In a bucket (data.cache_dir=gs://...) each document's tokens of a row are read when it is its turn. There are no locks:
 process i of n builds every n-th part, meta.json last, and waits for the others' parts; if for QUIET seconds
 none comes, it builds them too.
+All along `progress` is told of pieces that are done, here or by those who are waited for.
 A process needs 8 to 16 bytes of memory for each document, nothing for its tokens (and the order of an epoch's
 rows some more of each: packing.py).
 Held by: tests/test_data_cache.py, tests/test_data_remote.py.
@@ -48,6 +49,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from longctx import progress
 from longctx.data import remote
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
@@ -113,15 +115,21 @@ def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '', *, sh
       pathlib.Path(folder).expanduser() if folder else default_folder(), mapped=len(sources) <= MAPPED)
   jobs = [_Job(place, part, split, tokenizer, len(sources) > 1) for part in sources]
   with place.errors():
-    parts = [place.read(job.name) for job in jobs]
+    parts = list(_read(place, jobs))
     if not all(parts):
       place.build_all(jobs, share, processes)
-      parts = [place.read(job.name) for job in jobs]
+      parts = list(_read(place, jobs))
   assert all(parts), [job.name for job, part in zip(jobs, parts) if part is None]
   cache = Cache(parts)
   if not len(cache):
     raise ConfigError(source.explain_empty(split))
   return cache
+
+
+def _read(place: 'Disk | Bucket', jobs: Sequence['_Job']) -> Iterator[Part | None]:
+  for job in jobs:
+    yield place.read(job.name)
+    progress.moved()
 
 
 class FileArray:
@@ -152,8 +160,11 @@ def _tried(job: _Job) -> None:
   job(wait=False)
 
 
-def _end_with(parent: int) -> None:
-  """Ends this process soon after its parent, which may have been killed and not told it."""
+def _begin_builder(parent: int, moves: Any) -> None:
+  """Counts what moves; ends this process soon after its parent, which may have been killed and not told it."""
+  def count():
+    moves.value += 1
+  progress.listen(count)
   def watch():
     while os.getppid() == parent:
       time.sleep(1)
@@ -170,10 +181,18 @@ def _side_by_side(jobs: Sequence[_Job], processes: int) -> None:
       _tried(job)
     return
   spawn = multiprocessing.get_context('spawn')   # the threads of this one's devices do not survive a fork
-  with futures.ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+  moves = spawn.Value('Q', lock=False)   # of two counts at once one is lost, and a killed one holds no lock
+  with futures.ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin_builder,
+                                   initargs=(os.getpid(), moves)) as pool:
     try:
-      for done in futures.as_completed([pool.submit(_tried, job) for job in jobs]):
-        done.result()
+      left, seen = {pool.submit(_tried, job) for job in jobs}, 0
+      while left:
+        done, left = futures.wait(left, POLL, futures.FIRST_COMPLETED)
+        for one in done:
+          one.result()
+        if done or moves.value != seen:
+          seen = moves.value
+          progress.moved()
     except BrokenProcessPool as e:
       raise ConfigError(f'data.build_processes={processes}: one of them was killed, as where memory is short; '
                         'choose fewer') from e
@@ -234,7 +253,7 @@ class Disk:
   def build(self, name: str, write: Callable[[pathlib.Path], dict], wait: bool) -> None:
     """Builds a part, unless it is there, or another process is at it and `wait` is False."""
     try:
-      with _locked(self.root / f'{name}.lock', wait):
+      with _locked(self.root / name, wait):
         if self.read(name):   # another process may have built it while this one waited
           return
         _remove_remains(self.root / name)
@@ -272,6 +291,7 @@ class Bucket:
       still = [job for job in left if self.read(job.name) is None]
       if len(still) < len(left):
         left, since = still, time.monotonic()
+        progress.moved()
       elif time.monotonic() - since > QUIET:
         logging.warning('No part of another process for %d s: the %d that are missing are built here.', QUIET,
                         len(left))
@@ -311,13 +331,34 @@ class Bucket:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, wait: bool) -> Iterator[None]:
-  """Holds an exclusive lock on a file; the system frees it when its process dies.
+  """Holds the exclusive lock of a part, path.lock; the system frees it when its process dies.
 
   BlockingIOError where another process has it and `wait` is False.
   """
-  with open(path, 'w') as file:
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+  written = None
+  with open(f'{path}.lock', 'w') as file:
+    for turn in itertools.count():
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if not wait:
+          raise
+      if turn % 10 == 0:
+        before, written = written, _written(path)
+        if before not in (None, written):
+          progress.moved()
+      time.sleep(POLL / 10)
     yield
+
+
+def _written(path: pathlib.Path) -> int:
+  """Bytes of a part that is being built."""
+  total = 0
+  for file in path.parent.glob(f'{path.name}.part-*/*'):
+    with contextlib.suppress(OSError):   # it has been renamed
+      total += file.stat().st_size
+  return total
 
 
 def _remove_remains(path: pathlib.Path) -> None:
@@ -373,6 +414,7 @@ def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_
           length = put(separator)
         length += put(tokenizer.encode(chunk, name).astype(dtype).tobytes())
         num_bytes += len(chunk)
+        progress.moved()
       if length:
         offsets.append(offsets[-1] + length)
       else:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longctx import progress
 from longctx.data import stream
 from longctx.evaluation import perplexity, records
 from longctx.parallel import mesh
@@ -109,6 +110,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, rows: Any, data: stream.Config
     # Rows after the last are of the next epoch: they are not scored again.
     batch['loss_mask'][max(0, rows.num_rows - i * size - host * size // hosts):] = 0
     nll_BT, right_BT, targets_BT, mask_BT = map(np.asarray, score(params, layout.place(batch, size)))
+    progress.moved()
     where = mask_BT > 0
     each = where.any(axis=1)
     sums += (nll_BT[where].astype(np.float64).sum(), where.sum(), right_BT[where].sum(), each.sum(),

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import errors
+from longctx import errors, progress
 from longctx.evaluation import longppl, result
 from longctx.evaluation import windows as windows_lib
 from longctx.models import attention_layer
@@ -290,6 +290,7 @@ def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib
                                    put(segment.valid_BT))
     if waiting is not None:
       sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
+      progress.moved()
     waiting = segment, nll_BT
   sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
   seconds = time.perf_counter() - start

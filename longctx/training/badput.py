@@ -39,7 +39,7 @@ class Ledger:
   def __init__(self, folder: str, enabled: bool = True):
     self.folder, self.enabled = Path(folder), enabled
     self.phase, self.step = 'start', 0
-    self.moves = 0            # changes of phase or step: who sees the same number twice sees a standstill
+    self.moves = 0            # of phase, of step, within a phase: the same number twice is a standstill
     self._since = time.monotonic()
     self._own = dict.fromkeys(PHASES, 0.0) | {'start': process_seconds()}
     self._trained = 0.0
@@ -70,6 +70,10 @@ class Ledger:
 
   def reach(self, step: int) -> None:
     self.step, self.moves = step, self.moves + 1
+
+  def tick(self) -> None:
+    """What is done goes on, in the same phase and step."""
+    self.moves += 1
 
   def training_seconds(self) -> float:
     """Of this process, in steps and in waiting for their input; lost ones too."""
