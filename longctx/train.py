@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from longctx import assembly, examine, retrofit
+from longctx import assembly, examine, progress, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
@@ -188,7 +188,7 @@ class Trainer:
   def run(self) -> int:
     """0, or 1 where the last state or the result is not on disk."""
     self.ledger = badput.Ledger(self.folder, enabled=self.main)
-    with watchdog.watch(self.folder, self.ledger, self.config.watchdog_seconds):
+    with watchdog.watch(self.ledger, self.config.watchdog_seconds), progress.told(self.ledger.tick):
       with contextlib.ExitStack() as exits:
         exits.callback(self.ledger.write)
         state = self.open(exits)

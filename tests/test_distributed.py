@@ -38,8 +38,8 @@ def text(home):
   return {'files': tiny.write_corpus(home / 'text'), 'cache_dir': str(home / 'cache')}
 
 
-def run_pair(home, name, text, variant='windowed', stop=None, limit=LIMIT, **changes):
-  """Runs two processes to their end; `stop`: the process that gets SIGTERM once steps are made."""
+def run_pair(home, name, text, variant='windowed', stop=None, number=signal.SIGTERM, limit=LIMIT, **changes):
+  """Runs two processes to their end; `stop`: the process that gets a signal once steps are made."""
   arguments = launch.command(home / name, text, variant,
                              run_compilation_cache=str(home / 'xla'), **changes)
   with launch.several(arguments, home / f'{name}.out') as (children, files):
@@ -48,7 +48,7 @@ def run_pair(home, name, text, variant='windowed', stop=None, limit=LIMIT, **cha
       while 'step  4/30' not in files[0].read_text():
         assert time.monotonic() < deadline, files[0].read_text()
         time.sleep(0.005)
-      children[stop].send_signal(signal.SIGTERM)
+      children[stop].send_signal(number)
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
       time.sleep(0.05)
     codes = [child.poll() for child in children]
@@ -115,6 +115,20 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert logged(home / 'stopped') == logged(pair[0])   # bit for bit
   run_alone(home / 'one', text, **CHANGES)             # one process carries on what two began
   assert_close(logged(home / 'one'), logged(pair[0]))
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_killed_process_is_named_by_the_other(home, text, pair, victim):
+  """Without a file of theirs: nothing but the coordinator, which dies with the first, need be shared."""
+  name, other = f'killed_{victim}', 1 - victim
+  began = time.monotonic()
+  codes, outputs = run_pair(home, name, text, stop=victim, number=signal.SIGKILL, **(CHANGES | {'run_num_steps': 30}))
+  print(f'{time.monotonic() - began:.1f} s')
+  assert codes[victim] == -signal.SIGKILL and codes[other] == 75, '\n'.join(outputs)
+  assert re.search(rf'longctx: process {victim} is lost: no sign of it for \d+ s at step \d+, \w+ \(.*, pid \d+\); '
+                   'the run ends, and the same command carries on', outputs[other]), outputs[other]
+  assert re.search(rf'process {other}: step \d+, \w+ \(said this\)', outputs[other])
+  assert not (home / name / 'heartbeats').exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -23,6 +24,7 @@ from longctx import assembly, configuration, train
 from longctx.data import stream
 from longctx.errors import ConfigError
 from longctx.parallel import mesh
+from longctx.training import badput, watchdog
 from longctx.training import step as step_lib
 from longctx.training.checkpoint import Checkpoints
 from tests.compilation import quick_compilation  # noqa: F401
@@ -475,6 +477,32 @@ def test_a_run_does_not_go_back_for_ever(text, tmp_path, monkeypatch):
   poison(monkeypatch, 5)
   with pytest.raises(ConfigError, match=r'run.rollback_after=2: has returned to step 4 3 times, and other'):
     train.run(make_config(text, run_rollback_after=2, run_num_steps=40), str(tmp_path))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_run_of_one_process_that_stands_still_ends(text, tmp_path, capfd, monkeypatch, at_batch):
+  statuses, noticed = [], threading.Event()
+  def leave(status):
+    statuses.append(status)
+    noticed.set()
+    raise SystemExit   # of the thread alone
+  monkeypatch.setattr(watchdog.os, '_exit', leave)
+  at_batch(3, lambda: noticed.wait(60))
+  train.run(make_config(text, run_watchdog_seconds=3, run_num_steps=4), str(tmp_path))
+  assert statuses == [75]
+  said = capfd.readouterr().err
+  assert re.search(r"longctx: run.watchdog_seconds=3: nothing has moved in process 0 for \d s, in 'input'; the run "
+                   'ends, and the same command carries on\nwhere the processes stood:\n  process 0: step 2, input', said)
+  assert 'in next_batch' in said   # where it waits
+  assert [(e['step'], e['what']) for e in events(tmp_path)] == [(2, 'ended')]
+
+
+def test_a_cache_that_is_built_and_an_evaluation_go_on(text, tmp_path, monkeypatch):
+  ticks = []
+  monkeypatch.setattr(badput.Ledger, 'tick', lambda ledger: ticks.append(ledger.phase))
+  new = text | {'cache_dir': str(tmp_path / 'cache')}
+  train.run(make_config(new, run_num_steps=1), str(tmp_path / 'w'))
+  assert ticks.count('start') >= 8 and ticks.count('evaluation') >= 2
 
 
 # Checkpoints.

@@ -16,6 +16,17 @@ from longctx.errors import ConfigError
 _barriers = itertools.count()   # a barrier's name serves once; all processes make the same calls
 
 
+def coordinator() -> Any:
+  """The client of the service that JAX's processes share, with its key-value store; None of a single process.
+
+  jax 0.10 has no public road to it: jax.distributed starts and ends it.
+  """
+  if jax.process_count() == 1:
+    return None
+  from jax._src import distributed
+  return distributed.global_state.client
+
+
 def gather(value: Any) -> list:
   """`value` of every process, in their order; JSON."""
   if jax.process_count() == 1:
