@@ -4,8 +4,8 @@ Held by: tests/test_eval_tasks.py.
 """
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import jax
 from longctx import assembly, files
 from longctx.assembly import Assembly
 from longctx.errors import ConfigError, check
-from longctx.evaluation import report, tasks
+from longctx.evaluation import again, report, tasks
 from longctx.evaluation.subject import ModelSubject
-from longctx.training import manifest, processes, workdir
+from longctx.training import manifest, processes
 
 LOCK_FILE = '.tasks.lock'
+# Of a model's fields those that say how it learns, and change nothing that it answers.
+LEARNS = ('dropout', 'init_std', 'init_uniform', 'remat', 'truncate')
 
 
 def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
@@ -58,10 +60,16 @@ def _about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
   import longctx
   sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()
   use_ema = a.parts.perplexity.use_ema
-  given = json.dumps(workdir.plain(config), sort_keys=True).encode()
-  # A checkpoint may be read by a model of another window or memory, where --allow_config_change says so.
-  model = hashlib.sha256(repr(a.model_config).encode()).hexdigest()[:16]
-  return dict(step=at, use_ema=use_ema, model=model,
+  return dict(step=at, use_ema=use_ema, model=_model(a.model_config),
               checkpoint=hashlib.sha256(sums + str(use_ema).encode()).hexdigest()[:16],
-              config=hashlib.sha256(given).hexdigest()[:16], tokenizer=a.tokenizer.fingerprint[:16],
+              tokenizer=a.tokenizer.fingerprint[:16], **again.about(folder, config),
               versions=dict(longctx=longctx.__version__, jax=jax.__version__))
+
+
+def _model(config: Any) -> str:
+  """The hash of how a model reads.
+
+  A checkpoint may be read by one of another window or memory, where --allow_config_change says so.
+  """
+  fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in LEARNS}
+  return hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:16]

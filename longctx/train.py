@@ -24,7 +24,7 @@ from longctx import assembly, examine, progress, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
-from longctx.evaluation import held_out, perplexity, publish, result
+from longctx.evaluation import again, held_out, perplexity, publish, result
 from longctx.parallel import mesh
 from longctx.training import badput, divergence, optim, processes, step, watchdog, workdir
 from longctx.training import metrics as metrics_lib
@@ -58,13 +58,14 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
   a = assembly.assemble(config)
   # Another window, base or split of the text would be scored without an error.
   workdir.agree(folder, config, allow_config_change, record=False,
-                free=(*workdir.FREE, *workdir.NOT_SCORED))
+                free=workdir.EVALUATED)
   if a.parts.eval.tasks:
     examine.run(a, config, folder, checkpoint)
     return 0
   at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                         checkpoint=checkpoint)
-  return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at) else 1
+  about = again.about(folder, config) if jax.process_index() == 0 else {}
+  return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at, about) else 1
 
 
 def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_out.Result:

@@ -1,20 +1,25 @@
 """Tasks put to subjects, through the whole pipeline: who knows scores 100, who says one thing the floor."""
 
 import dataclasses
+import html
 import json
 import math
+import re
+import shlex
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from longctx import main
+from longctx import assembly, command_line, examine, main
 from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import report, tasks
 from longctx.evaluation.subject import Constant, Oracle
+from longctx.training import workdir
 from tests import test_tasks
 from tests.test_task_ruler_compat import by_hand
 
@@ -142,7 +147,6 @@ def test_what_no_task_reads_is_refused_and_what_one_does_not_read_is_told(tmp_pa
   assert capsys.readouterr().out.startswith(
       "eval.haystack='noise': not read by parity, whose text is their own\n")
   assert {line['task']: line['haystack'] for line in lines_of(tmp_path)} == dict(parity='', passkey='noise')
-  assert '--config.eval.haystack=noise' in report._settings(lines_of(tmp_path))
 
 
 def test_an_answer_is_as_long_as_its_own_example_allows(tmp_path):
@@ -228,6 +232,37 @@ def test_another_evaluation_counts_its_own_lines_alone(tmp_path, change):
   assert evaluate(Counted(constant, 0), tmp_path) == [first]   # all of its lines are still there
 
 
+def test_another_text_at_the_same_path_is_another_evaluation_and_the_same_elsewhere_is_not(tmp_path):
+  text, moved = tmp_path / 'text', tmp_path / 'moved'
+  settings = dict(tasks=('passkey',), lengths=(320,), haystack=str(text), controls=False)
+  text.write_text('Here is a sentence. And another one. ' * 20)
+  moved.write_bytes(text.read_bytes())
+  first, = evaluate(Constant(Bytes(), b''), tmp_path, **settings)
+  old = lines_of(tmp_path)
+  assert evaluate(Counted(Constant(Bytes(), b''), 0), tmp_path, **settings | dict(haystack=str(moved))) == [first]
+  text.write_text('Here is a sentence. And a longer one. ' * 20)
+  asked = Counted(Constant(Bytes(), b''))
+  evaluate(asked, tmp_path, **settings)
+  new = lines_of(tmp_path)[len(old):]
+  assert asked.seen == len(new) == 10 and lines_of(tmp_path)[:10] == old
+  assert {line['digests']['haystack'] for line in old} != {line['digests']['haystack'] for line in new}
+  for before, after in zip(old, new):   # it is the new text that was read
+    assert before['key'] != after['key'] and before['prompt_sha256'] != after['prompt_sha256']
+
+
+def test_what_was_counted_as_too_long_is_asked_where_that_is_an_error(tmp_path):
+  subject = Constant(Bytes(), b' odd')
+  evaluate(subject, tmp_path, too_long='count', controls=False)
+  lines = lines_of(tmp_path)
+  lines[2] |= dict(too_long=True, score=None)
+  (tmp_path / 'tasks.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  counted, = evaluate(Counted(subject, 0), tmp_path, too_long='count', controls=False)
+  assert (counted.count, counted.too_long) == (9, 1)
+  asked = Counted(subject)
+  every, = evaluate(asked, tmp_path, controls=False)
+  assert (every.count, every.too_long, asked.seen) == (10, 0, 1)
+
+
 def test_examples_that_a_task_no_longer_makes_are_refused(tmp_path, monkeypatch):
   evaluate(Constant(Bytes(), b' odd'), tmp_path)
   monkeypatch.setattr(tasks, '_digest', lambda text: 'another')
@@ -284,7 +319,7 @@ def test_mistakes(tmp_path, settings, message):
 RUN = ['--config=tests/programs/tiny.py:lstm', '--config.data.corpus=tasks', "--config.data.tasks=('parity',)",
        '--config.data.files=', '--config.data.split=hash', '--config.data.form=packed',
        '--config.data.length=48', '--config.run.num_steps=2', '--config.run.eval_every=0',
-       '--config.run.checkpoint_every=2', '--config.perplexity.length=48', '--config.perplexity.segment=48']
+       '--config.run.checkpoint_every=2', '--config.optimizer.ema=0.9', '--config.perplexity.length=48', '--config.perplexity.segment=48']
 EVAL = ['--mode=eval', "--config.eval.tasks=('parity','induction')", '--config.eval.lengths=(48,100)',
         '--config.eval.samples=8', '--config.eval.segment=32', '--config.eval.answers']
 
@@ -337,3 +372,70 @@ def test_mistakes_on_the_command_line(trained, capfd, args, message):
   assert main.main(['main', *RUN, '--mode=eval', *args, f'--workdir={trained}']) == 2
   err = capfd.readouterr().err
   assert message in err and err.count('\n') == 1
+
+
+def command_of(folder, kind):
+  """The words of a command in the report, after `python -m`."""
+  text = (folder / 'report.html').read_text()
+  found = re.search(rf'<h3>{kind}</h3>\s*<pre class=command>\n(.*?)</pre>', text, re.DOTALL)
+  words = shlex.split(html.unescape(found[1]))
+  assert words[:4] == ['python', '-m', 'longctx.main', '--config=CONFIG']
+  return words[4:]
+
+
+def parsed(words):
+  """The config of a command line, as JSON."""
+  _, config = command_line.parse_with_config(main.define_flags, ['main', *words])
+  return workdir.plain(config)
+
+
+OVERRIDES = ['--config.perplexity.use_ema', '--config.eval.seed=3', '--config.eval.depths=2',
+             '--config.eval.controls=false', '--config.eval.answers', '--config.eval.batch_size=16',
+             '--config.eval.too_long=count', '--config.perplexity.max_tokens=99', '--config.mesh.layout=single',
+             '--config.model.max_length=2000', '--config.run.num_steps=7',
+             '--allow_config_change=model.max_length']
+
+
+def test_the_printed_command_gives_the_same_config_and_the_same_answers(trained, tmp_path, capfd):
+  folder = tmp_path / 'w'
+  shutil.copytree(trained, folder)
+  for name in ('tasks.jsonl', 'report.html'):
+    (folder / name).unlink(missing_ok=True)
+  (tmp_path / 'text').write_text('Here is a sentence. And another one. ' * 20)
+  given = [*RUN, '--mode=eval', *OVERRIDES, f'--workdir={folder}', "--config.eval.tasks=('passkey',)",
+           '--config.eval.lengths=(320,)', '--config.eval.samples=4', f'--config.eval.haystack={tmp_path}/text']
+  assert main.main(['main', *given]) == 0
+  # CONFIG: a file that gives the run's config.
+  (tmp_path / 'config.py').write_text('from longctx.training import workdir\n'
+                                      f'get_config = lambda: workdir.load_config({str(folder)!r})\n')
+  words = [f'--config={tmp_path}/config.py', *command_of(folder, 'Tasks')]
+  assert parsed(words) == parsed(given)
+  lines = lines_of(folder)
+  assert lines[0]['use_ema'] and lines[0]['overrides']['perplexity.use_ema'] is True
+  capfd.readouterr()
+  assert main.main(['main', *words]) == 0   # answered from what is there
+  assert 'carries on: 1,280 of 1,280' in capfd.readouterr().out and lines_of(folder) == lines
+  (folder / 'tasks.jsonl').unlink()
+  assert main.main(['main', *words]) == 0   # and anew
+  assert [line | dict(overrides=0) for line in lines_of(folder)] == [line | dict(overrides=0) for line in lines]
+  # The same for held-out text.
+  given = [*RUN, '--mode=eval', f'--workdir={folder}', '--config.perplexity.use_ema', '--config.perplexity.max_tokens=99']
+  assert main.main(['main', *given]) == 0
+  report.write(str(folder))
+  words = [f'--config={tmp_path}/config.py', *command_of(folder, 'Held-out text')]
+  assert parsed(words) == parsed(given)
+  assert json.loads((folder / 'evaluation.json').read_text())['overrides'] == {
+      'perplexity.use_ema': True, 'perplexity.max_tokens': 99}
+
+
+@pytest.mark.parametrize('override, same', [
+    ('--config.perplexity.use_ema', False), ('--config.model.layer_norm', False), ('--config.eval.depths=2', False),
+    ('--config.model.dropout=0.5', True), ('--config.perplexity.max_tokens=9', True), ('--config.eval.batch_size=16', True)])
+def test_what_changes_an_answer_is_of_its_key_and_nothing_else(trained, override, same, monkeypatch):
+  """All but the checkpoint and the tokenizer, of which tests above tell."""
+  def key(*more):
+    _, config = command_line.parse_with_config(main.define_flags, ['main', *RUN, "--config.eval.tasks=('passkey',)", *more])
+    a = assembly.assemble(config)
+    about = examine._about(a, config, str(trained), 2)
+    return tasks.settings_key(a.parts.eval, about, {})
+  assert (key() == key(override)) == same

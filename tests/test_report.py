@@ -47,6 +47,7 @@ def line_of(task='passkey', length=512, index=0, score=1.0, written=' 12345', **
       config='def',
       tokenizer='bytes',
       use_ema=False,
+      overrides={'eval.tasks': ['passkey'], 'eval.lengths': [512, 1024], 'eval.samples': 8, 'eval.controls': False},
       versions=dict(longctx='0.1', jax='0.10'),
     )
     | more
@@ -184,14 +185,15 @@ def test_examples_show_the_prompt_its_needle_and_the_answer(made):
 
 
 def test_the_command_makes_the_same_evaluation_again(made):
-  command = made[1].texts['pre'][-2]
+  command, held_out = made[1].texts['pre'][-3:-1]
+  assert held_out.strip().endswith("my <run>' --mode=eval --checkpoint=40")
   for flag in (
     '--mode=eval',
     '--checkpoint=40',
     "--config.eval.tasks=('\"'\"'passkey'\"'\"',)",
     '--config.eval.lengths=(512, 1024)',
     '--config.eval.samples=8',
-    '--config.eval.controls=True',
+    '--config.eval.controls=False',
   ):
     assert flag in command
   assert '"embed_dim"' in made[1].texts['pre'][-1]

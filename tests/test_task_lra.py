@@ -26,7 +26,11 @@ PAPERS = '1.0\tA1\tB2\tWe cite.\tWe are cited.\n0.0\tA3\tB4\tAlone.\tAlone too.\
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('lra')
+  return write_files(tmp_path_factory.mktemp('lra'))
+
+
+def write_files(folder):
+  """All that a folder for `eval.files` may hold; its path."""
   for (split, label), texts in REVIEWS.items():
     where = folder / 'aclImdb' / split / label
     where.mkdir(parents=True)

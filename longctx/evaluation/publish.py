@@ -6,6 +6,8 @@ Held by: tests/test_train.py.
 import io
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -14,10 +16,11 @@ from longctx.training import workdir
 from longctx.training.metrics import refusal_is_told
 
 
-def publish(found: result.Result | held_out.Result, folder: str, at: int) -> bool:
+def publish(found: result.Result | held_out.Result, folder: str, at: int,
+            about: Mapping[str, Any] | None = None) -> bool:
   """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all.
 
-  How many examples are right is a number without a figure.
+  `about`: what evaluation.json tells besides, see again.about. How many examples are right is a number without a figure.
   """
   if jax.process_index() != 0:
     return True
@@ -27,7 +30,7 @@ def publish(found: result.Result | held_out.Result, folder: str, at: int) -> boo
   written = []
   with refusal_is_told(values):
     workdir.atomic_write(values, (json.dumps(
-        dict(step=at, **found.to_json()), indent=2) + '\n').encode())
+        dict(step=at, **(about or {}), **found.to_json()), indent=2) + '\n').encode())
     written.append(values)
   if isinstance(found, held_out.Result):
     return len(written) == 1

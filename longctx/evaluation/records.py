@@ -2,7 +2,7 @@
 
 W/tasks.jsonl grows a batch at a time, each written in one call: after a kill at most its last line is torn,
 and the same evaluation carries on behind it. A line's `key` is the hash of all that its answer depends on but
-the example itself (checkpoint, seed, haystack, ...): lines of another key stay where they are and are not
+the example itself (checkpoint, seed, the haystack's bytes, ...): lines of another key stay where they are and are not
 counted, so that one file may hold several evaluations.
 Held by: tests/test_eval_records.py.
 """

@@ -20,7 +20,7 @@ from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.draw import accuracy, curve, heatmap, position
 from longctx.errors import ConfigError, check
-from longctx.evaluation import page, records, ruler_summary
+from longctx.evaluation import again, page, records, ruler_summary
 from longctx.files import atomic_write
 
 BANDS = 10      # of depth, where depths were drawn and not asked for
@@ -311,7 +311,7 @@ def answer(line: dict) -> str:
 def _held_out(found: dict) -> list[str]:
   if 'modes' not in found:   # rows that are right, see held_out.py
     rows = [[key.replace('_', ' '), f'{value:,.4g}' if isinstance(value, float) else f'{value}']
-            for key, value in found.items() if value is not None]
+            for key, value in found.items() if value is not None and key not in ('config', 'overrides')]
     return [page.table(['measure', 'value'], rows)]
   number = lambda x, digits: '-' if x is None else f'{x:,.{digits}f}'
   rows = [
@@ -325,25 +325,20 @@ def _held_out(found: dict) -> list[str]:
 
 def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) -> list[str]:
   parts = []
-  step = (lines[-1] if lines else held_out or {}).get('step')
-  given = [
-    'python',
-    '-m',
-    'longctx.main',
-    '--config=CONFIG',
-    f'--workdir={folder}',
-    '--mode=eval',
-    *([] if step is None else [f'--checkpoint={step}']),
-    *(_settings(lines) if lines else []),
-  ]
-  if lines or held_out:
-    parts += [page.preformatted(page.text(shlex.join(given)), 'command'), page.paragraph(
-        'CONFIG: the file whose config is printed below.', soft=True)]
+  if lines and 'overrides' not in lines[-1]:
+    parts.append(page.paragraph('The answers to tasks were written before their settings were kept with them: '
+                                'evaluate again to have the command.', soft=True))
+  elif lines:
+    parts += _command('Tasks', config, folder, lines[-1], again.of_tasks(config, lines))
+  if held_out:
+    parts += _command('Held-out text', config, folder, held_out, again.of_held_out(config, held_out))
+  if parts:
+    parts.append(page.paragraph('CONFIG: the file whose config is printed below.', soft=True))
   if lines:
     line = lines[-1]
     rows = [
       [key, json.dumps(line[key]).strip('"')]
-      for key in ('key', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'versions')
+      for key in ('key', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'digests', 'versions')
       if key in line
     ]
     parts.append(page.table(['of the evaluation', 'value'], rows))
@@ -351,17 +346,11 @@ def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) 
   return [*parts, page.details('config.json', page.preformatted(page.text(config_text)))]
 
 
-def _settings(lines: list[dict]) -> list[str]:
-  """The flags of the `eval` section that make these lines."""
-  names = tuple(dict.fromkeys(line['task'] for line in lines))
-  lengths = tuple(dict.fromkeys(line['length'] for line in lines))
-  asked = {line['depth_asked'] for line in lines}
-  first = lines[0]
-  flags = dict(tasks=names, lengths=lengths, samples=1 + max(line['index'] for line in lines),
-               seed=first['seed'], depths=0 if None in asked else len(asked),
-               controls=first.get('control_score') is not None, answers='answer_logprob' in first)
-  # A line has the sources alone that its task reads.
-  flags |= {name: line[name] for line in lines for name in SOURCES if line.get(name)}
-  if any(line['too_long'] for line in lines):
-    flags['too_long'] = 'count'
-  return [f'--config.eval.{name}={value}' for name, value in flags.items()]
+def _command(title: str, config: dict, folder: str, found: dict, flags: dict) -> list[str]:
+  """Of a line or of evaluation.json."""
+  words = again.command(folder, found.get('step'), flags)
+  parts = [f'<h3>{page.text(title)}</h3>', page.preformatted(page.text(shlex.join(words)), 'command')]
+  if not again.is_made_by(config, found):
+    parts.append(page.paragraph('config.json has changed since: give as CONFIG the config that the run had then.',
+                                soft=True))
+  return parts

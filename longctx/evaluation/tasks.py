@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
@@ -75,10 +76,14 @@ def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> 
         'left out, or give a model.max_length that the model can do')
 
 
-def settings_key(config: Config, about: Mapping[str, Any]) -> str:
-  """The hash of all that an answer depends on, the example itself and rounding aside."""
-  parts = [about['checkpoint'], about['model'], about['tokenizer'], config.seed, config.haystack,
-           config.paragraphs, config.files, config.depths, config.controls, config.answers]
+def settings_key(config: Config, about: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+  """The hash of all that an answer depends on, the example itself and rounding aside.
+
+  Files count by what they hold (`digests`, see data/tasks/sources.py) and not by their paths.
+  """
+  given = [f'sha256 {digests[name]}' if name in digests else value for name, value in config.sources().items()]
+  parts = [about['checkpoint'], about['model'], about['tokenizer'], config.seed, *given, config.depths,
+           config.controls, config.answers]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -90,21 +95,26 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
     subject: who answers.
     config: what is asked.
     folder: the workdir, where tasks.jsonl is or will be.
-    about: what each line tells of the model: `checkpoint`, `model` and `tokenizer` identify it.
+    about: what each line tells of the model: `checkpoint`, `model` and `tokenizer` identify it, again.about says with which config.
     lengths: config.lengths, or what stands for them.
   """
   check_lengths(config, lengths, subject.max_length)
   main = jax.process_index() == 0
   for told in config.unread() if main else ():
     print(told, flush=True)
+  sources.forget()
+  digests = processes.of_first(processes.together(
+      lambda: sources.digests(config.tasks, config.sources()) if main else {}))
   kept = processes.together(
-      lambda: records.Records(folder, settings_key(config, about), enabled=main))
+      lambda: records.Records(folder, settings_key(config, about, digests), enabled=main))
   maker = _Maker(subject, config, lengths)
-  done = {tuple(one) for one in processes.of_first([list(one) for one in kept.lines])}
+  # What was counted as too long is an error now, if that is asked for.
+  answered = [list(one) for one, line in kept.lines.items() if config.too_long == 'count' or not line['too_long']]
+  done = {tuple(one) for one in processes.of_first(answered)}
   processes.together(lambda: maker.check_first(kept))
   progress = Progress(maker.tokens(), maker.tokens(done), enabled=main)
   for batch in maker.batches(done):
-    lines = [dict(key=kept.key, **line, **about) for line in _answered(subject, config, batch)]
+    lines = [dict(key=kept.key, **line, digests=digests, **about) for line in _answered(subject, config, batch)]
     processes.together(lambda lines=lines: kept.append(lines))
     progress.update(lines[-1], sum(line['length'] for line in lines))
   progress.close()

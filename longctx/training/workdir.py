@@ -38,6 +38,7 @@ FIXED = ('seed', 'data.form', 'data.length', 'data.source_length', 'data.batch_s
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
 _ABSENT = object()  # a key that one side lacks; None is a value
+EVALUATED = (*FREE, *NOT_SCORED)   # what --mode=eval may change without a word
 
 
 def lock(workdir: str | os.PathLike) -> Lock:
@@ -91,7 +92,7 @@ def leaves(config: dict, prefix: str = '') -> dict[str, Any]:
   return found
 
 
-def _within(key: str, names: Iterable[str]) -> bool:
+def within(key: str, names: Iterable[str]) -> bool:
   """Whether `names` has the key or a section that it is in."""
   return any(key == name or key.startswith(f'{name}.') for name in names)
 
@@ -132,7 +133,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
 def _compare(path: Path, old: dict, new: dict, allowed: list[str], free: Iterable[str]) -> None:
   differing = [key for key in sorted(set(old) | set(new))
                if not _same(old.get(key, _ABSENT), new.get(key, _ABSENT))]
-  refused = [key for key in differing if not _within(key, free)]
+  refused = [key for key in differing if not within(key, free)]
   if refused:
     show = lambda value: 'no such key' if value is _ABSENT else json.dumps(value)
     told = '; '.join(f'{key}: W has {show(old.get(key, _ABSENT))}, you gave '
@@ -146,6 +147,12 @@ def _compare(path: Path, old: dict, new: dict, allowed: list[str], free: Iterabl
                   f'--allow_config_change={remedy}')
     raise ConfigError(f'{path} disagrees with this config: {told}. {". ".join(ways)}; or give '
                       'another workdir')
+
+
+def overrides(workdir: str | os.PathLike, config: Any) -> dict[str, Any]:
+  """The leaves of a config that are not as W/config.json has them, as JSON gives them back."""
+  old = leaves(_read(Path(workdir) / CONFIG_FILE))
+  return {key: value for key, value in leaves(plain(config)).items() if not _same(old.get(key, _ABSENT), value)}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -175,13 +182,14 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
         '(python -m longctx.main --config=... --workdir=... makes one)')
   check(path.exists(), f'--workdir={workdir}: no run was started there (no {CONFIG_FILE}); give '
         'the workdir of a run (python -m longctx.main --config=... --workdir=... makes one)')
-  return ml_collections.ConfigDict(_tuples(_read(path)))
+  return ml_collections.ConfigDict(tuples(_read(path)))
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
+  """What JSON made lists of, as tuples again."""
   if isinstance(value, dict):
-    return {key: _tuples(v) for key, v in value.items()}
-  return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    return {key: tuples(v) for key, v in value.items()}
+  return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _first_line(e: Exception) -> str:

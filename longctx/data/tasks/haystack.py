@@ -42,6 +42,7 @@ WORDS = COMMON.split()
 SENTENCE_END = re.compile(
     '(?:[.!?]|…|؟|।)(?:["\')\\]]|»|”|’)*\\s+|(?:。|！|？)(?:」|』|”|’|）)*\\s*'.encode())
 WORD_END = re.compile(rb'\s+')
+NAMES = ('repeated', 'noise')   # all else is a glob
 STRETCH = 1000   # bytes without a sentence's end, after which a word's end will do
 
 
@@ -63,14 +64,18 @@ def noise(rng: np.random.Generator, size: int) -> bytes:
   return ('. '.join(out) + '. ').encode()
 
 
+def paths(pattern: str) -> list[str]:
+  """The files of a glob, in any file system's order alike."""
+  found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+  check(bool(found), f'eval.haystack={pattern!r}: no file matches; give a glob of text files')
+  return [path for path in found if os.path.isfile(path)]
+
+
 @functools.lru_cache(maxsize=4)
-def _read(pattern: str) -> tuple[bytes, np.ndarray]:
+def read(pattern: str) -> tuple[bytes, np.ndarray]:
   """(the files' text, where its sentences begin)."""
-  # in any file system's order alike
-  paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  check(bool(paths), f'eval.haystack={pattern!r}: no file matches; give a glob of text files')
   try:
-    text = b'\n\n'.join(pathlib.Path(path).read_bytes() for path in paths if os.path.isfile(path))
+    text = b'\n\n'.join(pathlib.Path(path).read_bytes() for path in paths(pattern))
     text.decode('utf-8')
   except OSError as e:
     raise ConfigError(f'eval.haystack={pattern!r}: {e.filename}: {e.strerror}') from e
@@ -88,7 +93,7 @@ def _read(pattern: str) -> tuple[bytes, np.ndarray]:
 
 def real(pattern: str, rng: np.random.Generator, size: int) -> bytes:
   """At least `size` bytes of the files, by name, from a sentence anywhere; round and round."""
-  text, starts = _read(pattern)
+  text, starts = read(pattern)
   start = int(starts[rng.integers(len(starts))])
   around = text[start:start + size + 4]
   while len(around) < size + 4:

@@ -40,6 +40,7 @@ from longctx.errors import ConfigError, check
 CIFAR = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 GREY = (0.2989, 0.5870, 0.1140)
 PIXELS, COLOURS = 1024, 3
+PATHFINDER = 'pathfinder32/curv_contour_length_14'
 
 
 class Items(NamedTuple):
@@ -53,6 +54,7 @@ class Kind(NamedTuple):
   """A task over files."""
 
   open: Callable[[pathlib.Path, str], Items]   # folder, 'train' or 'test'
+  paths: Callable[[pathlib.Path, str], list[pathlib.Path]]   # the files that `open` and its items read
   head: bytes
   question: bytes
   labels: tuple[str, ...]
@@ -67,9 +69,16 @@ def _there(folder: pathlib.Path, *names: str) -> pathlib.Path:
                     'in which it is, see longctx/data/tasks/lra.py')
 
 
+REVIEWS = (('neg', 'negative'), ('pos', 'positive'))
+
+
+def _review_paths(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+  return [path for part, _ in REVIEWS for path in _there(folder, f'aclImdb/{split}/{part}').glob('*.txt')]
+
+
 def _reviews(folder: pathlib.Path, split: str) -> Items:
   found = []
-  for part, label in (('neg', 'negative'), ('pos', 'positive')):
+  for part, label in REVIEWS:
     with os.scandir(_there(folder, f'aclImdb/{split}/{part}')) as entries:
       found += sorted((one.path, one.stat().st_size, label) for one in entries
                       if one.name.endswith('.txt'))
@@ -126,21 +135,24 @@ class _Arrays(pickle.Unpickler):
     raise pickle.UnpicklingError(f'{module}.{name} has no place in it')
 
 
-def _pictures(folder: pathlib.Path, split: str) -> Items:
+def _picture_paths(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
   where = _there(folder, 'cifar-10-batches-bin', 'cifar-10-batches-py')
   names = ['test_batch'] if split == 'test' else [f'data_batch_{i}' for i in range(1, 6)]
+  return [_there(where, name + ('.bin' if where.name.endswith('-bin') else '')) for name in names]
+
+
+def _pictures(folder: pathlib.Path, split: str) -> Items:
   labels, pixels = [], []
-  for name in names:
-    if where.name.endswith('-bin'):
-      rows = np.frombuffer(_there(where, f'{name}.bin').read_bytes(), np.uint8)
+  for path in _picture_paths(folder, split):
+    if path.suffix == '.bin':
+      rows = np.frombuffer(path.read_bytes(), np.uint8)
       row = 1 + COLOURS * PIXELS
-      check(rows.size % row == 0, f'{where / name}.bin: has {rows.size} bytes, not a multiple of '
+      check(rows.size % row == 0, f'{path}: has {rows.size} bytes, not a multiple of '
             f'{row}; fetch it again')
       rows = rows.reshape(-1, row)
       labels.append(rows[:, 0])
       pixels.append(rows[:, 1:])
       continue
-    path = _there(where, name)
     try:
       with path.open('rb') as file:
         batch = _Arrays(file, encoding='bytes').load()
@@ -153,17 +165,29 @@ def _pictures(folder: pathlib.Path, split: str) -> Items:
                lambda i: (grey(pixels[i].reshape(COLOURS, PIXELS)), CIFAR[labels[i]]))
 
 
-def _paths(folder: pathlib.Path, split: str) -> Items:
-  where = _there(folder, 'pathfinder32/curv_contour_length_14')
-  rows = []
+def _metadata(folder: pathlib.Path) -> list[pathlib.Path]:
   by_number = lambda path: (len(path.name), path.name)
-  for path in sorted(_there(where, 'metadata').glob('*.npy'), key=by_number):
+  return sorted(_there(folder, f'{PATHFINDER}/metadata').glob('*.npy'), key=by_number)
+
+
+def _path_paths(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+  return [*_metadata(folder), *(path for path, _ in _path_images(folder, split))]
+
+
+def _path_images(folder: pathlib.Path, split: str) -> list[tuple[pathlib.Path, int]]:
+  """The images of a split that hold something, with whether there is a path."""
+  where, rows = _there(folder, PATHFINDER), []
+  for path in _metadata(folder):
     rows += [line.split() for line in path.read_text().splitlines() if line]
   check(bool(rows), f"{where / 'metadata'}: holds no line of any *.npy; make the images anew")
   count = len(rows)
   rows = rows[:count * 8 // 10] if split == 'train' else rows[count * 9 // 10:]
   kept = [(where / row[0] / row[1], int(row[3])) for row in rows]
-  kept = [(path, label) for path, label in kept if _there(path.parent, path.name).stat().st_size]
+  return [(path, label) for path, label in kept if _there(path.parent, path.name).stat().st_size]
+
+
+def _paths(folder: pathlib.Path, split: str) -> Items:
+  kept = _path_images(folder, split)
   return Items(np.full(len(kept), PIXELS), lambda i: (_png(kept[i][0]), ('no', 'yes')[kept[i][1]]))
 
 
@@ -177,25 +201,34 @@ def _png(path: pathlib.Path) -> bytes:
 
 YES_NO = ('no', 'yes')
 PICTURE = b'The grey values of a picture, 32 rows of 32:\n'
+PAIRS, LISTS = 'tsv_data/new_aan_pairs.{}.tsv', 'listops-1000/basic_{}.tsv'
 KINDS = {
-    'lra_text': Kind(_reviews, b'A review of a film:\n', b'\nIs it positive or negative? It is',
+    'lra_text': Kind(_reviews, _review_paths, b'A review of a film:\n', b'\nIs it positive or negative? It is',
                      ('negative', 'positive')),
     'lra_retrieval': Kind(lambda folder, split: _lines(
-        _there(folder, f'tsv_data/new_aan_pairs.{split}.tsv'), 0, _two_papers), b'Two papers.\n',
+        _there(folder, PAIRS.format(split)), 0, _two_papers),
+                          lambda folder, split: [_there(folder, PAIRS.format(split))], b'Two papers.\n',
                           b'\nDoes one cite the other?', YES_NO),
     'lra_listops': Kind(lambda folder, split: _lines(
-        _there(folder, f'listops-1000/basic_{split}.tsv'), 1, _lists),
+        _there(folder, LISTS.format(split)), 1, _lists),
+                        lambda folder, split: [_there(folder, LISTS.format(split))],
                         listops.HEAD, listops.QUESTION, tuple('0123456789')),
-    'lra_image': Kind(_pictures, PICTURE, b'\nIt shows a', CIFAR),
-    'lra_pathfinder': Kind(_paths, PICTURE, b'\nDoes a path join the two dots?', YES_NO),
+    'lra_image': Kind(_pictures, _picture_paths, PICTURE, b'\nIt shows a', CIFAR),
+    'lra_pathfinder': Kind(_paths, _path_paths, PICTURE, b'\nDoes a path join the two dots?', YES_NO),
 }
 
 
 @functools.lru_cache(maxsize=8)
-def _items(name: str, files: str, split: str) -> Items:
-  items = KINDS[name].open(pathlib.Path(files).expanduser(), split)
-  check(len(items.sizes) > 0, f'{name}: eval.files={files!r}: has no item of its {split} set')
-  return items
+def items(name: str, files: str, split: str) -> Items:
+  found = KINDS[name].open(pathlib.Path(files).expanduser(), split)
+  check(len(found.sizes) > 0, f'{name}: eval.files={files!r}: has no item of its {split} set')
+  return found
+
+
+def paths(name: str, folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of the folder that a task of TASKS reads."""
+  kind = name.removesuffix('_train')
+  return KINDS[kind].paths(folder, 'test' if kind == name else 'train')
 
 
 @functools.lru_cache(maxsize=32)
@@ -209,26 +242,26 @@ def make(draw: Draw, name: str, split: str) -> Example:
   kind, full = KINDS[name], name if split == 'test' else f'{name}_{split}'
   check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files; for lm_eval, --files) to '
         'the folder that holds them, see longctx/data/tasks/lra.py')
-  items = _items(name, draw.files, split)
+  held = items(name, draw.files, split)
   new_tokens = 1 + max(map(len, kind.labels))
   # In bytes, of which no tokenizer makes more tokens: the same items for all.
   around = 1 + new_tokens + len(kind.head) + len(kind.question)
-  fitting = np.flatnonzero(items.sizes + around <= draw.length)
+  fitting = np.flatnonzero(held.sizes + around <= draw.length)
   check(len(fitting) > 0, f'{full}: length={draw.length}: must be at least '
-        f'{around + items.sizes.min()}, for its shortest item; with {around + items.sizes.max()} '
+        f'{around + held.sizes.min()}, for its shortest item; with {around + held.sizes.max()} '
         'all fit')
   turn, at = divmod(draw.index, len(fitting))
   check(turn == 0 or split == 'train', f'{full}: example {draw.index}: only {len(fitting)} items '
         f'of at most {draw.length} bytes are there, each once; set eval.samples to at most '
         'that, or a greater length')
   order = _order(full, draw.length, draw.seed, turn, len(fitting))
-  body, label = items.read(int(fitting[order[at]]))
+  body, label = held.read(int(fitting[order[at]]))
   prompt, _ = fit.filled(draw, lambda part: part + kind.head + body + kind.question,
                          listops.dots(draw), new_tokens, full)
   return Example(
       prompt=prompt, question=len(prompt) - len(kind.question), target=f' {label}'.encode(),
       references=(label,), new_tokens=new_tokens,
-      info=dict(fit=len(fitting), of=len(items.sizes)))
+      info=dict(fit=len(fitting), of=len(held.sizes)))
 
 
 # Of the Transformer of the paper's table 1, with the tokens it reads.

@@ -92,15 +92,20 @@ def _hotpot(data: list[dict[str, Any]], number: _Numbers) -> list[Question]:
   return out
 
 
+def paths(pattern: str) -> list[str]:
+  """The files of a glob, in any file system's order alike."""
+  found = [path for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+           if os.path.isfile(path)]
+  check(bool(found), f'eval.paragraphs={pattern!r}: no file matches; give SQuAD or HotpotQA JSON '
+        'files')
+  return found
+
+
 @functools.lru_cache(maxsize=4)
 def read(pattern: str, kind: str) -> Paragraphs:
   """The files of one kind, 'SQuAD' or 'HotpotQA', among those that a glob names."""
-  paths = [path for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-           if os.path.isfile(path)]
-  check(bool(paths), f'eval.paragraphs={pattern!r}: no file matches; give SQuAD or HotpotQA JSON '
-        'files')
   number, questions = _Numbers(), []
-  for path in paths:
+  for path in paths(pattern):
     try:
       with open(path, encoding='utf-8') as f:
         data = json.load(f)

@@ -1,0 +1,59 @@
+"""What makes an evaluation again: from the config of a run and what an evaluation kept of its own."""
+
+import json
+
+import ml_collections
+import pytest
+
+from longctx import configuration
+from longctx.evaluation import again
+from longctx.training import workdir
+
+RUN = workdir.plain(configuration.base('decoder'))
+
+
+def line(task='passkey', length=512, index=0, too_long=False, **overrides):
+  given = {name.replace('__', '.'): value for name, value in overrides.items()}
+  return dict(task=task, length=length, index=index, too_long=too_long, overrides=given)
+
+
+def test_what_is_kept_is_what_differs_and_its_hash_is_that_of_all(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(RUN))
+  config = configuration.base('decoder')
+  assert again.about(str(tmp_path), config) == dict(config=again.digest(RUN), overrides={})
+  config.eval.tasks, config.perplexity.use_ema, config.model.window = ('parity',), True, (12,)
+  found = again.about(str(tmp_path), config)
+  assert found['overrides'] == {'eval.tasks': ['parity'], 'perplexity.use_ema': True, 'model.window': [12]}
+  assert again.is_made_by(RUN, found) and not again.is_made_by(RUN | dict(seed=1), found)
+  other = ml_collections.ConfigDict(workdir.tuples(RUN))
+  assert again.digest(other) == again.digest(RUN) != found['config']
+
+
+def test_what_only_an_allowed_change_may_be_is_allowed_by_the_command():
+  words = again.command('w', 7, {'eval.tasks': ['a'], 'model.window': [12], 'data.files': 'x y', 'seed': 3})
+  assert words[3:] == ['--config=CONFIG', '--workdir=w', '--mode=eval', '--checkpoint=7',
+                       '--allow_config_change=model.window,data.files', "--config.eval.tasks=('a',)",
+                       '--config.model.window=(12,)', '--config.data.files=x y', '--config.seed=3']
+  assert again.command('w', None, {})[3:] == ['--config=CONFIG', '--workdir=w', '--mode=eval']
+
+
+ASKED = dict(eval__tasks=['passkey', 'niah'], eval__samples=3)
+
+
+@pytest.mark.parametrize('lines, changed', [
+    # As it was asked, and of one that was killed.
+    ([line(length=RUN['data']['length'], index=i, **ASKED) for i in range(3)], {}),
+    # Asked before: another task, length and more samples.
+    ([line(task='s3', **ASKED), line(length=99, **ASKED), line(index=4, length=99, **ASKED)],
+     {'eval.tasks': ['passkey', 'niah', 's3'], 'eval.samples': 5, 'eval.lengths': [RUN['data']['length'], 512, 99]}),
+    ([line(too_long=True, eval__lengths=[512], **ASKED)], {'eval.lengths': [512], 'eval.too_long': 'count'})])
+def test_all_that_was_answered_is_asked(lines, changed):
+  base = {'eval.tasks': ['passkey', 'niah'], 'eval.samples': 3}
+  assert again.of_tasks(RUN, lines) == base | changed
+
+
+def test_held_out_text_is_read_where_the_run_names_tasks():
+  assert again.of_held_out(RUN, {}) == {}
+  named = RUN | dict(eval=RUN['eval'] | dict(tasks=['s3']))
+  assert again.of_held_out(named, dict(overrides={'perplexity.stride': 3})) == {'perplexity.stride': 3, 'eval.tasks': []}
+  assert again.of_held_out(named, dict(overrides={'eval.tasks': []})) == {'eval.tasks': []}

@@ -1,0 +1,79 @@
+"""Files that tasks read, by their bytes: what was edited differs, and where it lies does not matter."""
+
+import json
+import shutil
+
+import pytest
+
+from longctx.data.tasks import example, sources
+from longctx.data.tasks.table import TASKS
+from longctx.data.tokenizer import Bytes
+from longctx.errors import ConfigError
+from tests.test_task_lra import write_files
+
+SQUAD = dict(data=[dict(paragraphs=[dict(context=f'Town {i} is {i} old.', qas=[
+    dict(question=f'How old is town {i}?', answers=[dict(text=str(i))])]) for i in range(9)])])
+
+
+def test_words_that_name_no_file_have_no_digest():
+  for haystack in ('', 'repeated', 'noise'):
+    assert sources.digests(('passkey',), dict(haystack=haystack, paragraphs='', files='')) == {}
+
+
+@pytest.mark.parametrize('source, text', [('haystack', 'A sentence. And one. '), ('paragraphs', json.dumps(SQUAD))])
+def test_a_digest_is_of_bytes_and_not_of_paths(tmp_path, source, text):
+  of = lambda pattern: sources.digests(('passkey',), {source: str(pattern)})[source]
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'b').mkdir()
+  for name in ('a/1.x', 'b/1.x', 'b/2.x'):
+    (tmp_path / name).write_text(text)
+  assert of(tmp_path / 'a/*.x') == of(tmp_path / 'b/1.x') != of(tmp_path / 'b/*.x')
+  before = of(tmp_path / 'a/*.x')
+  (tmp_path / 'a/1.x').write_text(text.replace('one', 'two').replace('Town 3', 'Town 4'))
+  assert of(tmp_path / 'a/*.x') != before
+  with pytest.raises(ConfigError, match=rf"eval\.{source}='.*none\.x': no file matches"):
+    of(tmp_path / 'none.x')
+
+
+NAMES = sorted(name for name in TASKS if name.startswith('lra_'))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_of_a_folder_count_the_files_that_a_task_reads(name, tmp_path):
+  """Every file whose bytes its examples come from, and none of the other split."""
+  write_files(tmp_path / 'f')
+  read, other = (sources.digests((task,), dict(files=str(tmp_path / 'f')))['files'] for task in (
+      name, name.removesuffix('_train') if name.endswith('_train') else f'{name}_train'))
+  assert read != other
+  shutil.copytree(tmp_path / 'f', tmp_path / 'g')
+  assert sources.digests((name,), dict(files=str(tmp_path / 'g')))['files'] == read
+  opened = set(map(str, sources.lra.paths(name, tmp_path / 'f')))
+  assert opened
+  for path in (tmp_path / 'f').rglob('*'):
+    if path.is_file() and str(path) not in opened:
+      path.write_bytes(b'' if path.suffix == '.png' else b'\xff')   # is not read
+  sources.forget()
+  example.example(name, TASKS[name], Bytes(), length=8000, index=0, files=str(tmp_path / 'f'))
+  with open(sorted(opened)[0], 'ab') as file:   # of Pathfinder an image
+    file.write(b' ')
+  assert sources.digests((name,), dict(files=str(tmp_path / 'f')))['files'] != read
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'a').write_text('A. B. ')
+  def refuse(file, kind):
+    raise PermissionError(13, 'Permission denied')
+  monkeypatch.setattr(sources.hashlib, 'file_digest', refuse)
+  with pytest.raises(ConfigError, match=r'^eval\.haystack: .*a: cannot be read \(Permission denied\); let yourself'):
+    sources.digests(('passkey',), dict(haystack=str(tmp_path / 'a')))
+
+
+def test_a_large_file_is_read_in_pieces(tmp_path):
+  import tracemalloc
+  with open(tmp_path / 'large', 'wb') as file:
+    file.truncate(1 << 26)
+  tracemalloc.start()
+  sources.digests(('passkey',), dict(haystack=str(tmp_path / 'large')))
+  most = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert most < 1 << 22
