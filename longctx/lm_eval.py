@@ -15,7 +15,9 @@ workdir. --model_args takes
   truncate      error (the default), or left: cut the beginning of what is too long, and count it
 
 and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make text
-to a length in tokens (RULER's) count with the checkpoint's tokenizer, unless --metadata names one.
+to a length in tokens (RULER's) count with the checkpoint's tokenizer, unless --metadata names one, and
+take their lengths there: --tasks niah_single_1 --metadata '{"max_seq_lengths": [1024]}'. Of RULER's,
+niah_single_1, niah_multikey_2, niah_multikey_3, ruler_cwe and ruler_fwe run without a network.
 
 The second writes tasks of this library as files that lm_eval runs on anybody's model: a data set
 for each length, which is counted in the tokens of --tokenizer.
@@ -44,6 +46,8 @@ INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 MODEL = 'longctx'
 KNOWN = ('workdir', 'checkpoint', 'use_ema', 'seq', 'segment', 'max_length', 'max_gen_toks',
          'truncate')
+# Of lm_eval's RULER, what is made of no text that is fetched; ruler_vt too, but see given_tokenizer.
+OFFLINE = ('niah_single_1', 'niah_multikey_2', 'niah_multikey_3', 'ruler_cwe', 'ruler_fwe')
 # Where lm_eval itself checks what its user gave; a ValueError from elsewhere is a fault.
 CHECKS = (os.path.join('config', 'evaluate_config.py'), os.path.join('api', 'registry.py'))
 
@@ -135,6 +139,12 @@ def run(words: list[str]) -> None:
   except ImportError as e:
     raise ConfigError(f'lm_eval: {e}; some of its tasks need more than itself: pip install {e.name or "it"}, or '
                       "'lm_eval[ruler]' transformers for RULER's") from e
+  except OSError as e:   # requests has a ConnectionError of its own, which is no ConnectionError
+    if type(e).__name__ != 'ConnectionError':
+      raise
+    raise ConfigError(f'lm_eval: {e}; some of its tasks fetch texts when they are made: have a network, or put tasks that '
+                      f'need none, of RULER {", ".join(OFFLINE)}, or write longctx\'s own: --export=DIR '
+                      '--tasks=ruler_niah_single_2 ...') from e
   except ValueError as e:
     if traceback.extract_tb(e.__traceback__)[-1].filename.endswith(CHECKS):
       raise ConfigError(f'lm_eval: {e}') from e

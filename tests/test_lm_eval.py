@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -27,7 +28,7 @@ from longctx.data.tokenizer import Bytes, SentencePiece, train_sentencepiece
 from longctx.errors import ConfigError
 from longctx.evaluation import harness_tasks, perplexity
 from longctx.evaluation.harness import Harness
-from longctx.evaluation.subject import Constant, Oracle, Scored
+from longctx.evaluation.subject import Constant, ModelSubject, Oracle, Scored
 from longctx.training import workdir
 from longctx.training.checkpoint import Checkpoints
 from tests import oracles
@@ -246,11 +247,11 @@ def run(tmp_path, include, tasks, *more):
   return json.loads(newest.read_text()), samples
 
 
-def begun(folder):
+def begun(folder, max_length=LENGTH):
   """A workdir with a config and no checkpoint."""
   folder.mkdir(exist_ok=True)
   config = configuration.base('decoder')
-  config.model.update(dict(num_layers=1, embed_dim=16, num_heads=2, max_length=LENGTH,
+  config.model.update(dict(num_layers=1, embed_dim=16, num_heads=2, max_length=max_length,
                            layer_loop='unrolled'))
   config.data.update(dict(length=LENGTH, batch_size=1))
   config.mesh.layout = 'single'
@@ -306,8 +307,11 @@ def test_an_oracle_is_always_right(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-  """A small decoder's, with larger weights than at birth."""
-  folder = begun(tmp_path_factory.mktemp('w'))
+  return saved(begun(tmp_path_factory.mktemp('w')))
+
+
+def saved(folder):
+  """A small decoder's checkpoint, with larger weights than at birth."""
   a = assembly.assemble(workdir.load_config(folder), jax.devices()[:1])
   state = a.init()
   state = state._replace(params=jax.tree.map(lambda x: 8 * x, state.params))
@@ -416,6 +420,84 @@ def test_help_tells_of_both_commands(capsys):
   assert face.main(['longctx.lm_eval', '--help']) == 0
   said = capsys.readouterr().out
   assert 'checkpoint' in said and '--export' in said and 'run --help' in said
+
+
+# RULER's tasks as lm_eval makes them.
+
+RULER = os.path.join(os.path.dirname(lm_eval.tasks.__file__), 'ruler')
+NEEDLE = re.compile(r'magic numbers for ([a-z-]+) is: (\d{7})\.')
+
+
+@pytest.fixture
+def offline(monkeypatch):
+  """lm_eval tries to fetch nltk's models when it makes needles, and does without where there is no sentence to cut."""
+  pytest.importorskip('wonderwords', reason="optional: pip install 'lm_eval[ruler]'")
+  pytest.importorskip('transformers', reason='optional: reads the tokenizer that tasks count with')
+  nltk = pytest.importorskip('nltk', reason="optional: pip install 'lm_eval[ruler]'")
+  monkeypatch.setattr(nltk, 'download', lambda *args, **kwargs: False)
+
+
+class Finds:
+  """Tells the number of the needle where it is even, and of an odd one all but a digit."""
+
+  tokenizer, max_length = Bytes(), 1200
+
+  def generate(self, prompts, max_new_tokens, stops=()):
+    found = [NEEDLE.search(self.tokenizer.decode(prompt[1:]).decode())[2] for prompt in prompts]
+    said = [f' \n{number if int(number) % 2 == 0 else number[:-1]}. The' for number in found]
+    return [self.tokenizer.encode(text.encode())[:max_new_tokens] for text in said]
+
+
+def ruler(tmp_path, args, limit, task='niah_single_1'):
+  return run(tmp_path, RULER, task, args, f'--limit={limit}', '--batch_size=4',
+             '--metadata={"max_seq_lengths": [1024]}')
+
+
+def scores(samples):
+  """Of each of lm_eval's documents, by our scorer of RULER."""
+  answered = [(one['filtered_resps'][0], types.SimpleNamespace(references=one['doc']['outputs'])) for one in samples]
+  return [TASKS['ruler_niah_single_1'].score(*one) for one in answered]
+
+
+@pytest.mark.slow
+def test_a_task_of_ruler_that_lm_eval_makes_is_scored_as_ours(tmp_path, monkeypatch, offline):
+  found, samples = ruler(tmp_path, put(monkeypatch, tmp_path, Finds()), 24)
+  ours = scores(samples['niah_single_1'])
+  even = [int(one['doc']['outputs'][0]) % 2 == 0 for one in samples['niah_single_1']]
+  assert ours == even and 0 < sum(even) < 24
+  assert found['results']['niah_single_1']['1024,none'] == sum(ours) / 24
+  for one in samples['niah_single_1']:   # counted in the tokens of the model, which are bytes
+    doc = one['doc']
+    assert doc['length'] == len(doc['input']) + 128 <= 1024 and doc['outputs'][0] in doc['input']
+    assert one['arguments']['gen_args_0']['arg_0'] == f'{doc["input"]} {doc["gen_prefix"]}'
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_put_to_a_task_of_ruler(tmp_path, offline):
+  folder = saved(begun(tmp_path / 'w', max_length=1200))
+  found, samples = ruler(tmp_path, f'--model_args=workdir={folder}', 4)
+  trained = assembly.load_for_inference(folder)
+  subject = ModelSubject(trained.graphdef, trained.params, Bytes(), layout=None, batch_size=4, segment=512)
+  asked = [one['arguments']['gen_args_0']['arg_0'] for one in samples['niah_single_1']]
+  written = subject.generate([tokens_of(text) for text in asked], 128)
+  texts = [Bytes().decode(tokens).decode('utf-8', 'replace') for tokens in written]
+  assert [one['filtered_resps'][0] for one in samples['niah_single_1']] == texts and any(texts)
+  assert found['results']['niah_single_1']['1024,none'] == np.mean(scores(samples['niah_single_1']))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['niah_single_2', 'ruler_qa_squad'])
+def test_a_task_of_ruler_whose_text_cannot_be_fetched_says_which_can_do_without(task, tmp_path, monkeypatch, offline, capsys):
+  import requests
+  def refuse(*args, **kwargs):
+    raise requests.exceptions.ConnectionError('Max retries exceeded')
+  monkeypatch.setattr(requests.adapters.HTTPAdapter, 'send', refuse)
+  args = put(monkeypatch, tmp_path, Constant(Bytes(), b''))
+  assert face.main(['longctx.lm_eval', '--model', 'longctx', '--tasks', task, '--include_path', RULER, args,
+                    '--metadata={"max_seq_lengths": [1024]}', '--limit=1']) == 2
+  said, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('longctx: ')]
+  assert ' some of its tasks fetch texts when they are made: have a network, or put tasks that need none, of RULER' in said
+  assert all(name in said and name in face.__doc__ for name in face.OFFLINE)
 
 
 # Exported tasks.
