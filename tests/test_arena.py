@@ -14,6 +14,11 @@ import types
 import numpy as np
 import pytest
 
+from longctx import configuration
+from longctx.models import recurrent
+from longctx.models.memories import MEMORIES
+from longctx.models.mixers import MIXERS
+
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'experiments' / '04_arena'
 MODULES = ('arena', 'leaderboard', 'predictions', 'roster', 'trials', 'workers')
@@ -36,12 +41,12 @@ def the():
 def test_all_models_meet_all_trials_at_one_rate_before_any_meets_another(the):
   tier = the.run.TIERS['cpu'] | dict(trials=the.trials.NAMES)
   runs = the.run.all_runs(tier, 'abc')
-  assert len(runs) == 480 == len({the.arena.key_of(run) for run in runs})
-  assert {(r['trial'], r['model']) for r in runs[:160]} == {
+  assert len(runs) == 495 == len({the.arena.key_of(run) for run in runs})
+  assert {(r['trial'], r['model']) for r in runs[:165]} == {
       (t, m) for t in the.trials.NAMES for m in the.roster.NAMES}
-  assert {r['learning_rate'] for r in runs[:160]} == {0.003}
+  assert {r['learning_rate'] for r in runs[:165]} == {0.003}
   assert {r['trial'] for r in runs if r.get('files') == 'abc'} == {'books'}
-  assert [len(unit) for unit in the.run.units(runs, [])] == 160 * [1] + 160 * [2]
+  assert [len(unit) for unit in the.run.units(runs, [])] == 165 * [1] + 165 * [2]
 
 
 def test_a_line_is_done_whatever_commit_made_it_and_another_seed_or_book_is_not(the):
@@ -146,6 +151,15 @@ def test_arena(tmp_path):
 
 
 # The trials
+
+def test_every_model_that_goes_on_from_a_text_has_a_place(the):
+  roster = the.roster
+  assert set(roster.CELLS) == set(recurrent.CELLS) and set(MIXERS) <= set(roster.NAMES)
+  assert {fields.get('long_term', 'none') for fields in roster.MEMORIES.values()} == set(MEMORIES)
+  # A decoder is attention and the mixers; encoders read what they are given at once.
+  assert set(configuration.MODELS) - set(roster.CELLS) == {'decoder', 'memory', 'encoder', 'encoder_decoder'}
+  assert len(set(roster.NAMES)) == len(roster.NAMES) == 33
+
 
 def test_every_model_is_at_the_budget(the):
   for trial in the.trials.MAKE:
@@ -313,13 +327,13 @@ def test_the_readme_lists_the_predictions_and_takes_the_tables(the, tmp_path, mo
   (tmp_path / 'README.md').write_text(readme)
   rows = [line for model, fields in as_predicted(the).items() for line in lines_of(the, fields, model=model)]
   text = the.leaderboard.report(rows, 3, 'a command')
-  assert text.startswith('`a command`, 160 runs, 0.3 core-hours, seeds 0; at c0ffee; jax 0, longctx 0; on cpu.')
+  assert text.startswith('`a command`, 165 runs, 0.3 core-hours, seeds 0; at c0ffee; jax 0, longctx 0; on cpu.')
   the.leaderboard.write(text, rows, tmp_path, tmp_path / 'README.md')
   monkeypatch.setattr(the.leaderboard, 'draw', lambda *_: None)
   the.leaderboard.write(text, rows, tmp_path, tmp_path / 'README.md')   # in the place of the first
   written = (tmp_path / 'README.md').read_text()
   assert written.count(text) == 1 and written.startswith(readme.split(the.leaderboard.BEGIN)[0])
-  assert (tmp_path / 'leaderboard.png').stat().st_size > 100_000   # 32 models
+  assert (tmp_path / 'leaderboard.png').stat().st_size > 100_000   # 33 models
 
 
 def test_generators(tmp_path):

@@ -12,7 +12,7 @@ from longctx.models import decoder, memory_config, recurrent
 from longctx.models.mixers import MIXERS
 
 PARAMETERS = 150_000   # embeddings counted; the map of the token before, alike for all, is not
-CELLS = ('lstm', 'gru', 'slstm')
+CELLS = ('elman', 'lstm', 'gru', 'slstm')
 ATTENTION = {'attention': 0, 'window': 4}   # segments that a query sees back; 0: all
 # short_term in segments.
 MEMORIES = {
