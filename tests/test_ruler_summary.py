@@ -4,6 +4,7 @@ scores beside published ones."""
 import pytest
 
 from longctx.errors import ConfigError
+from longctx.evaluation import ruler_published
 from longctx.evaluation.records import Cell, Interval
 from longctx.evaluation.ruler_summary import average, compared, effective_length, weighted_average
 
@@ -60,7 +61,7 @@ RULER = ('niah_single_1', 'niah_single_2', 'niah_single_3', 'niah_multikey_1', '
 def test_thirteen_tasks_are_summed_up_beside_the_published_models():
   found = [cell(f'ruler_{name}', length, score) for name in RULER
            for length, score in ((4096, 1.0 if name != 'vt' else 0.35), (512, 0.9), (16384, 0.5 if name != 'qa_2' else None))]
-  table, = compared([cell('passkey', 4096, 1.0), *found])
+  table, among = compared([cell('passkey', 4096, 1.0), *found])
   assert table.columns == [
       'task', '512', '4,096', '16,384', 'published: GPT-4-1106-preview at 4096', 'published: Phi-3-mini-128k at 4096',
       'published: Phi-3-mini-128k at 8192', 'published: Phi-3-mini-128k at 16384']
@@ -73,6 +74,34 @@ def test_thirteen_tasks_are_summed_up_beside_the_published_models():
       "RULER's summary over 2 lengths: average 92.5, wAvg. (inc) 93.3, wAvg. (dec) 91.7, effective length 4,096 "
       "(the longest whose mean is at least 85.6, Llama-2-7B-chat's at 4,096)."]
   assert table.markdown().splitlines()[2:4] == ['| ' + ' | '.join(table.columns) + ' |', '| --- |' + ' ---: |' * 7]
+
+
+  assert among.columns == ['model', '512', '4,096', '8,192', '16,384', '32,768', '65,536', '131,072']
+  assert among.rows[0] == ['this one', '90.0', '95.0', '-', '-', '-', '-', '-']
+  row = next(row for row in among.rows if row[0] == 'GPT-4-1106-preview')
+  assert row == ['GPT-4-1106-preview', '-', '96.6', '96.3', '95.2', '93.2', '87.0', '81.2']
+  assert among.rows[1][0].startswith('Llama2') and among.rows[1][1:] == ['-', '85.6', *'-----']
+  assert len(among.rows) == 1 + len(ruler_published.MEANS) and 'NVIDIA/RULER at c3f5e3b' in among.notes[0]
+  assert 'this one' in among.markdown()
+
+
+# As published, of all models but Llama2 (7B), which has one length and none.
+AVERAGES = (
+    96.0, 95.8, 95.7, 95.0, 94.6, 93.9, 93.7, 93.1, 91.8, 91.6, 91.6, 89.6, 89.1, 86.0, 87.9, 85.9, 87.4,
+    88.9, 89.9, 88.3, 88.9, 88.3, 89.1, 80.5, 86.5, 81.9, 87.5, 85.2, 84.2, 84.8, 81.5, 80.4, 82.4, 75.5,
+    80.9, 68.4, 66.2, 69.6, 72.8, 56.3, 55.7, 50.3, 49.1, 36.3)
+
+
+def test_the_published_means_have_the_published_averages():
+  """A figure that was copied wrongly by 0.6 or more is seen."""
+  (first, *_), rest = ruler_published.MEANS.items(), dict(list(ruler_published.MEANS.items())[1:])
+  assert first == ('Llama2 (7B)', (85.6,)) and len(rest) == len(AVERAGES)
+  said = {name: average(dict(zip(LENGTHS, scores))) - mean for (name, scores), mean in zip(rest.items(), AVERAGES)}
+  # Which the README has as 95.7, of six scores whose mean is 95.2.
+  assert said.pop('Qwen2.5-14B-Instruct-1M* (14B)') == pytest.approx(-0.5)
+  assert all(abs(difference) < 0.1 for difference in said.values()), said
+  for name, (scores, *_) in TABLE.items():
+    assert sum(name.split(' (')[0] in known and scores == found for known, found in ruler_published.MEANS.items()) == 1
 
 
 def test_a_part_of_the_tasks_is_called_so_and_forms_are_kept_apart():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from longctx.data.tasks.table import TASKS
 from longctx.errors import check, check_range
-from longctx.evaluation import records
+from longctx.evaluation import records, ruler_published
 
 THRESHOLD = 85.6
 FAMILIES = ('ruler_compat_', 'ruler_', 'lra_')   # begins of names; a task is of the first that fits
@@ -75,13 +75,17 @@ class Compared(NamedTuple):
 def compared(found: Sequence[records.Cell]) -> list[Compared]:
   """For each benchmark put whose tasks have published numbers: scores by length, these, and the means.
 
-  Of RULER its summary too. A mean is of all tasks that were put, or none is given.
+  Of RULER its summary too, and where all its tasks were put the means of all models that are published. A mean
+  is of all tasks that were put, or none is given.
   """
   tables = []
   for family in FAMILIES:
     names = [name for name in dict.fromkeys(c.task for c in found) if _family(name) == family]
     if names and any(TASKS[name].published for name in names):
-      tables.append(_beside(family, names, found))
+      beside, means = _beside(family, names, found)
+      tables.append(beside)
+      if family == 'ruler_' and len(names) == NUM_TASKS and means:
+        tables.append(_among_published(means))
   return tables
 
 
@@ -89,7 +93,18 @@ def _family(name: str) -> str | None:
   return next((family for family in FAMILIES if name.startswith(family)), None) if name in TASKS else None
 
 
-def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> Compared:
+def _among_published(scores: Mapping[int, float]) -> Compared:
+  """The mean of all tasks, by length, and what others have."""
+  lengths = sorted({*scores, *ruler_published.LENGTHS})
+  row = lambda name, means: [name, *(f'{means[n]:.1f}' if n in means else '-' for n in lengths)]
+  rows = [row(name, dict(zip(ruler_published.LENGTHS, means))) for name, means in ruler_published.MEANS.items()]
+  return Compared(f'RULER: mean of the {NUM_TASKS} tasks, %, by length, and published', [
+      'model', *(f'{length:,}' for length in lengths)], [row('this one', scores), *rows], [
+          f"Of the README of NVIDIA/RULER at c3f5e3b. {FORMS['ruler_']}"])
+
+
+def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> tuple[Compared, dict[int, float]]:
+  """The tasks of a family beside published models, and the means over all of them."""
   ours = {(c.task, c.length): 100 * c.score.mean for c in found if c.score is not None}
   lengths = sorted({c.length for c in found if c.task in names})
   models = sorted({model for name in names for model in TASKS[name].published}, key=_by_model)
@@ -105,7 +120,7 @@ def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> Com
   scores = {length: means[length] for length in lengths if means[length] is not None}
   notes = [FORMS[family], *(_summary(scores, len(names)) if family != 'lra_' else [])]
   return Compared(f'{family}*: score, %, by length, and published', [
-      'task', *(f'{length:,}' for length in lengths), *(f'published: {model}' for model in models)], rows, notes)
+      'task', *(f'{length:,}' for length in lengths), *(f'published: {model}' for model in models)], rows, notes), scores
 
 
 def _by_model(name: str) -> tuple[str, int]:
