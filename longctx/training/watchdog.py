@@ -133,7 +133,8 @@ class Watchdog:
       time.sleep(heartbeats.BEAT / 4)
 
   def _end(self, reason: str, hung: bool = False) -> None:
-    self._ending.acquire()   # never released: of two threads that have come to this one speaks
+    if not self._ending.acquire(timeout=8 * GRACE):   # never released: of two threads one speaks, if it can
+      os._exit(TEMPORARY)
     self._over.set()
     lines = [f'longctx: {reason}; the run ends, and the same command carries on', 'where the processes stood:',
              f'  process {self.process}: step {self.ledger.step}, {self.ledger.phase} (said this)']
