@@ -117,7 +117,7 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert_close(logged(home / 'one'), logged(pair[0]))
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_is_named_by_the_other(home, text, pair, victim):
   """Without a file of theirs: nothing but the coordinator, which dies with the first, need be shared."""
   name, other = f'killed_{victim}', 1 - victim

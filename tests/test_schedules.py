@@ -144,7 +144,8 @@ def test_memory_of_training_grows_by_the_carried_states_alone(name, whole, optim
   assert state <= more <= state + 2 * hidden
 
 
-@pytest.mark.parametrize('name', ['infini', pytest.param('transformer_xl', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['infini', 'transformer_xl'])
 def test_memory_of_segments_side_by_side_grows_by_inputs_and_memories(name, optimized, monkeypatch):
   """Of a group alone a device holds what a layer makes: a fifth, and less, of that of all at once."""
   LONG[f'{name} at once'] = long('none', short_term=16) if name == 'transformer_xl' else long('infini')
@@ -163,9 +164,8 @@ def test_without_rematerialisation_it_grows_by_all_that_a_layer_makes(optimized)
   assert more > state + 50 * hidden
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name == 'infini' else pytest.mark.slow)
-    for name in MEMORY])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MEMORY)
 def test_aligned_rows_give_what_rows_of_any_documents_do(name):
   """A document carried on, one that ends in padding, and one that begins; in the default schedule."""
   config = dataclasses.replace(MEMORY[name], truncate=2, dropout=DROPOUT)

@@ -659,6 +659,7 @@ def test_everything_is_closed_however_it_ends(text, tmp_path, monkeypatch, at_ba
   workdir.lock(tmp_path).release()   # the workdir was let go
 
 
+@pytest.mark.slow
 def test_a_curriculum_cuts_the_first_rows_short_and_loses_no_token(text, tmp_path, monkeypatch):
   """Stages of 1 and 2 segments, then whole rows of 4: the same tokens in more and shorter rows."""
   config = make_config(text, data_length=32, data_batch_size=2)
