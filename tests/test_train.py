@@ -87,9 +87,9 @@ def logged(folder):
 
 
 def evaluation(folder):
-  """evaluation.json without what it says of time and memory."""
+  """evaluation.json without what it says of time, memory and the command that made it."""
   text = (Path(folder) / 'evaluation.json').read_text()
-  drop = ('seconds', 'tokens_per_second', 'peak_memory_bytes')
+  drop = ('seconds', 'tokens_per_second', 'peak_memory_bytes', 'config', 'overrides')
   return json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs
                                                            if k not in drop})
 
