@@ -33,6 +33,7 @@ def get_config(variant: str = ''):
   config.model.long_term = 'infini'
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_steps = 50
+  config.optimizer.gate_rate = 30.0   # gates begin half open and would hardly move in so few steps
   config.mesh.layout = 'single'
   config.run.num_steps = 600
   config.run.log_every = 20

@@ -56,10 +56,12 @@ def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
     lines = [json.loads(line) for line in file]
   rates = [line['tokens_per_second'] for line in lines if 'tokens_per_second' in line]
   config = configuration.parts(workdir.load_config(folder)).model.resolved(VOCAB)
+  gates = {name: x for line in lines for name, x in line.items() if name.startswith('gate_')}   # the last
   positions = found['modes']['full']['positions']
   return dict(parameters=config.num_parameters(), state_floats=small_training.state_floats(config, 0),
               bits_per_byte=found['bits_per_byte'], tokens_per_second=round(statistics.median(rates)),
               read_tokens_per_second=round(found['tokens_per_second']),
+              gates=gates,
               mlp_dim=config.mlp_dim, bytes=found['modes']['full']['bytes'],
               first=[p['first'] for p in positions], last=[p['last'] for p in positions],
               bits=[p['bits_per_byte'] for p in positions])

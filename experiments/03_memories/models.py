@@ -30,6 +30,9 @@ RECALL = {
     'titans_mac': dict(long_term='titans', memory_variant='mac', memory_width=64),
     'ttt': dict(long_term='ttt'),
 }
+# With an inner step of up to 1/2 in place of 1/32: what is read replaces what was there.
+RECALL |= {f'titans_{variant}_16': RECALL[f'titans_{variant}'] | dict(memory_rate=16.0)
+           for variant in ('memory', 'mag', 'mal', 'mac')}
 
 # Segments of 64 tokens, the same widths. Titans' rate is that of short chunks: a mark is met once, and by the
 # default for chunks of 64 (an eighth) it is not learned in 1,000 steps.
