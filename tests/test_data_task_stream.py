@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longctx.data import stream
-from longctx.data.tasks import example
+from longctx.data.tasks import example, sources
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -21,6 +21,10 @@ def config_of(**settings):
 def open_stream(seed=0, host_index=0, num_hosts=1, split='train', **settings):
   return stream.open_stream(config_of(**settings), seed=seed, host_index=host_index, num_hosts=num_hosts,
                             split=split)
+
+
+def open_documents(**settings):
+  return stream.open_documents(config_of(**settings), 'validation')
 
 
 def rows_of(batch):
@@ -91,6 +95,20 @@ def test_resumes_at_the_exact_batch():
   for change in (dict(tasks=('induction',)), dict(task_loss='all'), dict(task_lengths=(320,)), dict(seed=1)):
     with pytest.raises(ConfigError, match='saved data stream is another one'):
       open_stream(**change).restore(straight.state())
+
+
+def test_a_text_counts_by_what_it_holds_and_not_by_its_path(tmp_path):
+  sentences = 'Here is a sentence. And another one. ' * 20
+  for name in ('a', 'b'):
+    (tmp_path / name).write_text(sentences)
+  content = lambda name, **more: open_documents(task_haystack=str(tmp_path / name), **more).content
+  before = content('a')
+  assert content('b') == before != content('a', tasks=('niah',))
+  (tmp_path / 'a').write_text(sentences + 'A last one. ')   # beyond what the first examples show
+  sources.forget()
+  assert content('a') != before == content('b')
+  with pytest.raises(ConfigError, match=r'none.: no file matches'):
+    content('none')
 
 
 def test_held_out_documents_can_be_read_by_position():

@@ -52,6 +52,19 @@ def test_all_that_was_answered_is_asked(lines, changed):
   assert again.of_tasks(RUN, lines) == base | changed
 
 
+def test_the_command_has_the_texts_that_were_read():
+  given = lambda task, haystack, **more: line(task=task, **more) | dict(haystack=haystack)
+  lines = [given('passkey', 'noise', eval__tasks=['passkey'], eval__haystack='noise'),
+           given('niah', 'noise', eval__tasks=['niah'], eval__haystack='noise'), given('s3', '', eval__tasks=['s3'])]
+  found = again.of_tasks(RUN, lines)
+  assert found['eval.tasks'] == ['s3', 'passkey', 'niah'] and found['eval.haystack'] == 'noise'
+  # Said once to no avail: none of what was answered had it.
+  assert 'eval.haystack' not in again.of_tasks(RUN, lines[2:])
+  named = RUN | dict(eval=RUN['eval'] | dict(haystack='noise'))
+  assert 'eval.haystack' not in again.of_tasks(named, lines)
+  assert again.of_tasks(named, [given('passkey', '')])['eval.haystack'] == ''
+
+
 def test_held_out_text_is_read_where_the_run_names_tasks():
   assert again.of_held_out(RUN, {}) == {}
   named = RUN | dict(eval=RUN['eval'] | dict(tasks=['s3']))

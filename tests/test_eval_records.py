@@ -39,19 +39,22 @@ def test_an_interval_holds_the_mean_of_who_is_seldom_otherwise(usual, seldom):
     assert held > 0.92
 
 
+KEYS = dict(passkey='k')   # of each task
+
+
 def line(index, score=1.0, task='passkey', length=512, key='k', **more):
   return dict(key=key, task=task, length=length, index=index, score=score, too_long=False) | more
 
 
 def test_lines_are_kept_and_a_torn_one_is_dropped(tmp_path):
-  kept = records.Records(tmp_path, 'k')
+  kept = records.Records(tmp_path, KEYS)
   kept.append([line(0), line(1, 0.0)])
   kept.append([line(2)])
   path = tmp_path / 'tasks.jsonl'
   whole = path.read_bytes()
   for torn in (b'{"key": "k", "ta', json.dumps(line(3)).encode()):   # the second lacks its line end alone
     path.write_bytes(whole + torn)
-    again = records.Records(tmp_path, 'k')
+    again = records.Records(tmp_path, KEYS)
     assert list(again.lines) == [('passkey', 512, 0), ('passkey', 512, 1), ('passkey', 512, 2)]
     assert path.read_bytes() == whole
   again.append([line(3)])
@@ -59,24 +62,28 @@ def test_lines_are_kept_and_a_torn_one_is_dropped(tmp_path):
 
 
 def test_lines_of_another_evaluation_are_kept_apart(tmp_path):
-  records.Records(tmp_path, 'a').append([line(0, key='a')])
-  other = records.Records(tmp_path, 'b')
+  records.Records(tmp_path, dict(passkey='a')).append([line(0, key='a')])
+  records.Records(tmp_path, dict(niah='b')).append([line(0, task='niah', key='b')])
+  other = records.Records(tmp_path, dict(passkey='b'))
   assert other.lines == {}
   other.append([line(0, 0.0, key='b')])
-  assert len((tmp_path / 'tasks.jsonl').read_text().splitlines()) == 2
-  assert records.Records(tmp_path, 'a').lines['passkey', 512, 0]['score'] == 1.0
+  assert len((tmp_path / 'tasks.jsonl').read_text().splitlines()) == 3
+  assert records.Records(tmp_path, dict(passkey='a')).lines['passkey', 512, 0]['score'] == 1.0
+  # Of each task its own key.
+  assert set(records.Records(tmp_path, dict(passkey='b', niah='b')).lines) == {('passkey', 512, 0), ('niah', 512, 0)}
+  assert set(records.Records(tmp_path, dict(passkey='a', niah='a')).lines) == {('passkey', 512, 0)}
 
 
 def test_a_line_that_is_not_ours_is_an_error_with_its_number(tmp_path):
-  records.Records(tmp_path, 'k').append([line(0)])
+  records.Records(tmp_path, KEYS).append([line(0)])
   with open(tmp_path / 'tasks.jsonl', 'a') as file:
     file.write('hello\n')
   with pytest.raises(ConfigError, match=r'tasks\.jsonl: line 2 is no line of an evaluation'):
-    records.Records(tmp_path, 'k')
+    records.Records(tmp_path, KEYS)
 
 
 def test_only_one_process_writes(tmp_path):
-  kept = records.Records(tmp_path, 'k', enabled=False)
+  kept = records.Records(tmp_path, KEYS, enabled=False)
   kept.append([line(0)])
   kept.write_table('x')
   assert kept.lines and not list(tmp_path.iterdir())
@@ -85,7 +92,7 @@ def test_only_one_process_writes(tmp_path):
 def test_a_disk_that_takes_nothing_ends_in_one_line(tmp_path):
   (tmp_path / 'tasks.jsonl').mkdir()
   kept = records.Records.__new__(records.Records)
-  kept.path, kept.key, kept.enabled, kept.lines = tmp_path / 'tasks.jsonl', 'k', True, {}
+  kept.path, kept.enabled, kept.lines = tmp_path / 'tasks.jsonl', True, {}
   with pytest.raises(ConfigError, match='cannot be written'):
     kept.append([line(0)])
 

@@ -250,6 +250,27 @@ def test_another_text_at_the_same_path_is_another_evaluation_and_the_same_elsewh
     assert before['key'] != after['key'] and before['prompt_sha256'] != after['prompt_sha256']
 
 
+def test_another_haystack_asks_those_alone_who_read_it(tmp_path):
+  text = tmp_path / 'text'
+  settings = dict(tasks=('parity', 'passkey'), lengths=(320,), controls=False, samples=4)
+  text.write_text('Here is a sentence. And another one. ' * 20)
+  evaluate(Constant(Bytes(), b''), tmp_path, haystack=str(text), **settings)
+  for given in (dict(haystack=str(text)), dict(haystack='noise'), {}):
+    before = lines_of(tmp_path)
+    text.write_text('Here is a sentence. And a longer one. ' * 20)
+    asked = Counted(Constant(Bytes(), b''))
+    parity, passkey = evaluate(asked, tmp_path, **settings, **given)
+    new = lines_of(tmp_path)[len(before):]
+    assert asked.seen == 4 and {line['task'] for line in new} == {'passkey'}
+    assert parity.count == passkey.count == 4
+    assert set(new[0]['digests']) == ({'haystack'} if given.get('haystack') == str(text) else set())
+    counted, others = report.newest(lines_of(tmp_path))   # the report has all that this command asked
+    assert counted == before[:4] + new and others == len(before) - 4
+  other = Counted(Constant(Bytes(), b''))
+  evaluate(other, tmp_path, seed=1, **settings)
+  assert other.seen == 8
+
+
 def test_what_was_counted_as_too_long_is_asked_where_that_is_an_error(tmp_path):
   subject = Constant(Bytes(), b' odd')
   evaluate(subject, tmp_path, too_long='count', controls=False)
@@ -437,5 +458,5 @@ def test_what_changes_an_answer_is_of_its_key_and_nothing_else(trained, override
     _, config = command_line.parse_with_config(main.define_flags, ['main', *RUN, "--config.eval.tasks=('passkey',)", *more])
     a = assembly.assemble(config)
     about = examine._about(a, config, str(trained), 2)
-    return tasks.settings_key(a.parts.eval, about, {})
+    return tasks.settings_key(a.parts.eval, about)
   assert (key() == key(override)) == same

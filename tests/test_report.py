@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from longctx import assembly, configuration, report
+from longctx.data.tasks import sources
 from longctx.data.tasks.example import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
@@ -208,6 +209,24 @@ def test_lines_of_other_evaluations_and_torn_ones_are_not_counted(tmp_path):
   row = next(row for row in outline.rows if row[0] == 'passkey')
   assert row[2] == '75.0' and row[6] == '4'   # the later line of example 0 counts
   assert any('3 lines of other evaluations' in text for text in outline.texts['p'])
+
+
+def test_an_evaluation_is_of_texts_that_one_command_can_give():
+  def ask(task, haystack='', digest='', settings='s', files=''):
+    read = sources.read_by(task, dict(haystack=haystack, files=files), dict(haystack=digest) if digest else {})
+    return dict(task=task, length=9, index=0, key=f'{settings}{task}{read}', settings=settings, haystack=haystack,
+                files=files, digests=dict(haystack=digest) if digest else {})
+  def counted(*lines):
+    return [line['n'] for line in report_page.newest([line | dict(n=n) for n, line in enumerate(lines)])[0]]
+  assert counted(ask('s3'), ask('passkey', 'noise')) == [0, 1]
+  assert counted(ask('niah', 'repeated'), ask('passkey', 'noise')) == [1]
+  assert counted(ask('niah'), ask('passkey', 'noise')) == [1]
+  assert counted(ask('niah', 'noise'), ask('passkey', 'noise'), ask('niah'), ask('passkey', 'noise')) == [0, 3]
+  assert counted(ask('niah', '/a', 'x'), ask('passkey', '/b', 'x')) == [0, 1]   # moved
+  assert counted(ask('niah', '/a', 'x'), ask('passkey', '/a', 'y')) == [1]      # edited
+  assert counted(ask('s3', settings='t'), ask('passkey')) == [1]
+  assert counted(ask('lra_text', files='/a'), ask('lra_image', files='/a')) == [0, 1]
+  assert counted(ask('lra_text', files='/a'), ask('lra_image', files='/b')) == [1]
 
 
 def test_a_prompt_that_is_made_otherwise_now_is_not_shown(tmp_path):

@@ -17,16 +17,30 @@ SQUAD = dict(data=[dict(paragraphs=[dict(context=f'Town {i} is {i} old.', qas=[
 
 def test_words_that_name_no_file_have_no_digest():
   for haystack in ('', 'repeated', 'noise'):
-    assert sources.digests(('passkey',), dict(haystack=haystack, paragraphs='', files='')) == {}
+    assert sources.digests(('passkey',), dict(haystack=haystack, paragraphs='', files='')) == {'passkey': {}}
 
 
-@pytest.mark.parametrize('source, text', [('haystack', 'A sentence. And one. '), ('paragraphs', json.dumps(SQUAD))])
-def test_a_digest_is_of_bytes_and_not_of_paths(tmp_path, source, text):
-  of = lambda pattern: sources.digests(('passkey',), {source: str(pattern)})[source]
+def test_a_task_has_the_digests_of_what_it_reads_alone(tmp_path):
+  (tmp_path / 'a').write_text('A. B. ')
+  (tmp_path / 'q').write_text(json.dumps(SQUAD))
+  names = ('parity', 'passkey', 'niah', 'ruler_qa_1')
+  given = dict(haystack=f'{tmp_path}/a', paragraphs=f'{tmp_path}/q', files='')
+  found = sources.digests(names, given)
+  assert [set(of) for of in found.values()] == [set(), {'haystack'}, {'haystack'}, {'paragraphs'}]
+  assert found['passkey'] == found['niah']
+  assert sources.read_by('niah', given, found['niah']) == dict(haystack=f'sha256 {found["niah"]["haystack"]}')
+  assert sources.read_by('niah', dict(haystack='noise'), {}) == dict(haystack='noise')
+  assert sources.read_by('niah', {}, {}) == dict(haystack='') and sources.read_by('parity', given, {}) == {}
+
+
+@pytest.mark.parametrize('source, name, text', [('haystack', 'passkey', 'A sentence. And one. '),
+                                                ('paragraphs', 'ruler_qa_1', json.dumps(SQUAD))])
+def test_a_digest_is_of_bytes_and_not_of_paths(tmp_path, source, name, text):
+  of = lambda pattern: sources.digests((name,), {source: str(pattern)})[name][source]
   (tmp_path / 'a').mkdir()
   (tmp_path / 'b').mkdir()
-  for name in ('a/1.x', 'b/1.x', 'b/2.x'):
-    (tmp_path / name).write_text(text)
+  for path in ('a/1.x', 'b/1.x', 'b/2.x'):
+    (tmp_path / path).write_text(text)
   assert of(tmp_path / 'a/*.x') == of(tmp_path / 'b/1.x') != of(tmp_path / 'b/*.x')
   before = of(tmp_path / 'a/*.x')
   (tmp_path / 'a/1.x').write_text(text.replace('one', 'two').replace('Town 3', 'Town 4'))
@@ -42,11 +56,12 @@ NAMES = sorted(name for name in TASKS if name.startswith('lra_'))
 def test_of_a_folder_count_the_files_that_a_task_reads(name, tmp_path):
   """Every file whose bytes its examples come from, and none of the other split."""
   write_files(tmp_path / 'f')
-  read, other = (sources.digests((task,), dict(files=str(tmp_path / 'f')))['files'] for task in (
-      name, name.removesuffix('_train') if name.endswith('_train') else f'{name}_train'))
-  assert read != other
+  other = name.removesuffix('_train') if name.endswith('_train') else f'{name}_train'
+  both = sources.digests((name, other), dict(files=str(tmp_path / 'f')))
+  read = both[name]['files']
+  assert read != both[other]['files']
   shutil.copytree(tmp_path / 'f', tmp_path / 'g')
-  assert sources.digests((name,), dict(files=str(tmp_path / 'g')))['files'] == read
+  assert sources.digests((name,), dict(files=str(tmp_path / 'g')))[name]['files'] == read
   opened = set(map(str, sources.lra.paths(name, tmp_path / 'f')))
   assert opened
   for path in (tmp_path / 'f').rglob('*'):
@@ -56,7 +71,7 @@ def test_of_a_folder_count_the_files_that_a_task_reads(name, tmp_path):
   example.example(name, TASKS[name], Bytes(), length=8000, index=0, files=str(tmp_path / 'f'))
   with open(sorted(opened)[0], 'ab') as file:   # of Pathfinder an image
     file.write(b' ')
-  assert sources.digests((name,), dict(files=str(tmp_path / 'f')))['files'] != read
+  assert sources.digests((name,), dict(files=str(tmp_path / 'f')))[name]['files'] != read
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -66,6 +81,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(sources.hashlib, 'file_digest', refuse)
   with pytest.raises(ConfigError, match=r'^eval\.haystack: .*a: cannot be read \(Permission denied\); let yourself'):
     sources.digests(('passkey',), dict(haystack=str(tmp_path / 'a')))
+  with pytest.raises(ConfigError, match=r'^data\.task_haystack: '):
+    sources.digests(('passkey',), dict(haystack=str(tmp_path / 'a')), 'data.task_{}')
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from longctx.data.stream import DTYPES
+from longctx.data.tasks import sources
 from longctx.data.tasks.example import Example, example, generator
 from longctx.data.tasks.table import TASKS, unread
 from longctx.data.tokenizer import Tokenizer
@@ -30,13 +31,17 @@ class Examples:
   def __init__(self, config: Any, tokenizer: Tokenizer, split: str, seed: int):
     for name in config.tasks:
       check_choice('data.tasks', name, TASKS)
-    unread(config.tasks, dict(haystack=config.task_haystack, files=config.task_files), 'data.task_{}')
     self.tokenizer = tokenizer
     self._config, self._names = config, (split, seed)
     self._lengths = config.task_lengths or (config.length,)
+    given = dict(haystack=config.task_haystack, files=config.task_files)
+    unread(config.tasks, given, 'data.task_{}')
+    # Files count by what they hold and not by their paths, as in evaluation.
+    digests = sources.digests(config.tasks, given, 'data.task_{}')
+    texts = [tuple(of[source] for of in digests.values() if source in of) or value for source, value in given.items()]
     # What is too short for a task is refused before anything is trained.
     first = [self._made(name, length, 0) for name in config.tasks for length in sorted(self._lengths)[:1]]
-    seen = hashlib.sha256(repr((config.tasks, self._lengths, config.task_loss, config.task_haystack, config.task_files,
+    seen = hashlib.sha256(repr((config.tasks, self._lengths, config.task_loss, *texts,
                                 [one.prompt for one in first])).encode())
     self.content = seen.hexdigest()
 

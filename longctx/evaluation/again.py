@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longctx.data.tasks.table import TASKS
 from longctx.training import workdir
 
 
@@ -38,7 +39,8 @@ def is_made_by(config: dict, found: Mapping[str, Any]) -> bool:
 
 
 def of_tasks(config: dict, lines: Sequence[dict]) -> dict[str, Any]:
-  """The overrides that ask all that `lines` answer, which share a key; `config` is the run's."""
+  """The overrides that ask all that `lines` answer, which share settings and texts (report.newest); `config` is the
+  run's."""
   flags = dict(lines[-1]['overrides'])
   asked = workdir.leaves(config) | flags
   each = lambda field: dict.fromkeys(line[field] for line in lines)
@@ -48,6 +50,11 @@ def of_tasks(config: dict, lines: Sequence[dict]) -> dict[str, Any]:
   every = dict(tasks=[*dict.fromkeys([*own['tasks'], *each('task')])],
                lengths=[*dict.fromkeys([*own['lengths'], *each('length')])],
                samples=max(own['samples'], 1 + max(line['index'] for line in lines)))
+  for line in lines:   # the newest last; one that asked no task that reads a text may not have named it
+    reads = TASKS[line['task']].reads if line['task'] in TASKS else ()
+    given = {source: line.get(source, '') for source in reads}
+    every |= given
+    own |= {source: asked.get(f'eval.{source}', '') for source in given}
   flags |= {f'eval.{name}': value for name, value in every.items() if value != own[name]}
   if any(line['too_long'] for line in lines):
     flags['eval.too_long'] = 'count'

@@ -2,8 +2,8 @@
 
 W/tasks.jsonl grows a batch at a time, each written in one call: after a kill at most its last line is torn,
 and the same evaluation carries on behind it. A line's `key` is the hash of all that its answer depends on but
-the example itself (checkpoint, seed, the haystack's bytes, ...): lines of another key stay where they are and are not
-counted, so that one file may hold several evaluations.
+the example itself (checkpoint, seed, the bytes of what its task reads, ...): lines of another key stay where they are
+and are not counted, so that one file may hold several evaluations. `settings` is the part of it that is no text's.
 Held by: tests/test_eval_records.py.
 """
 
@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,11 +107,11 @@ def table(found: Sequence[Cell], floors: dict[str, float]) -> str:
 
 
 class Records:
-  """The lines of one key in W/tasks.jsonl. `enabled`: False on all processes but one, which write nothing."""
+  """The lines of W/tasks.jsonl that have the key of their task. `enabled`: False on all processes but one, which write nothing."""
 
-  def __init__(self, folder: str | os.PathLike, key: str, enabled: bool = True):
-    """Reads the file; a torn last line is dropped. ConfigError names any other that is not ours."""
-    self.path, self.key, self.enabled = Path(folder) / 'tasks.jsonl', key, enabled
+  def __init__(self, folder: str | os.PathLike, keys: Mapping[str, str], enabled: bool = True):
+    """Reads the file; `keys`: of each task; a torn last line is dropped. ConfigError names any other that is not ours."""
+    self.path, self.enabled = Path(folder) / 'tasks.jsonl', enabled
     self.lines: dict[tuple, dict] = {}
     if not enabled or not self.path.exists():
       return
@@ -120,7 +120,7 @@ class Records:
     for number, line in enumerate(whole.splitlines(), start=1):
       try:
         value = json.loads(line)
-        if value['key'] == key:
+        if value['key'] == keys.get(value['task']):
           self.lines[identity(value)] = value
       except (ValueError, KeyError, TypeError) as e:
         raise ConfigError(f'{self.path}: line {number} is no line of an evaluation; remove it, or the '

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
@@ -110,11 +111,29 @@ def lines_of(folder: str, name: str) -> list[dict]:
 
 
 def newest(lines: Sequence[dict]) -> tuple[list[dict], int]:
-  """(the lines of the evaluation that was written last, how many there are of others)."""
-  if not lines:
-    return [], 0
-  found = {records.identity(line): line for line in lines if line['key'] == lines[-1]['key']}
-  return list(found.values()), sum(line['key'] != lines[-1]['key'] for line in lines)
+  """(the lines of the evaluation that was written last, how many there are of others).
+
+  It has the settings of the last line, and of each task the lines of one key: the newest whose text is that
+  of the tasks taken before, so that one command asks them all.
+  """
+  keys, texts, seen = {}, {}, set()
+  for line in reversed(lines):
+    task, key = line['task'], line['key']
+    if task in keys or (task, key) in seen or settings_of(line) != settings_of(lines[-1]):
+      continue
+    seen.add((task, key))
+    # Of a folder each task reads files of its own: its path is what they share.
+    digests = {source: of for source, of in (line.get('digests') or {}).items() if source != 'files'}
+    reads = sources.read_by(task, line, digests)
+    if all(texts.get(source, text) == text for source, text in reads.items()):
+      keys[task] = key
+      texts |= reads
+  counted = [line for line in lines if line['key'] == keys.get(line['task'])]
+  return list({records.identity(line): line for line in counted}.values()), len(lines) - len(counted)
+
+
+def settings_of(line: dict) -> str:
+  return line.get('settings', line['key'])   # lines were once written with one key for all tasks
 
 
 def _about(config: dict, lines: Sequence[dict], held_out: dict | None) -> str:
@@ -338,7 +357,7 @@ def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) 
     line = lines[-1]
     rows = [
       [key, json.dumps(line[key]).strip('"')]
-      for key in ('key', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'digests', 'versions')
+      for key in ('settings', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'digests', 'versions')
       if key in line
     ]
     parts.append(page.table(['of the evaluation', 'value'], rows))

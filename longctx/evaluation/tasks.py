@@ -76,15 +76,22 @@ def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> 
         'left out, or give a model.max_length that the model can do')
 
 
-def settings_key(config: Config, about: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-  """The hash of all that an answer depends on, the example itself and rounding aside.
+def settings_key(config: Config, about: Mapping[str, Any]) -> str:
+  """The hash of all that an answer depends on, whatever the task; the example itself and rounding aside."""
+  return _hash([about['checkpoint'], about['model'], about['tokenizer'], config.seed, config.depths,
+                config.controls, config.answers])
+
+
+def task_keys(config: Config, settings: str, digests: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+  """Of each task the hash of the settings and of what it reads: another haystack asks nobody else again.
 
   Files count by what they hold (`digests`, see data/tasks/sources.py) and not by their paths.
   """
-  given = [f'sha256 {digests[name]}' if name in digests else value for name, value in config.sources().items()]
-  parts = [about['checkpoint'], about['model'], about['tokenizer'], config.seed, *given, config.depths,
-           config.controls, config.answers]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+  return {name: _hash([settings, sources.read_by(name, config.sources(), digests[name])]) for name in config.tasks}
+
+
+def _hash(parts: Any) -> str:
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any], *,
@@ -105,8 +112,9 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   sources.forget()
   digests = processes.of_first(processes.together(
       lambda: sources.digests(config.tasks, config.sources()) if main else {}))
-  kept = processes.together(
-      lambda: records.Records(folder, settings_key(config, about, digests), enabled=main))
+  settings = settings_key(config, about)
+  keys = task_keys(config, settings, digests)
+  kept = processes.together(lambda: records.Records(folder, keys, enabled=main))
   maker = _Maker(subject, config, lengths)
   # What was counted as too long is an error now, if that is asked for.
   answered = [list(one) for one, line in kept.lines.items() if config.too_long == 'count' or not line['too_long']]
@@ -114,7 +122,8 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   processes.together(lambda: maker.check_first(kept))
   progress = Progress(maker.tokens(), maker.tokens(done), enabled=main)
   for batch in maker.batches(done):
-    lines = [dict(key=kept.key, **line, digests=digests, **about) for line in _answered(subject, config, batch)]
+    lines = [dict(key=keys[line['task']], settings=settings, **line, digests=digests[line['task']], **about)
+             for line in _answered(subject, config, batch)]
     processes.together(lambda lines=lines: kept.append(lines))
     progress.update(lines[-1], sum(line['length'] for line in lines))
   progress.close()

@@ -1,8 +1,9 @@
-"""What the files hold that tasks are given text by: the SHA-256 of what is read, whatever the path.
+"""What the files hold that tasks are given text by: the SHA-256 of what each reads, whatever the path.
 
 Held by: tests/test_task_sources.py.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,27 +13,37 @@ from longctx.data.tasks.table import TASKS
 from longctx.errors import ConfigError
 
 
-def digests(names: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-  """{source: digest of the files} of each of example.SOURCES that is given and names files.
+def digests(names: Sequence[str], given: Mapping[str, str], setting: str = 'eval.{}') -> dict[str, dict[str, str]]:
+  """Of each task, {source: digest of the files} of those of example.SOURCES that it reads and that name files.
 
   Args:
-    names: of tasks; of a folder the files that these read count.
+    names: of tasks.
     given: as a config has them.
+    setting: what the user knows a source by.
   """
-  found = {}
-  if given.get('haystack') and given['haystack'] not in haystack.NAMES:
-    found['haystack'] = _digest('haystack', [(str(i), path) for i, path in enumerate(haystack.paths(given['haystack']))])
-  if given.get('paragraphs'):
-    found['paragraphs'] = _digest(
-        'paragraphs', [(str(i), path) for i, path in enumerate(paragraphs.paths(given['paragraphs']))])
-  if given.get('files'):
+  @functools.cache
+  def of_glob(source: str) -> str:
+    paths = dict(haystack=haystack, paragraphs=paragraphs)[source].paths(given[source])
+    return _digest(setting.format(source), [(str(i), path) for i, path in enumerate(paths)])
+
+  def of(name: str, source: str) -> str:
+    if source != 'files':
+      return of_glob(source)
     folder = pathlib.Path(given['files']).expanduser()
-    read = sorted({path for name in names if 'files' in TASKS[name].reads for path in lra.paths(name, folder)})
-    found['files'] = _digest('files', [(str(path.relative_to(folder)), path) for path in read])
-  return found
+    return _digest(setting.format(source), [(str(path.relative_to(folder)), path)
+                                            for path in sorted(lra.paths(name, folder))])
+
+  names_files = lambda source: given.get(source) and (source != 'haystack' or given[source] not in haystack.NAMES)
+  return {name: {source: of(name, source) for source in TASKS[name].reads if names_files(source)} for name in names}
 
 
-def _digest(source: str, named: Sequence[tuple[str, str | pathlib.Path]]) -> str:
+def read_by(name: str, given: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+  """Of each source that a task reads what it is: the digest of its files among `found`, or the word given."""
+  return {source: f'sha256 {found[source]}' if source in found else given.get(source, '')
+          for source in (TASKS[name].reads if name in TASKS else ())}
+
+
+def _digest(label: str, named: Sequence[tuple[str, str | pathlib.Path]]) -> str:
   """Of names and contents, each file read in pieces."""
   whole = hashlib.sha256()
   for name, path in named:
@@ -40,7 +51,7 @@ def _digest(source: str, named: Sequence[tuple[str, str | pathlib.Path]]) -> str
       with open(path, 'rb') as file:
         whole.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
     except OSError as e:
-      raise ConfigError(f'eval.{source}: {path}: cannot be read ({e.strerror}); let yourself read it, or name other '
+      raise ConfigError(f'{label}: {path}: cannot be read ({e.strerror}); let yourself read it, or name other '
                         'files') from e
   return whole.hexdigest()[:16]
 
