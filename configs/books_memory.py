@@ -9,6 +9,9 @@ Command:  python -m longctx.main --config=configs/books_memory.py --workdir=runs
           with --config.data.files='GLOB' where the books lie elsewhere
           no memory:       --config.model.long_term=none
           Transformer-XL:  --config.model.long_term=none --config.model.short_term=512
+Expected: 2.38 bits per byte of held-out books after 400 steps with Infini (--config.run.num_steps=400), 2.29 without a
+          memory, 2.30 with Memorizing in layer 4; 15 to 60 minutes of one core (experiments/03_memories)
+Last checked: 72e9460
 Debug:    python -m longctx.main --config=configs/books_memory.py:debug --workdir=runs/debug
 """
 

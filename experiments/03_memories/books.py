@@ -61,7 +61,7 @@ def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
   return dict(parameters=config.num_parameters(), state_floats=small_training.state_floats(config, 0),
               bits_per_byte=found['bits_per_byte'], tokens_per_second=round(statistics.median(rates)),
               read_tokens_per_second=round(found['tokens_per_second']),
-              gates=gates,
+              gates=gates, curve=[[line['step'], line['bits_per_byte']] for line in lines if 'bits_per_byte' in line],
               mlp_dim=config.mlp_dim, bytes=found['modes']['full']['bytes'],
               first=[p['first'] for p in positions], last=[p['last'] for p in positions],
               bits=[p['bits_per_byte'] for p in positions])
