@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from longctx import assembly, examine, progress, retrofit
 from longctx.assembly import Assembly
@@ -168,7 +167,7 @@ class Trainer:
     while True:
       self.checkpoints.wait()
       self.tell_failures()
-      if processes.of_first(at in self.checkpoints.steps() or time.monotonic() + delay > deadline):
+      if processes.of_first(self.checkpoints.has(at) or time.monotonic() + delay > deadline):
         return
       time.sleep(delay)
       delay *= 2
@@ -179,9 +178,9 @@ class Trainer:
       self.progress.say(line) if self.progress else print(line, flush=True)
 
   def tell_failures(self) -> None:
-    """What went wrong with saving since the last call, of every process."""
+    """What went wrong with saving since the last call; all processes know the same of it."""
     for failure in self.checkpoints.poll():
-      self.say(failure) if self.main else logging.warning('%s', failure)
+      self.say(failure)
       self.ledger.count('failed_saves', why=failure)
 
   # The loop.
@@ -196,8 +195,8 @@ class Trainer:
         state, done, found = self.loop(state, int(state.step))
       finished = done == self.config.num_steps
       written = not finished or publish.publish(found or self.evaluate(state), self.folder, done)
-      steps = processes.of_first(self.checkpoints.steps())   # who made the last one whole
-    newest, lost = max(steps, default=0), done not in steps
+      newest, saved = processes.of_first([self.checkpoints.newest() or 0, self.checkpoints.has(done)])
+    lost = not saved
     self.ledger.write(finished=finished and not lost)
     self.say(self.ledger.table())
     if not finished or lost:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from longctx import assembly
-from longctx.training.checkpoint import TEMPORARY, Checkpoints
+from longctx.training.checkpoint import Checkpoints
+from longctx.training.saving import PARTIAL
 from tests.programs import launch, tiny
 
 LIMIT = 600   # seconds for one process, on a machine that does much else
@@ -48,7 +49,7 @@ def phase(workdir, output):
   """What the process did as it was killed, from what it left."""
   if 'first step after' not in output.read_text():
     return 'start-up'
-  if list((workdir / 'checkpoints').glob(f'*{TEMPORARY}*')):
+  if list((workdir / 'checkpoints').glob(f'*{PARTIAL}')):
     return 'saving'
   steps = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   last = steps[-1] if steps else {}

@@ -139,7 +139,7 @@ def test_a_full_disk_does_not_keep_a_run_from_resuming(tmp_path, monkeypatch):
     MetricsWriter(tmp_path).truncate_after(2)
 
 
-@pytest.mark.parametrize('code', [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize('code', [errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_file_that_may_not_be_written_costs_no_line_either(tmp_path, monkeypatch, capsys, code):
   writer = MetricsWriter(tmp_path)
   def refuse(*args, **kwargs):

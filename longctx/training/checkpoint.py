@@ -7,8 +7,8 @@ A checkpoint of step N is the folder N of the checkpoint directory:
     meta/           what the run says of itself, the validation loss, and each array's type (JSON)
     manifest.json   size and SHA-256 of every file above
 
-All is written into a temporary folder, the manifest last, and then renamed: a process killed at any
-instant leaves either no N or all of it. `restore_newest` verifies the manifest before it believes a
+All is written into a temporary folder, the manifest last, and then renamed (saving.py): a process killed at
+any instant leaves either no N or all of it. `restore_newest` verifies the manifest before it believes a
 byte. Orbax copies the arrays to the host before `save` returns (on a CPU it holds on to the buffers,
 which JAX then does not reuse), so that the next step may donate them.
 
@@ -17,14 +17,14 @@ SIGKILL while saving, two processes).
 """
 
 import dataclasses
+import functools
 import json
 import logging as python_logging
 import math
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,9 @@ import jax
 from absl import logging
 
 from longctx.errors import ConfigError, RunError, check, check_range
-from longctx.training import manifest, named_arrays, processes
+from longctx.training import manifest, named_arrays, processes, saving
 
-TEMPORARY = '.orbax-checkpoint-tmp'  # Orbax's suffix of a checkpoint that is not whole yet
-UNREADABLE = '.unreadable'  # suffixes of folders that are no checkpoints any more
-REPLACED = '.replaced'
+UNREADABLE = '.unreadable'  # suffix of folders that are no checkpoints any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +45,6 @@ class Restored:
   state: Any  # the structure, shardings and types of the abstract state that was asked for
   stream_state: Any  # of this process
   meta: dict
-
-
-@dataclasses.dataclass
-class _KeepLastAndBest:
-  """Orbax's preservation policy: the last n, and the one of the lowest validation loss.
-
-  Orbax's own BestN needs a metrics file, and cannot open a directory where one is damaged.
-  """
-
-  keep_last: int
-  keep_best: bool
-  losses: dict[int, float]
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    del context
-    steps = sorted(c.step for c in checkpoints)
-    keep = set(steps[-self.keep_last:])
-    if self.keep_best:
-      keep.add(best_of({s: self.losses[s] for s in steps if s in self.losses}))
-    return [c.step in keep for c in checkpoints]
 
 
 def best_of(losses: dict[int, float]) -> int | None:
@@ -86,16 +64,15 @@ class Checkpoints:
     check_range('run.keep_last', keep_last, low=1)
     self.directory = Path(directory).absolute()
     self.read_only = read_only
-    self._saving: int | None = None  # the step that is being written
+    self.keep_last, self.keep_best = keep_last, keep_best
+    self._save: saving.Save | None = None   # the one under way
+    self._saving = 0    # its step
     self._failures: list[str] = []
-    self._torn = False  # a save has failed, and may have left a folder
     self.failing = False  # the last save that ended has failed
-    self._manager = None
     if not read_only:
       self._make_directory()
     self._losses = {step: loss for step in self.steps()
                     if (loss := _loss_on_disk(self.directory / str(step))) is not None}
-    self._policy = _KeepLastAndBest(keep_last, keep_best, self._losses)
 
   def _make_directory(self) -> None:
     try:
@@ -104,33 +81,18 @@ class Checkpoints:
     except OSError as e:
       raise ConfigError(f'{self.directory}: cannot make the folder of the checkpoints, or put it in '
                         f'order ({e.strerror}); give a workdir that you may write to') from e
+    if jax.process_index() == 0:
+      for folder in self.directory.glob(f'*{saving.PARTIAL}'):   # of a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
 
-  @property
-  def manager(self) -> Any:
-    """Orbax's manager, made at its first use: its import takes half a second."""
-    if self._manager is None:
-      import orbax.checkpoint as ocp
+  @functools.cached_property
+  def _handler(self) -> Any:
+    """What writes arrays, made at its first use: its import takes half a second."""
+    import orbax.checkpoint as ocp
 
-      _quiet()
-      self._manager = ocp.CheckpointManager(
-          self.directory,
-          item_handlers={
-              # Weights and moments compress by a fifth, at twice the CPU time of writing them.
-              'state': ocp.PyTreeCheckpointHandler(use_compression=False),
-              'stream': ocp.JsonCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()},
-          options=ocp.CheckpointManagerOptions(
-              create=False, save_root_metadata=False, lightweight_initialize=True,
-              cleanup_tmp_directories=True,  # what a killed run left half-written
-              preservation_policy=self._policy,
-              async_options=ocp.options.AsyncOptions(
-                  post_finalization_callback=self._write_manifest,
-                  # A folder that cannot be made is then known in `save`, not by a timeout.
-                  create_directories_asynchronously=False)))
-    return self._manager
-
-  def _write_manifest(self) -> None:
-    """Called by Orbax on the first process, when all is written and before the rename."""
-    manifest.write(self.directory / f'{self._saving}{TEMPORARY}')
+    _quiet()
+    # Weights and moments compress by a fifth, at twice the CPU time of writing them.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
 
   # Saving.
 
@@ -160,58 +122,37 @@ class Checkpoints:
     # Copies: both move on while they are written.
     about = json.loads(json.dumps({'meta': meta, 'types': types, 'validation_loss': loss}))
     self.wait()
-    if processes.of_first(step in self.steps()):   # a listing may lag behind on one host
-      if not force:
-        return True
-      self._put_aside(step, REPLACED)
-    import orbax.checkpoint as ocp
-
-    if self._torn:  # again: threads of the failed save may have gone on writing
-      self._remove_torn()
-    self._saving = step
+    if not force and processes.of_first(self.has(step)):   # a listing may lag behind on one host
+      return True
     if loss is not None:
       self._losses[step] = loss
-    try:
-      self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
-      self.manager.save(step, force=True, args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(arrays), stream=ocp.args.JsonSave(stream),
-          meta=ocp.args.JsonSave(about)))
-    except Exception as e:
-      self._failed(e)
-      return False
-    return True
+    self._saving = step
+    self._save = saving.Save(self.directory / str(step), self._handler, arrays, {'stream': stream, 'meta': about},
+                             functools.partial(self._tidy, dict(self._losses)))
+    outcome = self._save.start()
+    if outcome.fault:
+      self._ended(outcome)
+    return not outcome.fault
+
+  @property
+  def is_saving(self) -> bool:
+    """Whether a save is under way."""
+    return self._save is not None and not self._save.done()
 
   def poll(self) -> list[str]:
     """The failures since the last call, of a save that ended meanwhile too; does not wait."""
-    if self._saving is not None and not self.manager.is_saving_in_progress():
+    if not self.is_saving:
       self.wait()
     failures, self._failures = self._failures, []
     return failures
 
   def wait(self) -> None:
     """Returns when the save under way, if any, is on disk or has failed."""
-    if self._saving is not None:
-      try:
-        self.manager.wait_until_finished()
-        self._saving, self.failing = None, False
-        self._settle_replaced()
-        if self._torn:  # and once more, now that no save is under way
-          self._remove_torn()
-      except Exception as e:
-        self._failed(e)
+    if self._save is not None:
+      self._ended(self._save.wait())
 
   def close(self) -> None:
-    """Waits, and ends Orbax's threads."""
     self.wait()
-    if self._manager is not None:
-      manager, self._manager = self._manager, None
-      try:
-        manager.close()
-      except Exception:  # raised once more for a save whose failure `wait` has told
-        if not self._torn:
-          raise
-    if self._torn:
-      self._remove_torn()
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -219,34 +160,29 @@ class Checkpoints:
   def __exit__(self, *exc) -> None:
     self.close()
 
-  def _failed(self, error: Exception) -> None:
-    step, self._saving = self._saving, None
-    saved = step in self.steps()
-    self.failing = not saved
-    self._settle_replaced()
-    if saved:  # written whole; what failed came after, such as deleting an old one
-      message = f'saved step {step}, but could not tidy up after it: {_reason(error)}'
-    else:
+  def _ended(self, outcome: saving.Outcome) -> None:
+    step, self._save = self._saving, None
+    self.failing = bool(outcome.fault)
+    if outcome.fault:
       self._losses.pop(step, None)
       if (loss := _loss_on_disk(self.directory / str(step))) is not None:
         self._losses[step] = loss  # of the one that this should have replaced
-      self._torn = True
-      self._remove_torn()
-      steps = self.steps()
-      message = (f'could not save step {step}: {_reason(error)}; the last good checkpoint is '
-                 f'{f"step {steps[-1]}" if steps else "none yet"}; training goes on')
-    self._failures.append(message)
-    # Orbax has forgotten the steps that it meant to delete after this one.
-    self.manager.reload()
+      newest = self.newest()
+      self._failures.append(f'could not save step {step}: {outcome.fault}; the last good checkpoint is '
+                            f'{"none yet" if newest is None else f"step {newest}"}; training goes on')
+    elif outcome.untidy:
+      self._failures.append(f'saved step {step}, but could not tidy up after it: {outcome.untidy}')
 
-  def _remove_torn(self) -> None:
-    """What a failed save has left; it may hold the room that the next one needs.
-
-    Threads of that save may still write, and then some of it is left for the next call.
-    """
-    if jax.process_index() == 0:
-      for folder in self.directory.glob(f'*{TEMPORARY}*'):
-        shutil.rmtree(folder, ignore_errors=True)
+  def _tidy(self, losses: dict[int, float]) -> None:
+    """Leaves the last n and the best; by the first process, in the thread of a save."""
+    self._settle_replaced()
+    steps = self.steps()
+    keep = set(steps[-self.keep_last:])
+    if self.keep_best:
+      keep.add(best_of({s: losses[s] for s in steps if s in losses}))
+    for step in steps:
+      if step not in keep:
+        shutil.rmtree(self.directory / str(step))
 
   # Restoring.
 
@@ -255,6 +191,20 @@ class Checkpoints:
     if not self.directory.is_dir():
       return []
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+
+  def newest(self) -> int | None:
+    """The newest step on disk; None where there is none, or the disk does not say."""
+    try:
+      return max(self.steps(), default=None)
+    except OSError:
+      return None
+
+  def has(self, step: int) -> bool:
+    """Whether the disk says that it has this step."""
+    try:
+      return step in self.steps()
+    except OSError:
+      return False
 
   def best_step(self) -> int | None:
     """The step of the lowest validation loss on disk; None where none was measured."""
@@ -310,7 +260,7 @@ class Checkpoints:
     try:
       stream, about = _read_json(folder, 'stream'), _read_json(folder, 'meta')
     except (OSError, ValueError) as e:
-      fault = _reason(e)
+      fault = saving.reason(e)
     if fault := processes.first_fault(fault):
       return None, fault
     named_arrays.check_types(folder, named_arrays.types(abstract), about['types'], partial)
@@ -319,7 +269,7 @@ class Checkpoints:
       _quiet()
       state = named_arrays.read(folder / 'state', abstract, partial)
     except Exception as e:  # tensorstore's errors have no common class
-      fault = _reason(e)
+      fault = saving.reason(e)
     if fault := processes.first_fault(fault):
       return None, fault
     stream_state = None if partial else _own(folder, stream['processes'])
@@ -332,7 +282,7 @@ class Checkpoints:
     for step in unreadable:
       self._losses.pop(step, None)
       try:
-        self._put_aside(step, UNREADABLE)
+        self._put_aside(step)
       except OSError as e:
         raise ConfigError(f'{self.directory}: cannot put the damaged checkpoint of step {step} aside '
                           f'({e.strerror}); let yourself write there, or remove it') from e
@@ -342,22 +292,21 @@ class Checkpoints:
     self.wait()
     for later in processes.of_first([s for s in self.steps() if s > step]):
       self._losses.pop(later, None)
-      self._put_aside(later, UNREADABLE)
+      self._put_aside(later)
       if jax.process_index() == 0:
         shutil.rmtree(self.directory / f'{later}{UNREADABLE}', ignore_errors=True)
 
-  def _put_aside(self, step: int, suffix: str) -> None:
+  def _put_aside(self, step: int) -> None:
     if jax.process_index() == 0:
-      aside = self.directory / f'{step}{suffix}'
+      aside = self.directory / f'{step}{UNREADABLE}'
       shutil.rmtree(aside, ignore_errors=True)
       os.replace(self.directory / str(step), aside)
-    processes.barrier(f'{step}{suffix}')
-    self.manager.reload()
+    processes.barrier(f'{step}{UNREADABLE}')
 
   def _settle_replaced(self) -> None:
     """Drops what a new checkpoint of its step has replaced; brings back what none has."""
     if jax.process_index() == 0:
-      for aside in self.directory.glob(f'*{REPLACED}'):
+      for aside in self.directory.glob(f'*{saving.REPLACED}'):
         if aside.with_suffix('').exists():
           shutil.rmtree(aside, ignore_errors=True)
         else:
@@ -384,16 +333,6 @@ def _own(folder: Path, states: list) -> Any:
   return states[0]
 
 
-def _reason(error: BaseException) -> str:
-  text = ' '.join(str(error).split())
-  if isinstance(error, OSError) and error.strerror:
-    text = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
-  if len(text) > 300:   # tensorstore tells the system's error somewhere among paths of any length
-    system = re.search(r'\[OS error [^\]]*\]', text)
-    text = f'{text[:80]} ... {system.group() if system else text[-200:]}'
-  return f'{text} ({type(error).__name__})' if text else type(error).__name__
-
-
 def _quiet() -> None:
   """Whatever Orbax logs as an error it also raises, and then it is told here, in one line."""
   python_logging.getLogger('absl').addFilter(_not_orbax)
@@ -415,7 +354,7 @@ def _not_orbax(record: python_logging.LogRecord) -> bool:
 def _not_of_a_save(record: python_logging.LogRecord) -> bool:
   said, raised = record.getMessage(), record.exc_info and record.exc_info[1]
   return 'never retrieved' not in said or not (
-      isinstance(raised, OSError) or TEMPORARY in said or f'{os.sep}orbax{os.sep}' in said)
+      isinstance(raised, OSError) or saving.PARTIAL in said or f'{os.sep}orbax{os.sep}' in said)
 
 
 _before: list[Callable] = []   # the hook that Python had

@@ -25,6 +25,7 @@ import numpy as np
 
 from longctx.errors import ConfigError
 from longctx.parallel.chips import peak_flops
+from longctx.training.manifest import PASSING
 from longctx.training.optim import path_name
 from longctx.training.workdir import atomic_write
 
@@ -151,7 +152,7 @@ def refusal_is_told(what: str) -> Iterator[None]:
   try:
     yield
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, *PASSING):
       raise
     print(f'{what}: {e.strerror}', file=sys.stderr, flush=True)
 

@@ -14,6 +14,7 @@ import numpy as np
 from longctx.errors import ConfigError
 
 _barriers = itertools.count()   # a barrier's name serves once; all processes make the same calls
+_asides = itertools.count()
 
 
 def coordinator() -> Any:
@@ -38,6 +39,30 @@ def gather(value: Any) -> list:
   size = 1 << size.bit_length()  # few sizes, few compilations
   rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(size, b' '), np.uint8))
   return [json.loads(bytes(row)) for row in rows]
+
+
+class Aside:
+  """What the processes tell each other in a thread beside the training's, whose collectives it leaves alone.
+
+  All processes make theirs in the same order, and then make the same calls.
+  """
+
+  def __init__(self):
+    self._folder, self._calls = f'longctx/aside/{next(_asides)}', itertools.count()
+
+  def gather(self, value: Any, minutes: float = 60) -> list:
+    """`value` of every process, in their order; JSON. An error where one does not come in time."""
+    client, name = coordinator(), f'{self._folder}/{next(self._calls)}'
+    if client is None:
+      return [value]
+    wait = lambda key: json.loads(client.blocking_key_value_get(f'{name}/{key}', int(minutes * 60_000)))
+    me = jax.process_index()
+    if me:
+      client.key_value_set(f'{name}/{me}', json.dumps(value))
+      return wait('all')
+    found = [value, *map(wait, range(1, jax.process_count()))]
+    client.key_value_set(f'{name}/all', json.dumps(found))
+    return found
 
 
 def of_first(value: Any) -> Any:
