@@ -1,7 +1,7 @@
 """A decoder with a segment memory on a folder of books: Infini-attention, or another by one flag.
 
-Segments of 512 bytes; a row carries a book on from step to step, gradients go back through four segments.
-A book begins a row, so that all segments of a row are read at once where the memory allows it.
+Segments of 512 bytes; a row carries a book on from step to step, gradients go back through four segments. A book
+begins a row, so that all segments of a row are read at once where the memory allows it.
 Whole held-out books are read from their first byte, however long.
 
 Source:   Munkhdalai et al. 2024, arXiv:2404.07143 (the memory; widths are a small CPU's).
@@ -9,8 +9,7 @@ Command:  python -m longctx.main --config=configs/books_memory.py --workdir=runs
           with --config.data.files='GLOB' where the books lie elsewhere
           no memory:       --config.model.long_term=none
           Transformer-XL:  --config.model.long_term=none --config.model.short_term=512
-Expected: 2.38 bits per byte of held-out books after 400 steps with Infini (--config.run.num_steps=400), 2.29 without a
-          memory, 2.30 with Memorizing in layer 4; 15 to 60 minutes of one core (experiments/03_memories)
+Expected: after 400 steps 2.38 bits per byte with Infini, 2.29 without a memory (experiments/03_memories)
 Last checked: 72e9460
 Debug:    python -m longctx.main --config=configs/books_memory.py:debug --workdir=runs/debug
 """
