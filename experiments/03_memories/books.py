@@ -48,6 +48,7 @@ def one(files: str, out: str, model: str, steps: int, debug: bool) -> dict:
              f'--config={ROOT}/configs/books_memory.py' + ':debug' * debug, f'--workdir={folder}',
              '--config.data.corpus=files', f'--config.data.files={os.path.abspath(files)}',
              f'--config.run.num_steps={steps}',
+             *(['--config.optimizer.gate_rate=1.0'] if model in models.GATES_AT_ONE else []),
              *(f'--config.model.{name}={value}' for name, value in given.items())]
   subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
   with open(os.path.join(folder, 'evaluation.json'), encoding='utf-8') as file:

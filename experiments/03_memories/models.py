@@ -62,6 +62,9 @@ BOOKS = {
     'block_recurrent': dict(long_term='block_recurrent', memory_layers=(4,), short_term=512),
     'titans_mag': dict(long_term='titans', memory_variant='mag'),
 }
+# Gates at the common rate, where configs/books_memory.py gives them 30 times as much.
+GATES_AT_ONE = {'infini_gate_1': 'infini', 'memorizing_gate_1': 'memorizing'}
+BOOKS |= {name: BOOKS[model] for name, model in GATES_AT_ONE.items()}
 
 
 def small(fields: dict[str, Any], vocab_size: int, segment: int) -> Any:
