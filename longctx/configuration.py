@@ -51,7 +51,8 @@ class Run:
   rollback_after: int = 0         # bad steps in a row; then the run returns to the checkpoint before
                                   #   them and passes over the data since; 0: never
   watchdog_seconds: int = 600     # without an end of a step, or another sign of progress (ten times as long
-                                  #   at the start, compiling, evaluating, saving), a run says where each
+                                  #   at the start, compiling, in the first step, evaluating, saving; five
+                                  #   times as long as a step has taken), a run or --mode=eval says where each
                                   #   process stands, and ends; 0: never, as for a debugger
   check_hosts_every: int = 0      # steps between comparisons of what the devices hold alike; 0: never
   save_patience: int = 60         # seconds for which the last checkpoint is tried again where it fails

@@ -58,13 +58,16 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
   # Another window, base or split of the text would be scored without an error.
   workdir.agree(folder, config, allow_config_change, record=False,
                 free=workdir.EVALUATED)
-  if a.parts.eval.tasks:
-    examine.run(a, config, folder, checkpoint)
-    return 0
-  at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
-                                        checkpoint=checkpoint)
-  about = again.about(folder, config) if jax.process_index() == 0 else {}
-  return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at, about) else 1
+  ledger = badput.Ledger(folder, enabled=False)   # W's is of its training
+  with (watchdog.watch(ledger, a.parts.run.watchdog_seconds), progress.told(ledger.tick),
+        ledger.doing('evaluation')):
+    if a.parts.eval.tasks:
+      examine.run(a, config, folder, checkpoint)
+      return 0
+    at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
+                                          checkpoint=checkpoint)
+    about = again.about(folder, config) if jax.process_index() == 0 else {}
+    return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at, about) else 1
 
 
 def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_out.Result:
@@ -240,6 +243,7 @@ class Trainer:
       looked, waiting = [waiting] if waiting else [], (done, metrics)
       if self.first_step_seconds is None:
         jax.block_until_ready(metrics['loss'])
+        ledger.stepped = True
         self.first_step_seconds = metrics_lib.process_seconds()
         self.say(f'first step after {self.first_step_seconds:.1f} s')
       evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from longctx import progress
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.evaluation import subject
@@ -104,10 +105,15 @@ def test_scores_are_the_log_softmax_of_the_full_forward_pass(which, segment):
 
 
 def test_what_is_written_is_greedy_when_it_is_scored():
-  one = subject_of('decoder')
-  written = one.generate(ROWS[:2], 6)
-  for prompt, new, (_, greedy) in zip(ROWS, written, one.score(
-      [np.concatenate(pair) for pair in zip(ROWS, written)])):
+  """And each token that is written, and each call that scores, is told to who waits."""
+  one, moves = subject_of('decoder'), []
+  with progress.told(lambda: moves.append(1)):
+    written = one.generate(ROWS[:2], 6)
+    assert len(moves) >= max(map(len, written))
+    del moves[:]
+    scored = one.score([np.concatenate(pair) for pair in zip(ROWS, written)])
+    assert moves
+  for prompt, new, (_, greedy) in zip(ROWS, written, scored):
     assert len(new) and greedy[len(prompt) - 1:].all()
 
 

@@ -479,20 +479,46 @@ def test_a_run_does_not_go_back_for_ever(text, tmp_path, monkeypatch):
     train.run(make_config(text, run_rollback_after=2, run_num_steps=40), str(tmp_path))
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_a_run_of_one_process_that_stands_still_ends(text, tmp_path, capfd, monkeypatch, at_batch):
+@pytest.fixture
+def leaving(monkeypatch):
+  """(exit statuses in place of the end of this process, the event that there is one)"""
   statuses, noticed = [], threading.Event()
   def leave(status):
     statuses.append(status)
     noticed.set()
     raise SystemExit   # of the thread alone
   monkeypatch.setattr(watchdog.os, '_exit', leave)
+  return statuses, noticed
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_an_evaluation_that_stands_still_ends(text, tmp_path, capfd, monkeypatch, leaving):
+  statuses, noticed = leaving
+  monkeypatch.setattr(watchdog.Watchdog, '_limit', lambda self: self.seconds)   # it may last ten times as long
+  config = make_config(text, run_watchdog_seconds=1)
+  train.workdir.agree(tmp_path, config)
+  def hang(*args, **kwargs):
+    assert noticed.wait(60)
+    raise ConfigError('over')
+  monkeypatch.setattr(assembly, 'load_parameters', hang)
+  with pytest.raises(ConfigError, match='over'):
+    train.run(config, str(tmp_path), mode='eval')
+  assert statuses == [75]
+  assert "run.watchdog_seconds=1: nothing has moved in process 0 for " in (said := capfd.readouterr().err)
+  assert "in 'evaluation'" in said and 'in hang' in said
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']   # the account of training is as it was
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_a_run_of_one_process_that_stands_still_ends(text, tmp_path, capfd, leaving, at_batch):
+  statuses, noticed = leaving
   at_batch(3, lambda: noticed.wait(60))
   train.run(make_config(text, run_watchdog_seconds=3, run_num_steps=4), str(tmp_path))
   assert statuses == [75]
   said = capfd.readouterr().err
-  assert re.search(r"longctx: run.watchdog_seconds=3: nothing has moved in process 0 for \d s, in 'input'; the run "
-                   'ends, and the same command carries on\nwhere the processes stood:\n  process 0: step 2, input', said)
+  assert re.search(r"longctx: run.watchdog_seconds=3: nothing has moved in process 0 for \d s, in 'input' \(if "
+                   r'it may take that long, give more, or 0\); the run ends, and the same command carries on\n'
+                   r'where the processes stood:\n  process 0: step 2, input', said)
   assert 'in next_batch' in said   # where it waits
   assert [(e['step'], e['what']) for e in events(tmp_path)] == [(2, 'ended')]
 

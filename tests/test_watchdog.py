@@ -70,9 +70,9 @@ def ended(monkeypatch):
   return types.SimpleNamespace(statuses=found, wait=lambda: happened.wait(LIMIT))
 
 
-def ledger(step=0, phase='steps'):
+def ledger(step=0, phase='steps', stepped=True):
   """A ledger that does not move, unless the test moves it."""
-  return types.SimpleNamespace(step=step, phase=phase, moves=0, write=lambda: None,
+  return types.SimpleNamespace(step=step, phase=phase, stepped=stepped, moves=0, write=lambda: None,
                                event=lambda what, **more: None)
 
 
@@ -148,7 +148,7 @@ def test_a_standstill_says_where_each_stood(client, ended, capfd):
     assert ended.wait()
   said = capfd.readouterr().err
   assert "longctx: run.watchdog_seconds=0.5: nothing has moved in process 0 for " in said
-  assert "s, in 'steps'; the run ends" in said
+  assert "s, in 'steps' (if it may take that long, give more, or 0); the run ends" in said
   assert 'process 0: step 41, steps (said this)' in said and 'process 1: step 40, input (' in said
   assert 'in _watch' in said   # what its threads were at
 
@@ -294,9 +294,11 @@ def test_a_disk_that_hangs_does_not_keep_it(ended):
   assert ended.statuses == [watchdog.TEMPORARY]
 
 
-@pytest.mark.parametrize('phase', ['start', 'compile', 'evaluation', 'checkpoints'])
-def test_what_may_last_is_no_standstill(ended, phase):
-  with dog(None, 0, 1, seconds=0.1, phase=phase):
+@pytest.mark.parametrize('phase, stepped', [
+    ('start', True), ('compile', True), ('evaluation', True), ('checkpoints', True), ('steps', False)])
+def test_what_may_last_is_no_standstill(ended, phase, stepped):
+  """Nor the first step, whose length nobody knows."""
+  with dog(None, 0, 1, seconds=0.1, phase=phase, stepped=stepped):
     time.sleep(0.5)
     assert not ended.statuses
     assert ended.wait()
@@ -324,6 +326,28 @@ def test_time_in_which_it_was_suspended_does_not_count(monkeypatch):
   assert one._still() == 0
 
 
+def test_steps_that_take_long_are_known_by_the_first(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(watchdog.time, 'monotonic', lambda: now[0])
+  one = dog(None, 0, 1, seconds=600.0, stepped=False)
+  def stands(seconds, then):
+    for _ in range(seconds):
+      now[0] += 1.0
+      one._still()
+    one.ledger.moves += 1
+    one.ledger.phase = then
+    one._still()
+  one._still()
+  assert one._limit() == 6000
+  stands(2000, 'input')
+  one.ledger.stepped = True
+  assert one._limit() == 600   # of another phase
+  stands(3, 'steps')
+  assert one._limit() == 10_000
+  stands(1, 'steps')
+  assert one._limit() == 10_000
+
+
 def test_it_may_be_turned_off():
   with dog(None, 0, 1) as one:
     assert not one._thread.is_alive()
@@ -338,6 +362,7 @@ ledger = badput.Ledger(sys.argv[1])
 with watchdog.watch(ledger, 1):
   ledger.turn('steps')
   ledger.reach(3)
+  ledger.stepped = True
   hang = lambda x: time.sleep(600) or x
   x = jax.jit(lambda x: jax.pure_callback(hang, x, x))(1.0)
   x.block_until_ready()
@@ -349,5 +374,5 @@ def test_a_device_that_hangs(tmp_path):
                         stderr=subprocess.PIPE, text=True)
   assert done.returncode == watchdog.TEMPORARY, done.stderr
   assert re.search(r"nothing has moved in process 0 for \d s, in 'steps'", done.stderr), done.stderr
-  assert re.search(r'line 1[12] in <module>', done.stderr), done.stderr   # the call, or the wait for its result
+  assert re.search(r'line 1[23] in <module>', done.stderr), done.stderr   # the call, or the wait for its result
   assert 'nothing has moved' in (tmp_path / 'events.jsonl').read_text()

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longctx import progress
 from longctx.data.tasks.example import Example
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import check, check_range
@@ -156,6 +157,7 @@ class ModelSubject:
         pieces = [rows[row][low:low + chunk + 1] for row in batch]
         logprob_BT, greedy_BT, state = score(self.params, state, *self._call(pieces, chunk))
         logprob_BT, greedy_BT = np.asarray(logprob_BT), np.asarray(greedy_BT)
+        progress.moved()
         for at, (row, piece) in enumerate(zip(batch, pieces)):
           count = max(0, len(piece) - 1)
           found[row].logprobs[low:low + count] = logprob_BT[at, :count]

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longctx import errors
+from longctx import errors, progress
 from longctx.parallel import mesh
 
 ENDED = -1  # in a batch: the row stopped before this token
@@ -178,6 +178,7 @@ def read_tail(run: Programs, params: Any, memory: Memory, chunk: int) -> jax.Arr
   hidden_BD = None
   while any(len(tail) for tail in memory.tail):
     new_BD, had_B1 = read_chunk(run, params, memory, chunk)
+    progress.moved()
     # Rows whose tail ended in an earlier chunk keep what they had.
     hidden_BD = new_BD if hidden_BD is None else jnp.where(had_B1, new_BD, hidden_BD)
   return hidden_BD
@@ -197,6 +198,7 @@ def decode(run: Programs, params: Any, hidden_BD: jax.Array, memory: Memory, *, 
     if reads:
       token_B, alive_B, memory.state = run.step(params, memory.state, token_B, alive_B, key, index)
     current_B = np.array(current_B)
+    progress.moved()
     if (current_B == NOT_FINITE).any():
       raise FloatingPointError(f'the logits of new token {index} hold NaN: the parameters or the '
                                'state are not finite')

@@ -39,6 +39,7 @@ class Ledger:
   def __init__(self, folder: str, enabled: bool = True):
     self.folder, self.enabled = Path(folder), enabled
     self.phase, self.step = 'start', 0
+    self.stepped = False      # whether a step of this process has ended
     self.moves = 0            # of phase, of step, within a phase: the same number twice is a standstill
     self._since = time.monotonic()
     self._own = dict.fromkeys(PHASES, 0.0) | {'start': process_seconds()}

@@ -5,8 +5,10 @@ Each second every process says where it stands (step, phase), and hears the othe
     lost      a peer that has not been heard for LOST seconds (three times as long in phases that may last: its
               interpreter may be held), or that left with an error, while this process has not moved for GRACE
               seconds; GRACE seconds of silence are enough where the connection to it failed, or a collective
-    hung      this process has not moved for `seconds` (ten times as long in phases that may last); time in
-              which it was itself stopped does not count
+    hung      this process has not moved for `seconds` (ten times as long in phases that may last, and in its
+              first step); nor for five times as long as it stood in this phase before and then went on, so
+              that steps which take hours are let be once one has ended. Time in which it was itself stopped does
+              not count
 
 Then each process says where all of them stand, and ends at once with the exit status TEMPORARY: the same
 command, started again, carries on. At once, because leaving in order would wait for the lost one. The first
@@ -38,6 +40,7 @@ TEMPORARY = 75     # sysexits.h, EX_TEMPFAIL
 GRACE = 5.0        # seconds that a process which cannot go on waits, for the others to say the same
 LOST = 20.0        # seconds without a beat; thrice that is below those after which JAX kills all, 100
 MAY_LAST = ('start', 'compile', 'evaluation', 'checkpoints')
+AS_BEFORE = 5.0    # times as long as it once took
 
 _runs = itertools.count()   # a run's name; all processes begin the same runs
 
@@ -60,6 +63,7 @@ class Watchdog:
                                         lambda: dict(step=ledger.step, phase=ledger.phase))
     self.enabled = bool(seconds or self._beats.peers)
     self._moves, self._stood, self._looked = -1, 0.0, time.monotonic()
+    self._phase, self._longest = ledger.phase, dict[str, float]()   # {phase: seconds that it stood there and went on}
     self._over, self._ending = threading.Event(), threading.Lock()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
@@ -92,18 +96,25 @@ class Watchdog:
       still = self._still()
       if still > GRACE and (lost := self._lost()):
         self._end(lost)
-      limit = self.seconds * (10 if self.ledger.phase in MAY_LAST else 1)
-      if limit and still > limit:
+      if self.seconds and still > self._limit():
         self._end(f'run.watchdog_seconds={self.seconds:g}: nothing has moved in process {self.process} for '
-                  f'{still:.0f} s, in {self.ledger.phase!r}', hung=True)
+                  f'{still:.0f} s, in {self.ledger.phase!r} (if it may take that long, give more, or 0)', hung=True)
 
   def _still(self) -> float:
     """Seconds of its own for which this process has not moved: one that is suspended does not see them all."""
     now = time.monotonic()
     moved = self.ledger.moves != self._moves
+    if moved:
+      self._longest[self._phase] = max(self._stood, self._longest.get(self._phase, 0.0))
+      self._phase = self.ledger.phase
     self._stood = 0.0 if moved else self._stood + min(now - self._looked, 3 * heartbeats.BEAT)
     self._moves, self._looked = self.ledger.moves, now
     return self._stood
+
+  def _limit(self) -> float:
+    """Seconds for which it may stand where it is."""
+    may_last = self.ledger.phase in MAY_LAST or not self.ledger.stepped
+    return max(self.seconds * (10 if may_last else 1), AS_BEFORE * self._longest.get(self.ledger.phase, 0.0))
 
   def _lost(self, alike: str = '', failed: bool = False) -> str:
     """Which peer is gone, and where it was last; '' if all are there.
