@@ -46,13 +46,28 @@ def test_all_models_meet_all_trials_at_one_rate_before_any_meets_another(the):
       (t, m) for t in the.trials.NAMES for m in the.roster.NAMES}
   assert {r['learning_rate'] for r in runs[:165]} == {0.003}
   assert {r['trial'] for r in runs if r.get('files') == 'abc'} == {'books'}
-  assert [len(unit) for unit in the.run.units(runs, [])] == 165 * [1] + 165 * [2]
+  units = the.run.units(runs, [])   # a model at a rate, which compiles once
+  assert [len(unit) for unit in units] == 99 * [5]
+  assert [unit[0]['model'] for unit in units] == 3 * list(the.roster.NAMES)
+  assert [len(unit) for unit in the.run.units(runs, runs[:7])] == [3] + 97 * [5]
+
+
+def test_the_trials_of_symbols_are_one_model_and_its_programs(the):
+  for tier in the.run.TIERS.values():
+    made = {trial: the.trials.make(trial, '') for trial in the.trials.MAKE}
+    assert len({(made[trial].vocab_size, made[trial].segment, tier['sizes'][trial]) for trial in made}) == 1
+  for done in (0.0, 0.3, 0.75, 0.999):
+    for trial in made.values():
+      tokens, targets = trial.batch(np.random.default_rng(0), done, 6)
+      assert tokens.shape == targets.shape == (6, 64) and tokens.dtype == targets.dtype == np.int32
+      assert tokens.min() >= 0 and max(tokens.max(), targets.max()) < 64
+      assert ((targets >= 0).sum(axis=1) > 0).all()
 
 
 def test_a_line_is_done_whatever_commit_made_it_and_another_seed_or_book_is_not(the):
   tier = the.run.TIERS['smoke'] | dict(models=('gru',), trials=('parity', 'books'))
   runs = the.run.all_runs(tier, 'abc')
-  done = [run | dict(commit='1', parity_40=0.5) for run in runs]
+  done = [run | dict(commit='1', parity_64=0.5) for run in runs]
   left = lambda files='abc', **fields: [run for unit in the.run.units(
       the.run.all_runs(tier | fields, files), done) for run in unit]
   assert left() == [] and len(left(seeds=(0, 1))) == 2 and len(left(rates=(0.003, 0.01))) == 2
@@ -138,7 +153,7 @@ def test_arena(tmp_path):
   assert set(found) == {'parity', 'books'}
   parity, books = found['parity'], found['books']
   assert 0.35 < parity['parity_256'] < 0.65 and 0.35 < parity['validation'] < 0.65   # two steps teach nothing
-  assert parity['validation'] != parity['parity_40'] and parity['examples']['parity_40'] == 256
+  assert parity['validation'] != parity['parity_64'] and parity['examples']['parity_64'] == 256
   assert 0 < parity['standard_errors']['parity_256'] < 0.05
   assert 7 < books['books_far'] < 9 and 7 < books['validation'] < 9     # bits of a byte that may be any
   assert 7 < books['books'] < 9 and len(books['files']) == 16
@@ -181,13 +196,35 @@ def asked_of(answers):
 def test_a_score_is_the_mean_of_what_each_row_asks_and_the_draws_differ(the):
   parity = the.trials.parity()
   p, shown = asked_of(lambda tokens, targets: (targets == 1))
-  near, valid = parity.ask(p, None, 'test')['parity_40'], parity.ask(p, None, 'validation')['parity_40']
+  near, valid = parity.ask(p, None, 'test')['parity_64'], parity.ask(p, None, 'validation')['parity_64']
   far = parity.far(p, None)['parity_256']
   rows = lambda i: np.concatenate(shown[i:i + 4])   # 64 at once
   odd = np.cumsum(rows(0), axis=1) % 2
   np.testing.assert_allclose(near, odd.mean(axis=1))
-  np.testing.assert_allclose(far, (np.cumsum(rows(8), axis=1) % 2)[:, 40:].mean(axis=1))
+  np.testing.assert_allclose(far, (np.cumsum(rows(8), axis=1) % 2)[:, 64:].mean(axis=1))
   assert not np.array_equal(rows(0), rows(4)) and valid.shape == near.shape == far.shape == (256,)
+
+
+def test_what_is_learned_grows_with_the_steps(the):
+  asked = lambda trial, done: (the.trials.MAKE[trial]().batch(np.random.default_rng(1), done, 6)[1] >= 0).sum(axis=1)
+  assert (asked('mqar', 0) == 8).all() and (asked('passkey', 0) == 3).all()
+  assert [asked('parity', done).tolist() for done in (0, 0.49, 0.75, 0.95)] == [
+      [n] * 6 for n in (16, 16, 46, 64)]
+  assert asked('rewrite', 0.1).tolist() == [2] * 6 and asked('rewrite', 0.2).tolist() == [2] * 3 + [8] * 3
+  of = lambda done: the.trials.passkey().batch(np.random.default_rng(1), done, 4)[1]
+  where = lambda targets: [int(np.flatnonzero(row >= 0)[-1]) for row in targets]   # the last digit
+  assert where(of(0.4)) == [31] * 4 and where(of(0.5)) == [31] * 2 + [63] * 2
+
+
+def test_blanks_of_recall_hold_no_key_and_no_value(the):
+  tokens, targets = the.trials.recall(np.random.default_rng(2), 50, 64)
+  for row, answers in zip(tokens, targets):
+    pairs = dict(zip(row[:16:2].tolist(), row[1:16:2].tolist()))
+    assert len(pairs) == 8 and min(pairs) > 0
+    asked = np.flatnonzero(answers >= 0)
+    assert sorted(row[asked].tolist()) == sorted(pairs) and asked.min() >= 16
+    assert [pairs[key] for key in row[asked].tolist()] == answers[asked].tolist()
+    assert not np.delete(row[16:], asked - 16).any()
 
 
 def test_no_book_is_of_two_parts(the, tmp_path):
@@ -213,7 +250,7 @@ def test_every_model_takes_a_step_on_every_trial_and_is_asked_all(the, trial, tm
     monkeypatch.setattr(the.trials, name, value)
   for i in range(4):
     (tmp_path / f'{i}.txt').write_bytes(bytes(range(256)) * 10)
-  fields = dict(mqar=['mqar'], rewrite=['rewrite_8', 'rewrite_16'], parity=['parity_40', 'parity_256'],
+  fields = dict(mqar=['mqar'], rewrite=['rewrite_8', 'rewrite_16'], parity=['parity_64', 'parity_256'],
                 passkey=['passkey_1', 'passkey_1', 'passkey_2'], books=['books', 'books_far'])[trial]
   for model in the.roster.NAMES:
     run = dict(trial=trial, model=model, steps=1, rows=2, learning_rate=1e-3, seed=0)
@@ -267,6 +304,11 @@ def test_the_places_of_the_arena_share_what_is_equal(the):
   places = the.leaderboard.ranks(the.leaderboard.scores(rows))
   assert places == {'rglru': (1 + 3) / 2, 'gru': (2.5 + 2) / 2, 'lstm': (2.5 + 1) / 2}
   assert '| rglru | 2.0 | 0.900±0.010 |' in the.leaderboard.table(rows, 1)
+  # One that was asked a part has no place, and takes none.
+  more = [*rows, *lines_of(the, dict(mqar=0.7), model='attention')]
+  assert the.leaderboard.ranks(the.leaderboard.scores(more)) == {'attention': pytest.approx(float('nan'), nan_ok=True)} | places
+  table = the.leaderboard.table(more, 1).splitlines()
+  assert table[-1].startswith('| attention | - | 0.700±0.010 | - |') and table[3].startswith('| lstm | 1.8 |')
 
 
 def as_predicted(the):
@@ -280,7 +322,7 @@ def as_predicted(the):
     bits = 2.9 if name == 'attention' else 2.8
     found[name] = dict(
         mqar=0.95 if recalls else 0.3, rewrite_8=0.9 if corrects else 0.5, rewrite_16=0.6,
-        parity_40=0.9, parity_256=0.98 if tracks else 0.505, passkey_1=0.9,
+        parity_64=0.9, parity_256=0.98 if tracks else 0.505, passkey_1=0.9,
         passkey_16=0.12 if gone else 0.7, passkey_64=0.12 if gone else 0.4, books=bits,
         books_far=bits + (0.5 if name == 'attention' else -0.1))
   return found

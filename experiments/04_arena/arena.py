@@ -22,11 +22,16 @@ def key_of(line: dict) -> tuple:
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(trial: str, model: str, steps: int, books_pattern: str) -> tuple[trials.Trial, Any, Any]:
-  """(trial, config, programs), kept until others are asked for: all rates and seeds compile once."""
+def forget_others(model: str) -> None:
+  """Drops the programs of the model before, once; those of one model serve all its trials, rates and seeds."""
   small_training.programs.cache_clear()
   trials.reader.cache_clear()
   jax.clear_caches()
+
+
+def prepared(trial: str, model: str, steps: int, books_pattern: str) -> tuple[trials.Trial, Any, Any]:
+  """(trial, config, programs)."""
+  forget_others(model)
   made = trials.make(trial, books_pattern)
   config = roster.config(model, made.vocab_size, made.segment)
   return made, config, small_training.programs(config, made.segment, steps)

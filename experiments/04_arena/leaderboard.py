@@ -17,8 +17,8 @@ from experiments import shared
 
 # A column: the field, its title.
 COLUMNS = (
-    ('mqar', 'mqar'), ('rewrite_8', 'rewrite 8'), ('rewrite_16', 'rewrite 16'), ('parity_40', 'parity 40'),
-    ('parity_256', 'parity 41-256'), ('passkey_1', 'passkey'), ('passkey_16', 'passkey 16x'),
+    ('mqar', 'mqar'), ('rewrite_8', 'rewrite 8'), ('rewrite_16', 'rewrite 16'), ('parity_64', 'parity 64'),
+    ('parity_256', 'parity 65-256'), ('passkey_1', 'passkey'), ('passkey_16', 'passkey 16x'),
     ('passkey_64', 'passkey 64x'), ('books', 'books, bits'), ('books_far', 'books beyond 512'))
 RANKED = ('mqar', 'rewrite_16', 'parity_256', 'passkey_16', 'books_far')   # one of each trial
 BEGIN, END = '<!-- leaderboard: begin -->', '<!-- leaderboard: end -->'    # in README.md
@@ -56,19 +56,24 @@ def scores(rows: list[dict]) -> predictions.Scores:
 
 
 def ranks(found: predictions.Scores) -> dict[str, float]:
-  """The mean place over what every model was asked: 1 is first; equals share a place."""
+  """The mean place over what was asked: 1 is first; equals share a place. NaN of a model that lacks a part of it."""
+  asked = [field for field in RANKED if any(field in fields for fields in found.values())]
+  whole = {name: fields for name, fields in found.items() if all(field in fields for field in asked)}
   places: dict[str, list[float]] = {name: [] for name in found}
-  for field in RANKED:
-    if not all(field in fields for fields in found.values()):
-      continue
+  for field in asked:
     sign = -1 if field in trials.LESS_IS_MORE else 1
-    value = {name: sign * round(fields[field].mean, 3) for name, fields in found.items()}
+    value = {name: sign * round(fields[field].mean, 3) for name, fields in whole.items()}
     value = {name: x if np.isfinite(x) else -np.inf for name, x in value.items()}   # the last
-    for name in found:
+    for name in whole:
       better = sum(v > value[name] for v in value.values())
       equal = sum(v == value[name] for v in value.values())
       places[name].append(better + (equal + 1) / 2)
   return {name: float(np.mean(p)) if p else float('nan') for name, p in places.items()}
+
+
+def by_place(place: dict[str, float]) -> list[str]:
+  """Those without one last."""
+  return sorted(place, key=lambda name: (math.isnan(place[name]), place[name]))
 
 
 def costs(rows: list[dict], name: str) -> tuple[int, float]:
@@ -79,7 +84,7 @@ def costs(rows: list[dict], name: str) -> tuple[int, float]:
 
 
 def table(rows: list[dict], rates: int) -> str:
-  """Models by their mean place; a dash is what was not run."""
+  """Models by their mean place among those that were asked all; a dash is what was not run."""
   found = scores(rows)
   place = ranks(found)
   lines = ['| model | mean place | ' + ' | '.join(title for _, title in COLUMNS)
@@ -89,10 +94,10 @@ def table(rows: list[dict], rates: int) -> str:
                for n, _ in COLUMNS) + ' | | |']
   def cell(score: predictions.Score | None) -> str:
     return '-' if score is None else str(score) + (f' ({score.rates})' if score.rates < rates else '')
-  for name in sorted(found, key=lambda name: place[name]):
+  for name in by_place(place):
     state, minutes = costs(rows, name)
     cells = [cell(found[name].get(field)) for field, _ in COLUMNS]
-    lines.append(f'| {name} | {place[name]:.1f} | ' + ' | '.join(cells) + f' | {state:,} | {minutes:.1f} |')
+    lines.append(f'| {name} | {"-" if math.isnan(place[name]) else f"{place[name]:.1f}"} | ' + ' | '.join(cells) + f' | {state:,} | {minutes:.1f} |')
   return '\n'.join(lines)
 
 
@@ -155,7 +160,7 @@ def draw(rows: list[dict], out: str) -> None:
   """leaderboard.png: a cell for each model and column, the darker the better; state and time beside it."""
   found = scores(rows)
   place = ranks(found)
-  names = sorted(found, key=lambda name: place[name])
+  names = by_place(place)
   if names:
     shared.draw(panels(rows, found, names), os.path.join(out, 'leaderboard.png'),
                 width=3.5 + 0.7 * len(COLUMNS), height=2 + 0.25 * len(names))

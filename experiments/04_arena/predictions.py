@@ -14,7 +14,7 @@ from typing import NamedTuple
 import roster
 
 # The commonest of the values that were written last: drawn 100,000 times. A passkey's digits differ.
-CHANCE = dict(mqar=1 / 8, rewrite_8=0.258, rewrite_16=0.192, parity_40=0.5, parity_256=0.5,
+CHANCE = dict(mqar=1 / 8, rewrite_8=0.258, rewrite_16=0.192, parity_64=0.5, parity_256=0.5,
               passkey_1=0.112, passkey_16=0.112, passkey_64=0.112)
 NEAR, BITS = 0.02, 0.02   # of an accuracy to chance; of bits per byte to each other
 
@@ -124,10 +124,10 @@ PREDICTIONS = (
                'sums (linear attention, Infini linear)',
                lambda s: above(s, 'rewrite_8', (*DELTA, 'armt', 'infini'),
                                ('linear_attention', 'infini_linear'))),
-    Prediction('3a', 'Parity of 41 to 256 bits: LSTM, sLSTM, GRU and the gated delta rule with eigenvalues '
+    Prediction('3a', 'Parity of 65 to 256 bits: LSTM, sLSTM, GRU and the gated delta rule with eigenvalues '
                'below 0 above attention and every memory built on it',
                lambda s: above(s, 'parity_256', (*CELLS, 'gated_delta (0,2)'), ON_ATTENTION)),
-    Prediction('3b', 'Parity of 41 to 256 bits: attention and every memory built on it at chance',
+    Prediction('3b', 'Parity of 65 to 256 bits: attention and every memory built on it at chance',
                lambda s: at_chance(s, 'parity_256', ON_ATTENTION)),
     Prediction('4a', 'Passkey at 64 times the length: the window and Transformer-XL at chance',
                lambda s: at_chance(s, 'passkey_64', ('window', 'transformer_xl'))),

@@ -1,7 +1,8 @@
 """The models of the arena, each at as many parameters as its MLP, or its hidden width, can make it.
 
-Segment memories read segments of the task's length; the fields that count tokens are given in segments here.
-What makes a memory a memory (slots, rank, window) is as in experiment 03.
+Segment memories read segments of the task's length; the fields that count tokens are given in segments here. A
+window is one segment: of rows of four segments a longer one leaves nothing to be remembered otherwise. What
+else makes a memory a memory (slots, rank) is as in experiment 03.
 """
 
 import dataclasses
@@ -13,18 +14,18 @@ from longctx.models.mixers import MIXERS
 
 PARAMETERS = 150_000   # embeddings counted; the map of the token before, alike for all, is not
 CELLS = ('elman', 'lstm', 'gru', 'slstm')
-ATTENTION = {'attention': 0, 'window': 4}   # segments that a query sees back; 0: all
+ATTENTION = {'attention': 0, 'window': 1}   # segments that a query sees back; 0: all
 # short_term in segments.
 MEMORIES = {
-    'transformer_xl': dict(short_term=4),
-    'compressive': dict(short_term=4, long_term='compressive', memory_rate=2),
+    'transformer_xl': dict(short_term=1),
+    'compressive': dict(short_term=1, long_term='compressive', memory_rate=2),
     'memorizing': dict(long_term='memorizing', memory_size=512, memory_top=8),
     'infini': dict(long_term='infini'),
     'infini_linear': dict(long_term='infini', memory_variant='linear'),
     'rmt': dict(long_term='rmt', memory_tokens=4),
     'armt': dict(long_term='armt', memory_tokens=4, memory_width=16),
     'block_recurrent': dict(long_term='block_recurrent', memory_tokens=16),
-    'memory_caching': dict(long_term='memory_caching', memory_size=64),
+    'memory_caching': dict(long_term='memory_caching', memory_size=32),
     'titans_memory': dict(long_term='titans', memory_variant='memory', memory_width=64),
     'titans_mag': dict(long_term='titans', memory_variant='mag', memory_width=64),
     'titans_mal': dict(long_term='titans', memory_variant='mal', memory_width=64),

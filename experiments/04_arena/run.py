@@ -1,6 +1,7 @@
 """Every model of longctx on the same trials, at equal parameters, batches and learning-rate grid.
 
     python experiments/04_arena/run.py --tier=cpu --books='../shared/data/books/*.txt'   # hours; carries on
+    python experiments/04_arena/run.py --tier=cpu --books=... --rates=0.003              # its first pass
     python experiments/04_arena/run.py --tier=cpu --books=... --minutes=90               # a part of it
     python experiments/04_arena/run.py --tier=smoke                                      # two models, tiny
     python experiments/04_arena/run.py --tier=cpu --models=infini,lstm --trials=parity   # some
@@ -9,7 +10,7 @@
 
 A run is one model, trial, learning rate and seed, and a line of results/runs.jsonl as soon as it ends;
 stopped in whatever way, the same command does what is missing. All models meet all trials at one rate before
-any meets another. Then the leaderboard is written from all lines of the tier. Without --books that trial is
+any meets another; a model's trials at a rate are one process's, and share what was compiled. Then the leaderboard is written from all lines of the tier. Without --books that trial is
 left out.
 """
 
@@ -33,29 +34,28 @@ from experiments import shared  # noqa: E402
 from longctx import main as longctx_main  # noqa: E402
 from longctx.parallel import host_memory  # noqa: E402
 
-TIERS = {   # steps, rows of a batch
+TIERS = {   # steps, rows of a batch; as many steps of the first four are one program
     'smoke': dict(models=('window', 'gru'), rates=arena.RATES[:1], seeds=(0,), sizes=dict(
-        mqar=(2, 8), rewrite=(2, 8), parity=(2, 8), passkey=(4, 8), books=(2, 2))),
+        mqar=(2, 8), rewrite=(2, 8), parity=(2, 8), passkey=(2, 8), books=(2, 2))),
     'cpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0,), sizes=dict(
-        mqar=(400, 32), rewrite=(400, 32), parity=(300, 32), passkey=(400, 32), books=(200, 8))),
+        mqar=(450, 16), rewrite=(450, 16), parity=(450, 16), passkey=(450, 16), books=(200, 4))),
     'gpu': dict(models=roster.NAMES, rates=arena.RATES, seeds=(0, 1, 2), sizes=dict(
-        mqar=(4000, 64), rewrite=(4000, 64), parity=(3000, 64), passkey=(4000, 64), books=(4000, 16))),
+        mqar=(4000, 64), rewrite=(4000, 64), parity=(4000, 64), passkey=(4000, 64), books=(4000, 16))),
 }
 
 
 def all_runs(tier: dict, files: str) -> list[dict]:
   """Of a tier, in the order in which they are done; `files` is the digest of the books."""
-  passes = (tier['rates'][:1], tier['rates'][1:])
   return [dict(trial=trial, model=model, steps=tier['sizes'][trial][0], rows=tier['sizes'][trial][1],
                learning_rate=rate, seed=seed, **(dict(files=files) if trial == 'books' else {}))
-          for seed in tier['seeds'] for rates in passes for trial in tier['trials']
-          for model in tier['models'] for rate in rates]
+          for seed in tier['seeds'] for rate in tier['rates'] for model in tier['models']
+          for trial in tier['trials']]
 
 
 def units(runs: list[dict], done: list[dict]) -> list[list[dict]]:
-  """What is missing; neighbours of one model and trial together, which compile once."""
+  """What is missing; a model's trials at a rate together, which compile once."""
   have, found = {arena.key_of(line) for line in done}, []
-  same = lambda run: (run['trial'], run['model'], run['seed'])
+  same = lambda run: (run['model'], run['learning_rate'], run['seed'])
   for run in runs:
     if arena.key_of(run) not in have:
       if found and same(found[-1][0]) == same(run):
@@ -123,6 +123,7 @@ def main() -> None:
   parser.add_argument('--models', default='', help='names with commas between; else all')
   parser.add_argument('--trials', default='', help=f'of {",".join(trials.NAMES)}; else all')
   parser.add_argument('--seeds', default='', help="numbers with commas between; else the tier's")
+  parser.add_argument('--rates', default='', help="numbers with commas between, of the tier's; else all")
   parser.add_argument('--books', default='', help='text files, a glob')
   parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run after so many')
   parser.add_argument('--workers', type=int, default=0, help='processes; 0: a core each, one on a GPU')
@@ -134,11 +135,11 @@ def main() -> None:
   tier = dict(TIERS[args.tier])
   tier['models'] = names(args.models, roster.NAMES, '--models') or tier['models']
   tier['trials'] = names(args.trials, trials.NAMES, '--trials') or trials.NAMES
-  if args.seeds:
-    try:
-      tier['seeds'] = tuple(int(seed) for seed in args.seeds.split(','))
-    except ValueError:
-      parser.error(f'--seeds={args.seeds!r}: must be whole numbers with commas between, such as 0,1')
+  tier['seeds'] = numbers(parser, args.seeds, int, '--seeds', 'whole numbers', '0,1') or tier['seeds']
+  grid = tier['rates']
+  tier['rates'] = numbers(parser, args.rates, float, '--rates', f'of {grid}', '0.003') or grid
+  if unknown := set(tier['rates']) - set(grid):
+    parser.error(f'--rates: no {", ".join(map(str, unknown))}; there are {", ".join(map(str, grid))}')
   digest = ''
   if args.books:
     digest = trials.read_books(args.books).digest   # what is wrong with them is said before hours of work
@@ -155,7 +156,7 @@ def main() -> None:
       compete_all(work, path, args.books, min(count, len(work)), args.minutes)
   finally:
     rows = of_tier(shared.read(path), tier, digest)
-    report = leaderboard.report(rows, len(tier['rates']), command(args))
+    report = leaderboard.report(rows, len(grid), command(args))
     print(report, flush=True)
     leaderboard.write(report, rows, args.out, os.path.join(HERE, 'README.md')
                       if args.tier == 'cpu' and os.path.realpath(args.out) == os.path.realpath(results) else '')
@@ -171,6 +172,14 @@ def of_tier(rows: list[dict], tier: dict, digest: str) -> list[dict]:
 def command(args: argparse.Namespace) -> str:
   return (f'python experiments/04_arena/run.py --tier={args.tier}'
           + (" --books='BOOKS/*.txt'" if args.books else ''))
+
+
+def numbers(parser: argparse.ArgumentParser, text: str, kind: type, flag: str, what: str, such: str) -> tuple:
+  """With commas between; () of an empty text."""
+  try:
+    return tuple(kind(x) for x in text.split(',')) if text else ()
+  except ValueError:
+    parser.error(f'{flag}={text!r}: must be {what} with commas between, such as {such}')
 
 
 def chosen(parser: argparse.ArgumentParser, text: str, known: tuple[str, ...], flag: str) -> list[str]:

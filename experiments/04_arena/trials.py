@@ -1,11 +1,15 @@
 """The five trials of the arena: what each trains on, and what it is asked.
 
-    mqar      8 pairs of 64 symbols among 64 tokens, each key asked again                 segments of 16
-    rewrite   two keys and their values a segment; each key twice, the last value counts  segments of 4
-              trained on 2 or 8 keys, asked for 8 and 16
-    parity    the parity of all bits so far; trained on 40, asked up to 256               segments of 8
-    passkey   three digits in one of 2 or 4 segments; asked after 16 and 64 times as many segments of 32
-    books     rows of 512 bytes of the training books; other books read for 4,096         segments of 128
+    mqar      8 pairs of 64 symbols, then each key asked for among blanks: as in figure 2 of Zoology, whose
+              noise is blank and does not hold keys by chance
+    rewrite   2 or 8 keys, each with two values in turn: the last counts; asked for 8 and 16
+    parity    the parity of all bits so far; asked of up to 64 and up to 256. 16 bits of a row are learned at
+              first, and in the second half of the steps more and more: an LSTM did not learn 64 otherwise
+    passkey   three digits in one of 2 or 4 segments; asked after 16 and 64 times as many
+    books     rows of 512 bytes of the training books; other books read for 4,096          segments of 128
+
+The first four are rows of 64 tokens of 64 symbols, in segments of 16: a model of them is one model, compiled
+once. What is shorter has blanks behind it, of which nothing is asked.
 
 Every model meets the same batches. Each token's vector has a map of the one before it added, for all
 alike (experiments/small_training.py). The learning rate is chosen by what is asked of the validation
@@ -29,14 +33,17 @@ Batch = tuple[np.ndarray, np.ndarray]
 Asked = dict[str, np.ndarray]   # of each score, its mean over each row [B]; a row's tokens hang together
 DRAWS = dict(validation=11_000, test=10_000)   # seeds
 ROWS = 256                    # of a draw
-DIGITS, PASSKEY_SEGMENT = 3, 32
-KEYS = token_batches.passkey_task(segment=PASSKEY_SEGMENT, digits=DIGITS)
-CURRICULUM = (2, 4)           # segments of a passkey's document; the second half of the steps has both
+ROW, SEGMENT, SYMBOLS = 64, 16, 64
+BLANK = 0
+DIGITS = 3
+KEYS = token_batches.passkey_task(segment=SEGMENT, digits=DIGITS)
+CURRICULUM = (2, 4)           # segments of a passkey's document; in the second half of the steps of both
 FAR = (16, 64)                # times the longest
 FAR_DOCUMENTS = 32
 CALL = CURRICULUM[-1]         # segments read at once
-MQAR = token_batches.mqar_task(pairs=8, vocab_size=64)
-TRAINED_KEYS = (2, 8)         # each number is a program to compile
+PAIRS = 8
+TRAINED_KEYS = (2, 8)         # the first alone in the first fifth of the steps
+FIRST_BITS = 16
 LENGTH, FAR_LENGTH, FAR_ROWS = 512, 4096, 8   # of books, bytes
 
 
@@ -59,9 +66,32 @@ def answered(p: Any, params: Any, task: token_batches.Task, draw: str, length: i
   return small_training.right(p, params, tokens, targets) / (targets != token_batches.UNSCORED).sum(axis=1)
 
 
+def padded(batch: Batch) -> Batch:
+  """With blanks behind it, to ROW tokens."""
+  (tokens, targets), left = batch, ROW - batch[0].shape[1]
+  return (np.pad(tokens, ((0, 0), (0, left)), constant_values=BLANK),
+          np.pad(targets, ((0, 0), (0, left)), constant_values=token_batches.UNSCORED))
+
+
+def of_both(make: Callable[[int, int], Batch], sizes: tuple[int, int], rows: int, first: bool) -> Batch:
+  """Rows of `make(rows, size)`: of the first size alone, or half of them of the second."""
+  many = 0 if first else rows // 2
+  parts = [padded(make(count, size)) for count, size in zip((rows - many, many), sizes) if count]
+  tokens, targets = (np.concatenate(x) for x in zip(*parts))
+  return tokens, targets
+
+
+def recall(rng: np.random.Generator, rows: int, length: int) -> Batch:
+  tokens, targets = token_batches.mqar(rng, rows, length, pairs=PAIRS, vocab_size=SYMBOLS)
+  noise = targets == token_batches.UNSCORED
+  noise[:, :2 * PAIRS] = False
+  return np.where(noise, BLANK, tokens), targets   # BLANK is no key and no value
+
+
 def mqar() -> Trial:
-  return Trial(MQAR.vocab_size, 16, lambda rng, done, rows: MQAR.make(rng, rows, 64),
-               lambda p, params, draw: dict(mqar=answered(p, params, MQAR, draw, 64)),
+  task = token_batches.Task(recall, SYMBOLS, 1 / PAIRS)
+  return Trial(SYMBOLS, SEGMENT, lambda rng, done, rows: recall(rng, rows, ROW),
+               lambda p, params, draw: dict(mqar=answered(p, params, task, draw, ROW)),
                lambda p, params: {})
 
 
@@ -69,19 +99,25 @@ def rewrite() -> Trial:
   task = token_batches.TASKS['segment_rewrite']   # a key: 6 tokens, twice with a value and once to be asked
 
   def batch(rng, done, rows):
-    keys = TRAINED_KEYS[0] if done < 0.2 else int(rng.choice(TRAINED_KEYS))
-    return task.make(rng, rows, 6 * keys)
+    return of_both(lambda count, keys: task.make(rng, count, 6 * keys), TRAINED_KEYS, rows, first=done < 0.2)
 
-  return Trial(task.vocab_size, 4, batch,
+  return Trial(SYMBOLS, SEGMENT, batch,
                lambda p, params, draw: dict(rewrite_8=answered(p, params, task, draw, 6 * 8)),
                lambda p, params: dict(rewrite_16=answered(p, params, task, 'test', 6 * 16)))
 
 
 def parity() -> Trial:
   task = token_batches.TASKS['parity']
-  return Trial(task.vocab_size, 8, lambda rng, done, rows: task.make(rng, rows, 40),
-               lambda p, params, draw: dict(parity_40=answered(p, params, task, draw, 40)),
-               lambda p, params: dict(parity_256=answered(p, params, task, 'test', 256, skip=40)))
+
+  def batch(rng, done, rows):
+    tokens, targets = task.make(rng, rows, ROW)
+    part = min(1, max(0, (done - 0.5) / 0.4))   # a tenth of the steps has all bits
+    targets[:, int(FIRST_BITS + part * (ROW - FIRST_BITS)):] = token_batches.UNSCORED
+    return tokens, targets
+
+  return Trial(SYMBOLS, SEGMENT, batch,
+               lambda p, params, draw: dict(parity_64=answered(p, params, task, draw, ROW)),
+               lambda p, params: dict(parity_256=answered(p, params, task, 'test', 256, skip=ROW)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,13 +127,13 @@ def reader(graphdef: Any) -> far_passkey.Reader:
 
 def passkey() -> Trial:
   def batch(rng, done, rows):
-    lengths = CURRICULUM[:1] if done < 0.5 else CURRICULUM
-    return KEYS.make(rng, rows, PASSKEY_SEGMENT * int(rng.choice(lengths)))
+    return of_both(lambda count, segments: KEYS.make(rng, count, SEGMENT * segments), CURRICULUM, rows,
+                   first=done < 0.5)
 
   def far(p, params):
-    document = far_passkey.Document(KEYS, FAR_DOCUMENTS, segment=PASSKEY_SEGMENT, call=CALL, digits=DIGITS)
+    document = far_passkey.Document(KEYS, FAR_DOCUMENTS, segment=SEGMENT, call=CALL, digits=DIGITS)
     read = reader(p.graphdef).of(params)
-    state = read.fresh(params, FAR_DOCUMENTS, PASSKEY_SEGMENT * (CALL * FAR[-1] + 1))
+    state = read.fresh(params, FAR_DOCUMENTS, SEGMENT * (CALL * FAR[-1] + 1))
     found = {}
     for i in range(FAR[-1]):
       state = read.read(state, document.piece(i))
@@ -106,8 +142,8 @@ def passkey() -> Trial:
         found[f'passkey_{i + 1}'] = right.mean(axis=1)
     return found
 
-  return Trial(KEYS.vocab_size, PASSKEY_SEGMENT, batch, lambda p, params, draw: dict(
-      passkey_1=answered(p, params, KEYS, draw, PASSKEY_SEGMENT * CALL)), far)
+  return Trial(SYMBOLS, SEGMENT, batch, lambda p, params, draw: dict(
+      passkey_1=answered(p, params, KEYS, draw, SEGMENT * CALL)), far)
 
 
 class Books(NamedTuple):
