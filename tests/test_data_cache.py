@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from longctx import progress
-from longctx.data import cache, corpus, stream
+from longctx.data import cache, corpus, disk, parts, stream
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 
@@ -24,11 +24,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 def builds(monkeypatch):
   """The caches that were built, by name."""
   built = []
-  real = cache._build
+  real = disk._build
   def build(path, *args):
     built.append(path.name)
     real(path, *args)
-  monkeypatch.setattr(cache, '_build', build)
+  monkeypatch.setattr(disk, '_build', build)
   return built
 
 
@@ -188,6 +188,66 @@ def test_two_processes_build_once(tmp_path):
   assert (tmp_path / 'log').read_text() == 'read\n' * 2  # two documents, once each
 
 
+def test_a_cache_of_an_earlier_format_is_told_and_built_again(tmp_path, builds, monkeypatch, caplog):
+  write(tmp_path, a='one', b='two')
+  with monkeypatch.context() as earlier:
+    earlier.setattr(cache, 'FORMAT', 2)
+    earlier.setattr(cache._name, '__defaults__', (2,))
+    assert texts(config_of(tmp_path)) == ['one', 'two']
+  old, = folders(tmp_path)
+  assert caplog.text == ''
+  assert texts(config_of(tmp_path)) == ['one', 'two']
+  assert f'{tmp_path}/cache/{old}: is of an earlier format; its text is tokenised again' in caplog.text
+  assert len(set(builds)) == 2 and old in folders(tmp_path)
+  caplog.clear()
+  assert texts(config_of(tmp_path)) == ['one', 'two']
+  assert len(builds) == 2 and caplog.text == ''
+
+
+LONG = 'ünd der Rest\n' * 40
+
+
+@pytest.mark.parametrize('split', [dict(), dict(split='contiguous', validation_fraction=0.3, test_fraction=0.1)])
+@pytest.mark.parametrize('form', ['packed', 'segments'])
+def test_a_huge_document_is_in_several_parts_and_one_document(tmp_path, monkeypatch, split, form):
+  write(tmp_path, a='one', b=LONG, c=LONG[7:], d='', e='five')
+  def opened(name, part):
+    monkeypatch.setattr(corpus, 'CHUNK', 16)
+    monkeypatch.setattr(corpus, 'PART', part)
+    config = config_of(tmp_path, cache_dir=str(tmp_path / name), form=form, length=8, batch_size=2,
+                       build_processes=1, **split)
+    return config, stream.open_documents(config, 'train')
+  (one, whole), (many, cut) = opened('whole', 1 << 20), opened('cut', 96)
+  assert len(folders_of(tmp_path / 'whole')) == 1 and len(folders_of(tmp_path / 'cut')) > 6
+  assert sum(meta['continues'] for meta in metas_of(tmp_path / 'cut')) > 5
+  assert len(cut) == len(whole) == 4
+  assert cut.lengths.tolist() == whole.lengths.tolist()
+  assert cut._store.meta['tokens'] == whole._store.meta['tokens']
+  assert cut._store.meta['empty_documents'] == whole._store.meta['empty_documents']
+  for i in range(4):
+    size = int(whole.lengths[i])
+    assert cut.document(i).tolist() == whole.document(i).tolist()
+    for low, high in ((0, 1), (size - 1, size + 1), (size // 2, size // 2 + 200), (95, 99)):
+      low, high = min(low, size), min(high, size + 1)
+      assert cut._store.read(i, low, high).tolist() == whole._store.read(i, low, high).tolist()
+  assert cut.content != whole.content
+  ours, theirs = (stream.open_stream(config, seed=5) for config in (many, one))
+  for _ in range(20):
+    a, b = next(ours), next(theirs)
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  ours.close()
+  theirs.close()
+
+
+def folders_of(path):
+  return [p for p in path.iterdir() if p.is_dir() and '-train-' in p.name]
+
+
+def metas_of(path):
+  return [json.loads((p / 'meta.json').read_text()) for p in folders_of(path)]
+
+
 # Progress.
 
 
@@ -210,7 +270,7 @@ def test_each_piece_of_a_document_counts(tmp_path, monkeypatch):
 @pytest.mark.parametrize('grows', [True, False])
 def test_who_waits_moves_with_who_builds(tmp_path, monkeypatch, grows):
   """Another process has the lock, and its part's files grow, or do not."""
-  monkeypatch.setattr(cache, 'POLL', 0.1)
+  monkeypatch.setattr(parts, 'POLL', 0.1)
   write(tmp_path, a='one')
   assert texts(config_of(tmp_path)) == ['one']
   name, = folders(tmp_path)
@@ -219,7 +279,7 @@ def test_who_waits_moves_with_who_builds(tmp_path, monkeypatch, grows):
   tokens = (half / 'tokens.bin').read_bytes()
   held, before = threading.Event(), []
   def build():
-    with cache._locked(whole, wait=False):
+    with disk._locked(whole, wait=False):
       (half / 'tokens.bin').write_bytes(b'')
       held.set()
       for _ in range(10):

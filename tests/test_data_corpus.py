@@ -148,20 +148,23 @@ def test_contiguous_parts_are_the_document_and_cut_between_characters(text, vali
   assert ''.join(p.decode() for p in parts) == text
 
 
-@given(st.binary(max_size=40), st.integers(4, 9))
+@given(st.binary(max_size=60), st.integers(4, 9), st.integers(1, 30))
 @settings(max_examples=150, deadline=None)
-def test_chunks_join_to_the_document(data, size):
+def test_chunks_join_to_the_document_and_pieces_have_its_chunks(data, size, part):
   path = pathlib.Path(os.environ.get('TMPDIR', '/tmp')) / f'longctx-chunks-{os.getpid()}'
-  old, corpus.CHUNK = corpus.CHUNK, size
+  old, corpus.CHUNK, corpus.PART = (corpus.CHUNK, corpus.PART), size, part
   try:
     path.write_bytes(data)
     for rule in (corpus.SplitRule(kind='contiguous', validation=0.3, test=0.2), HASH):
       for split in corpus.SPLITS:
         chunks = list(corpus.read_chunks(path, rule, split))
         assert b''.join(chunks) == corpus.cut_bytes(data, rule, split)
-        assert all(0 < len(c) <= size for c in chunks)
+        assert all(0 < len(c) < 2 * size for c in chunks)
+        pieces = corpus.pieces(*rule.bounds(len(data), split))
+        assert all(high - low <= 2 * max(size, part + size) for low, high in pieces)
+        assert [c for piece in pieces for c in corpus.read_chunks(path, rule, split, piece)] == chunks
   finally:
-    corpus.CHUNK = old
+    corpus.CHUNK, corpus.PART = old
     path.unlink()
 
 

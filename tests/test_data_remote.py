@@ -14,7 +14,8 @@ import pytest
 from fsspec.registry import known_implementations
 
 from longctx import progress
-from longctx.data import cache, corpus, remote, stream
+from longctx.data import bucket as bucket_lib
+from longctx.data import cache, corpus, examples, parts, remote, stream
 from longctx.errors import ConfigError, RunError
 
 TEXTS = {f'{folder}/{i}.txt': f'document {i} of {folder}: ' + 'ü' * i * 7
@@ -153,12 +154,13 @@ def test_a_bucket_that_is_gone(bucket, tmp_path, monkeypatch, pauses):
     stream.open_documents(config, 'train')
 
 
-def test_a_bucket_that_may_not_be_read(bucket, tmp_path, monkeypatch, pauses):
+@pytest.mark.parametrize('call', ['glob', 'pipe_file'])
+def test_a_bucket_that_may_not_be_read_or_written(bucket, folder, monkeypatch, pauses, call):
   def refuse(*args, **kwargs):
     raise PermissionError(13, 'Permission denied')
-  monkeypatch.setattr(type(bucket), 'cat_file', refuse)
+  monkeypatch.setattr(type(bucket), call, refuse)
   with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': Permission denied; check the bucket"):
-    stream.open_documents(config_of('memory://texts/a/*.txt', 'memory://tokens'), 'train')
+    stream.open_documents(config_of(folder / 'texts/a/*.txt', 'memory://tokens'), 'train')
   assert pauses == []
 
 
@@ -196,7 +198,78 @@ def test_no_file_behind_a_url(bucket, tmp_path):
     stream.open_documents(config_of('memory://texts/*.md', tmp_path), 'train')
 
 
+def test_pairs_and_labelled_texts_behind_a_url(bucket, tmp_path):
+  files = {f'{part}/{label}/{i}.txt': f'{part} {label} {i}'
+           for part in ('train', 'test') for label in ('bad', 'good') for i in range(6)}
+  files |= {'train/unsup/0.txt': 'of no class', 'train/bad/0.md': 'no text', 'pairs/b.tsv': 'ab\txy\nc\tz\n',
+            'pairs/more/a.tsv': 'ü\tv\n'}
+  for name, text in files.items():
+    bucket.pipe_file(f'memory://examples/{name}', text.encode())
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+  rule = corpus.SplitRule(kind='hash', validation=0.3, test=0)
+  for split in corpus.SPLITS:
+    found = examples.read_folder('memory://examples', split, rule)
+    assert found == examples.read_folder(str(tmp_path), split, rule) and len(found) > 1
+  far, near = (examples.read_pairs(f'{root}/pairs/**/*.tsv') for root in ('memory://examples', tmp_path))
+  assert [x[1:] for x in far] == [x[1:] for x in near] == [(b'ab', b'xy'), (b'c', b'z'), ('ü'.encode(), b'v')]
+  assert far[1][0] == 'memory://examples/pairs/b.tsv:2'.replace('memory://', 'memory:///')
+  for read in (examples.read_pairs, examples.folder_classes):
+    with pytest.raises(ConfigError, match=r"^data\.files='memory://none.*: (matches no file|must be a folder)"):
+      read('memory://none/*.tsv')
+
+
 # Parts.
+
+def requests(bucket, monkeypatch, do):
+  """What a file system is asked while do() is done."""
+  asked, inside = [], []
+  with monkeypatch.context() as counted:
+    for name in ('cat_file', 'size', 'info', 'exists', 'glob'):
+      def call(self, *args, _name=name, _real=getattr(type(bucket), name), **kwargs):
+        if not inside:
+          asked.append(_name)
+        inside.append(_name)   # what one call asks of another is its own affair
+        try:
+          return _real(self, *args, **kwargs)
+        finally:
+          inside.pop()
+      counted.setattr(type(bucket), name, call)
+    do()
+  return asked
+
+
+def test_a_start_asks_a_bucket_twice_whatever_the_number_of_parts(bucket, folder, small_parts, monkeypatch):
+  """Once for a listing, once for what the first start kept."""
+  config = config_of(folder / 'texts/**/*.txt', 'memory://tokens')
+  before = stream.open_documents(config, 'train')
+  assert len(bucket.glob('memory://tokens/*-train-*/meta.json')) > 3
+  asked = requests(bucket, monkeypatch, lambda: stream.open_documents(config, 'train'))
+  assert asked == ['glob', 'cat_file']
+  again = stream.open_documents(config, 'train')
+  assert again.content == before.content and again.lengths.tolist() == before.lengths.tolist()
+  assert [again.document(i).tolist() for i in range(len(again))] == [
+      before.document(i).tolist() for i in range(len(before))]
+
+
+@pytest.mark.parametrize('damage', ['a part changed', 'a part gone', 'torn', 'gone'])
+def test_what_a_start_kept_is_believed_only_of_parts_as_they_were(bucket, folder, small_parts, damage):
+  config = config_of(folder / 'texts/**/*.txt', 'memory://tokens', validation_fraction=0)
+  before = texts(config)
+  index, = bucket.glob('memory://tokens/*.index')
+  part = bucket.glob('memory://tokens/*-train-*/tokens.bin')[1]
+  written = bucket.cat_file(part)
+  if damage == 'a part changed':
+    bucket.pipe_file(part, bucket.cat_file(part)[:-2])
+  elif damage == 'a part gone':
+    bucket.rm(part.rpartition('/')[0], recursive=True)
+  elif damage == 'torn':
+    bucket.pipe_file(index, bucket.cat_file(index)[:100])
+  else:
+    bucket.rm(index)
+  assert texts(config) == before
+  assert bucket.cat_file(part) == written
+
 
 def test_parts_are_the_source_in_its_order(folder, small_parts):
   rule = corpus.SplitRule(kind='hash', validation=0.2, test=0)
@@ -292,8 +365,8 @@ def test_two_hosts_build_a_part_each_and_no_part_twice(folder, monkeypatch, prot
 
 
 def test_parts_of_a_host_that_does_not_come(bucket, small_parts, monkeypatch, caplog):
-  monkeypatch.setattr(cache, 'QUIET', 0.3)
-  monkeypatch.setattr(cache, 'POLL', 0.05)
+  monkeypatch.setattr(bucket_lib, 'QUIET', 0.3)
+  monkeypatch.setattr(parts, 'POLL', 0.05)
   config = config_of('memory://texts/**/*.txt', 'memory://tokens')
   alone = texts(config_of('memory://texts/**/*.txt', 'memory://others'))
   assert texts(config, builders=(1, 3)) == alone
@@ -301,7 +374,7 @@ def test_parts_of_a_host_that_does_not_come(bucket, small_parts, monkeypatch, ca
 
 
 def test_who_waits_in_a_bucket_takes_what_comes(bucket, small_parts, monkeypatch):
-  monkeypatch.setattr(cache, 'POLL', 0.05)
+  monkeypatch.setattr(parts, 'POLL', 0.05)
   config, found = config_of('memory://texts/**/*.txt', 'memory://tokens'), {}
   def host(i):
     found[i] = texts(config, builders=(i, 3))
@@ -315,11 +388,11 @@ def test_who_waits_in_a_bucket_takes_what_comes(bucket, small_parts, monkeypatch
 
 ORPHANS = """
 import sys, time
-from longctx.data import cache, corpus, stream
+from longctx.data import corpus, parts, stream
 sys.path.insert(0, sys.argv[3])
 import slow_job
 corpus.PART = 300
-cache._tried = slow_job.sleep
+parts._tried = slow_job.sleep
 if __name__ == '__main__':
   stream.open_documents(stream.Config(corpus='files', files=sys.argv[1], cache_dir=sys.argv[2], build_processes=2), 'train')
 """
@@ -366,10 +439,10 @@ class Job:
 
 @pytest.mark.parametrize('moves', [True, False])
 def test_what_builders_do_is_heard_before_a_part_is_done(monkeypatch, moves):
-  monkeypatch.setattr(cache, 'POLL', 0.05)
+  monkeypatch.setattr(parts, 'POLL', 0.05)
   heard, began = [], time.monotonic()
   with progress.told(lambda: heard.append(time.monotonic() - began)):
-    cache._side_by_side([Job(moves), Job(moves)], 2)
+    parts.side_by_side([Job(moves), Job(moves)], 2)
   if moves:
     assert len(heard) >= 6
   else:
@@ -378,17 +451,17 @@ def test_what_builders_do_is_heard_before_a_part_is_done(monkeypatch, moves):
 
 def test_parts_that_come_are_heard_by_who_waits(bucket, small_parts, monkeypatch):
   """In a bucket: here they come all at once."""
-  monkeypatch.setattr(cache, 'POLL', 0.05)
+  monkeypatch.setattr(parts, 'POLL', 0.05)
   config, heard = config_of('memory://texts/**/*.txt', 'memory://tokens'), []
-  parts = len(corpus.open_source(config).parts('train'))
+  number = len(corpus.open_source(config).parts('train'))
   other = threading.Timer(0.5, lambda: texts(config, builders=(0, 1)))
-  monkeypatch.setattr(cache, '_side_by_side', lambda jobs, processes, real=cache._side_by_side: (
+  monkeypatch.setattr(parts, 'side_by_side', lambda jobs, processes, real=parts.side_by_side: (
       real(jobs, processes) if threading.current_thread() is other else None))
   other.start()
   with progress.told(lambda: heard.append(1)):
-    texts(config, builders=(1, 10 * parts))
+    texts(config, builders=(1, 10 * number))
   other.join()
-  assert len(heard) > 2 * parts   # two looks at all of them, and one thing more
+  assert len(heard) > number   # a look at all of them, and one thing more
 
 
 def killed(job):
@@ -396,7 +469,7 @@ def killed(job):
 
 
 def test_a_builder_that_is_killed(folder, small_parts, monkeypatch):
-  monkeypatch.setattr(cache, '_tried', killed)
+  monkeypatch.setattr(parts, '_tried', killed)
   config = config_of(folder / 'texts/**/*.txt', folder / 'cache', build_processes=2)
   with pytest.raises(ConfigError, match=r'^data\.build_processes=2: one of them was killed'):
     texts(config)

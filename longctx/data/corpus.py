@@ -4,7 +4,7 @@ A source names its documents in a stable order and reads one as chunks of bytes,
 larger than memory is never held whole. `stdlib` is the source code of the running Python's standard
 library, text that every machine has, without files that another split has too; `files` is any glob, of
 paths or of a URL (remote.py); `tfds` is in tfds_corpus.py. A large source has parts, which are tokenised side
-by side (cache.py).
+by side (cache.py); a huge file is in several, since its chunks are the same wherever one begins to read it.
 
 Splits: 'hash' puts a whole document where sha256(name) says, whatever else the corpus holds;
 'contiguous' gives the first part of every document's bytes to train, the next to validation, the
@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import pathlib
 import sysconfig
@@ -26,7 +27,7 @@ from longctx.data.remote import RemoteFile, find, is_url
 from longctx.errors import ConfigError, check
 
 SPLITS = ('train', 'validation', 'test')
-CHUNK = 1 << 20  # bytes of a document held at once
+CHUNK = 1 << 20  # bytes of a document read at once; up to twice as many are a chunk
 PART = 64 << 20  # bytes of a source's part, at least; its last may have fewer
 EXCLUDED = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
 
@@ -82,24 +83,55 @@ def _aligned(file: BinaryIO, cut: int) -> int:
   return cut - between_characters(before, file.read(1))
 
 
-def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str) -> Iterator[bytes]:
-  """The split's part of a file; a chunk ends after a line, or at least between characters."""
+def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str, piece: tuple[int, int] | None = None
+                ) -> Iterator[bytes]:
+  """The split's part of a file, or a piece of it: those of its chunks that `pieces` gives.
+
+  A chunk ends after the last line that ends before the next multiple of CHUNK bytes, or at least between
+  characters: where it does can be told without the chunks before.
+  """
   try:
     with path.open('rb') as file:
-      start, stop = (_aligned(file, c) for c in rule.bounds(file.seek(0, os.SEEK_END), split))
-      while start < stop:  # every chunk has at least one byte: CHUNK is more than a character
-        file.seek(start)
-        chunk = file.read(min(CHUNK, stop - start))
-        if not chunk:
-          return  # the file shrank meanwhile
-        if start + len(chunk) < stop:
-          end = chunk.rfind(b'\n') + 1 or len(chunk)
-          chunk = chunk[:end]
-          chunk = chunk[:len(chunk) - between_characters(chunk, file_byte(file, start + end))]
-        yield chunk
-        start += len(chunk)
+      bounds = rule.bounds(file.seek(0, os.SEEK_END), split)
+      start, stop = (_aligned(file, c) for c in bounds)
+      low, high = piece or bounds
+      at, left = start, b''   # what a chunk had to leave to the next
+      if low > bounds[0]:
+        at = low
+        window = _read(file, low - CHUNK, low)
+        left = window[_end_of_chunk(file, low - CHUNK, window):]
+      while at < stop and at < high:
+        window = _read(file, at, min((at // CHUNK + 1) * CHUNK, stop))
+        if not window:
+          break   # the file shrank meanwhile
+        end = len(window) if at + len(window) == stop else _end_of_chunk(file, at, window)
+        if chunk := left + window[:end]:
+          yield chunk
+        at, left = at + len(window), window[end:]
+      if left and at < high:
+        yield left
   except OSError as e:
     raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror or e}') from e
+
+
+def _read(file: BinaryIO, start: int, stop: int) -> bytes:
+  file.seek(start)
+  return file.read(stop - start)
+
+
+def _end_of_chunk(file: BinaryIO, at: int, window: bytes) -> int:
+  """How many bytes of a window, which begins at `at`, are of the chunk that it ends."""
+  stop = at + len(window)
+  return window.rfind(b'\n') + 1 or max(0, len(window) - between_characters(
+      _read(file, max(0, stop - 3), stop), file_byte(file, stop)))
+
+
+def pieces(start: int, stop: int) -> list[tuple[int, int]]:
+  """Bytes [start, stop) of a document, cut at multiples of CHUNK into pieces of PART or a little more."""
+  size = -(-PART // CHUNK) * CHUNK
+  cuts = [c for c in range((start // size + 1) * size, stop, size) if start + CHUNK <= c <= stop - CHUNK]
+  edges = [start, *cuts, stop]
+  return list(itertools.pairwise(edges))
 
 
 def file_byte(file: BinaryIO, at: int) -> bytes:
@@ -121,8 +153,10 @@ class FileSource:
   """Documents that are files, by names that do not change with the place they are in."""
 
   def __init__(self, label: str, root: str, files: dict[str, pathlib.Path | RemoteFile], rule: SplitRule,
-               copies: frozenset[str] = frozenset()):
+               copies: frozenset[str] = frozenset(), cut: dict[str, tuple[int, int]] | None = None):
+    """`cut`: of these files only so many bytes; see `parts`."""
     self.label = label
+    self._cut = cut or {}
     self.num_copies = len(copies)   # documents that are left out because another split has them
     self._rule = rule
     self._root = root
@@ -146,24 +180,35 @@ class FileSource:
     """Changes when a file of the split is added, removed, renamed or written."""
     del split  # the rule decides; cheap enough to take them all
     return [self.label, self._root, dataclasses.astuple(self._rule),
-            [[n, *_stat(f)] for n, f in self._files.items()]]
+            [[n, *_stat(f), *self._cut.get(n, ())] for n, f in self._files.items()]]
 
   def documents(self, split: str) -> Iterator[tuple[str, Iterator[bytes]]]:
     for name in self.names(split):
-      yield name, read_chunks(self._files[name], self._rule, split)
+      yield name, read_chunks(self._files[name], self._rule, split, self._cut.get(name))
+
+  def continues(self, split: str) -> bool:
+    """Whether the first document is what follows of the last one of the part before."""
+    first = next(iter(self.names(split)), None)
+    return first in self._cut and self._cut[first][0] > self._rule.bounds(_stat(self._files[first])[0], split)[0]
 
   def parts(self, split: str) -> list['FileSource']:
-    """Sources of at least PART bytes, whose documents in their order are those of this one's split."""
-    groups, size = [{}], 0
+    """Sources of at least PART bytes, whose documents in their order are those of this one's split.
+
+    A document of more is in several, a piece in each.
+    """
+    groups, size = [{}], 0   # {name: its piece}
     for name in self.names(split):
-      if size >= PART:
-        groups.append({})
-        size = 0
-      groups[-1][name] = self._files[name]
-      size += _stat(self._files[name])[0]
+      for piece in pieces(*self._rule.bounds(_stat(self._files[name])[0], split)):
+        if size >= PART:
+          groups.append({})
+          size = 0
+        groups[-1][name] = piece
+        size += piece[1] - piece[0]
     if len(groups) == 1:
       return [self]
-    found = [FileSource(self.label, self._root, files, self._rule) for files in groups]
+    times = collections.Counter(name for group in groups for name in group)
+    found = [FileSource(self.label, self._root, {name: self._files[name] for name in group}, self._rule,
+                        cut={name: piece for name, piece in group.items() if times[name] > 1}) for group in groups]
     found[0].num_copies = self.num_copies
     return found
 
@@ -213,14 +258,22 @@ def copies_in_other_splits(root: pathlib.Path, paths: list[pathlib.Path],
   return frozenset(copies)
 
 
+def matching(pattern: str) -> list[pathlib.Path | RemoteFile]:
+  """The files that a glob of paths or of a URL matches, sorted; `**` goes through folders."""
+  if is_url(pattern):
+    return find(pattern)
+  found = sorted(set(glob.glob(os.path.expanduser(pattern), recursive=True)))
+  return [pathlib.Path(p) for p in found if not os.path.isdir(p)]
+
+
 def files_source(pattern: str, rule: SplitRule) -> FileSource:
-  """The files that a glob matches; `**` goes through folders."""
+  """The files that a glob matches."""
   if is_url(pattern):
     return _remote_source(pattern, rule)
+  paths = matching(pattern)
   pattern = os.path.expanduser(pattern)
-  found = sorted(set(glob.glob(pattern, recursive=True)))
-  paths = [pathlib.Path(p) for p in found if not os.path.isdir(p)]
   if not paths:
+    found = glob.glob(pattern, recursive=True)
     what = 'matches only folders' if found else 'matches no file'
     remedy = (f'; write {os.path.join(pattern, "**", "*.txt")!r} for the files below it'
               if found else '; check the path, or quote the pattern in the shell')
@@ -234,7 +287,7 @@ def _fixed(parts: Sequence[str]) -> Sequence[str]:
 
 
 def _remote_source(pattern: str, rule: SplitRule) -> FileSource:
-  files = find(pattern)
+  files = matching(pattern)
   check(bool(files), f'data.files={pattern!r}: matches no file; check the bucket, the path and who may read it')
   protocol, _, path = pattern.partition('://')
   root = f'{protocol}://{"/".join(_fixed(path.split("/")))}'

@@ -5,7 +5,8 @@
     form='labels'   tokens SEP x1 .. xn; one target a row, the number of the class, at the separator
 
 Pairs come from data.generator or from lines `source TAB target` of the files of data.files; labelled texts
-from data.generator or from a folder as aclImdb has it, ROOT/train/CLASS/*.txt and ROOT/test/CLASS/*.txt.
+from data.generator or from a folder as aclImdb has it, ROOT/train/CLASS/*.txt and ROOT/test/CLASS/*.txt. Either may
+be a URL (remote.py).
 Splits are by the hash of the source (SplitRule), so that no split has a source of another; of a folder of
 classes the test split is its own. An example that is longer than a row is left out or cut as
 data.long_documents says, and counted.
@@ -15,9 +16,7 @@ B batch  T tokens of a target or text  S tokens of a source
 """
 
 import dataclasses
-import glob
 import hashlib
-import os
 import pathlib
 import sys
 from typing import Any
@@ -25,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from longctx.data import generators, packing
-from longctx.data.corpus import SplitRule
+from longctx.data.corpus import SplitRule, matching
+from longctx.data.remote import RemoteFile, is_url
 from longctx.data.tasks.example import generator
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError, check
@@ -142,7 +142,7 @@ def rule_of(config: Any) -> SplitRule:
 
 def read_pairs(pattern: str) -> list[tuple[str, bytes, bytes]]:
   """(place, source, target) of every line of the files that a glob matches."""
-  paths = sorted(p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
+  paths = matching(pattern)
   check(bool(paths), f'data.files={pattern!r}: matches no file; give files of lines `source TAB target`')
   found = []
   for path in paths:
@@ -158,33 +158,44 @@ def read_pairs(pattern: str) -> list[tuple[str, bytes, bytes]]:
 
 def read_folder(root: str, split: str, rule: SplitRule) -> list[tuple[str, bytes, int]]:
   """(name, text, class) of a split; classes are the folders of ROOT/test, by name."""
-  base = pathlib.Path(root).expanduser()
   classes = folder_classes(root)
   found = []
-  for path, name in [(p, p.relative_to(base).as_posix()) for c in classes for p in
-                     sorted((base / ('test' if split == 'test' else 'train') / c).glob('*.txt'))]:
+  for name, label, file in _texts(root, 'test' if split == 'test' else 'train'):
     # Of the train folder a part is the validation split.
     held_out = dataclasses.replace(rule, test=0.0).holds(name, 'validation')
-    if split == 'test' or held_out == (split == 'validation'):
-      found.append((name, _read(path), classes.index(path.parent.name)))
+    if label in classes and (split == 'test' or held_out == (split == 'validation')):
+      found.append((name, _read(file), classes.index(label)))
   return found
 
 
+def _texts(root: str, part: str) -> list[tuple[str, str, pathlib.Path | RemoteFile]]:
+  """(PART/CLASS/FILE, CLASS, the file) of all of ROOT/PART/CLASS/*.txt, by name."""
+  found = []
+  for file in matching(f'{root.rstrip("/")}/{part}/*/*.txt'):
+    label, name = str(file).split('/')[-2:]
+    found.append((f'{part}/{label}/{name}', label, file))
+  return sorted(found, key=lambda x: x[:2])
+
+
 def folder_classes(root: str) -> list[str]:
-  base = pathlib.Path(root).expanduser()
-  classes = sorted(p.name for p in base.glob('test/*') if p.is_dir())
-  missing = [c for c in classes if not (base / 'train' / c).is_dir()]
-  check(len(classes) >= 2 and not missing, f'data.files={root!r}: must be a folder with train/CLASS/*.txt '
-        f'and test/CLASS/*.txt, of at least two classes (as aclImdb); its test has {classes}'
+  if is_url(root):   # folders are only where files are
+    tested, trained = ({label for _, label, _ in _texts(root, part)} for part in ('test', 'train'))
+  else:
+    base = pathlib.Path(root).expanduser()
+    tested, trained = ({p.name for p in base.glob(f'{part}/*') if p.is_dir()} for part in ('test', 'train'))
+  missing = sorted(tested - trained)
+  check(len(tested) >= 2 and not missing, f'data.files={root!r}: must be a folder with train/CLASS/*.txt '
+        f'and test/CLASS/*.txt, of at least two classes (as aclImdb); its test has {sorted(tested)}'
         + (f', and its train lacks {missing}' if missing else ''))
-  return classes
+  return sorted(tested)
 
 
-def _read(path: Any) -> bytes:
+def _read(file: pathlib.Path | RemoteFile) -> bytes:
   try:
-    return pathlib.Path(path).read_bytes()
+    with file.open('rb') as opened:
+      return opened.read()
   except OSError as e:
-    raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror}') from e
+    raise ConfigError(f'data.files: {str(file)!r} cannot be read: {e.strerror or e}') from e
 
 
 def num_classes(config: Any) -> int:

@@ -74,6 +74,10 @@ class TfdsSource:
     return [self.label, self._builder.info.full_name, self._feature, name, info.num_examples,
             dataclasses.astuple(self._rule) if self._divide else '', files, *(self._range or ())]
 
+  def continues(self, split: str) -> bool:
+    """A part begins with an example."""
+    return False
+
   def parts(self, split: str) -> list['TfdsSource']:
     """Sources of about PART bytes, each a range of the examples."""
     info = self._info(split)[1]
