@@ -1,6 +1,8 @@
 """The account of a run's time, by hand: a clock that the test turns."""
 
+import errno
 import json
+import os
 import types
 
 import pytest
@@ -116,3 +118,20 @@ def test_a_damaged_file_begins_anew_and_others_write_nothing(tmp_path, clock):
   ledger.count('failed_saves', why='full')
   ledger.write()
   assert list(other.iterdir()) == []
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EIO])
+def test_what_went_wrong_while_the_disk_did_is_told_later(tmp_path, clock, monkeypatch, capsys, code):
+  ledger = badput.Ledger(tmp_path)
+  def refuse(path, lines):
+    raise OSError(code, os.strerror(code))
+  with monkeypatch.context() as broken:
+    broken.setattr(badput, 'append', refuse)
+    ledger.count('failed_saves', why='no room')
+    ledger.event('other')
+  assert not (tmp_path / 'events.jsonl').exists()
+  assert f'events.jsonl: lines wait for room: {os.strerror(code)}' in capsys.readouterr().err
+  for _ in range(2):
+    ledger.write()
+    assert [json.loads(line)['what'] for line in (tmp_path / 'events.jsonl').read_text().splitlines()] == [
+        'failed_saves', 'other']

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longctx.training.metrics import process_seconds, refusal_is_told
+from longctx.training.metrics import append, process_seconds, refusal_is_told
 from longctx.training.workdir import atomic_write
 
 NAME, EVENTS = 'badput.json', 'events.jsonl'
@@ -104,11 +104,18 @@ class Ledger:
     self.event(what or name, **more)
 
   def event(self, what: str, **more: Any) -> None:
-    """A line of events.jsonl."""
+    """A line of events.jsonl; while the disk refuses them they wait, for the next or for `write`."""
     if self.enabled:
-      line = dict(step=self.step, what=what) | more | dict(time=round(time.time(), 3))
-      with refusal_is_told(f'{self.folder / EVENTS}'), open(self.folder / EVENTS, 'a') as file:
-        file.write(json.dumps(line) + '\n')
+      self._events += json.dumps(dict(step=self.step, what=what) | more | dict(time=round(time.time(), 3))) + '\n'
+      self._tell_events()
+
+  _events = ''   # that wait
+
+  def _tell_events(self) -> None:
+    if self._events:
+      with refusal_is_told(f'{self.folder / EVENTS}: lines wait for room'):
+        append(self.folder / EVENTS, self._events.encode())
+        self._events = ''
 
   def _lose(self, seconds: dict[str, float], kept: int, lost: int) -> None:
     if not lost:
@@ -147,6 +154,7 @@ class Ledger:
   def write(self, finished: bool = False) -> None:
     self._written = time.monotonic()
     if self.enabled:
+      self._tell_events()
       self.turn(self.phase)
       with refusal_is_told(f'{self.folder / NAME}'):
         atomic_write(self.folder / NAME, (json.dumps(

@@ -115,14 +115,7 @@ class MetricsWriter:
   def _append(self, line: bytes) -> None:
     self._waiting += line
     with refusal_is_told(f'{self.path}: lines wait for room'):
-      with open(self.path, 'ab', buffering=0) as f:
-        end = f.tell()
-        try:
-          if f.write(self._waiting) < len(self._waiting):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-          f.truncate(end)
-          raise
+      append(self.path, self._waiting)
       self._waiting = b''
 
   def _tensorboard(self, step: int, values: dict[str, Any]) -> None:
@@ -144,6 +137,18 @@ class MetricsWriter:
       self._events.write_event(Event(step=step, wall_time=time.time(),
                                      summary=Summary(value=scalars)))
       self._events.flush()
+
+
+def append(path: Path, lines: bytes) -> None:
+  """All of them, or OSError and none."""
+  with open(path, 'ab', buffering=0) as f:
+    end = f.tell()
+    try:
+      if f.write(lines) < len(lines):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+      f.truncate(end)
+      raise
 
 
 @contextlib.contextmanager
