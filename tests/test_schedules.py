@@ -20,36 +20,40 @@ from tests.test_models import MODELS, VOCAB, built, memory
 
 B, S, DROPOUT = 2, 4, 0.2
 KEY = jax.random.key(5)
-MEMORY = {name: config for name, config in MODELS.items() if config.name == 'memory'}
-SIDE_BY_SIDE = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency in ('P0', 'P1')]
-DIAGONAL = [name for name, c in MEMORY.items() if MEMORIES[c.long_term].dependency == 'P2'
-            and not c.memory_layers and c.num_layers > 1]
+dependency = lambda config: MEMORIES[config.long_term].dependency
+# Diagonals are of two layers at least.
+MEMORY = {name: dataclasses.replace(config, num_layers=2) if dependency(config) == 'P2' else config
+          for name, config in MODELS.items() if config.name == 'memory'}
+SIDE_BY_SIDE = [name for name, c in MEMORY.items() if dependency(c) in ('P0', 'P1')]
+DIAGONAL = [name for name, c in MEMORY.items() if dependency(c) == 'P2']
 # Of one mechanism one variant, and of the rest those whose maps or FIFOs are their own.
-SLOW = ('relative', 'memory caching', 'cached linear', 'cached rglru', 'titans mag', 'block_recurrent',
-        'ttt', 'ttt behind a window', 'caching behind a window', 'two stores')
-marked = lambda names: [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in names]
+QUICK = ('transformer_xl', 'infini', 'compressive', 'memorizing', 'armt')
+marked = lambda names: [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @functools.cache
-def sizes(name):
-  return jax.random.randint(jax.random.key(2), (B, S, MEMORY[name].segment), 0, VOCAB)
+def sizes(name, rows=B):
+  return jax.random.randint(jax.random.key(2), (rows, S, MEMORY[name].segment), 0, VOCAB)
 
 
-def read(name, schedule, truncate=0, layout=None):
+def read(name, schedule, truncate=0, layout=None, rows=B):
   """(a sum over hidden states, hidden states, memory after), and the gradient of the sum."""
   model = built(dataclasses.replace(MEMORY[name], truncate=truncate, dropout=DROPOUT))
   graphdef, params = nnx.split(model)
-  tokens = sizes(name)
+  tokens = sizes(name, rows)
 
   def run(params, tokens):
     model = nnx.merge(graphdef, params)
-    hidden, memory = model.read_segments(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(B, jnp.int32),
-                                         model.fresh(B), KEY, schedule, every=0)
+    hidden, memory = model.read_segments(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(rows, jnp.int32),
+                                         model.fresh(rows), KEY, schedule, every=0)
     return (hidden * jnp.cos(jnp.arange(hidden.size).reshape(hidden.shape))).sum(), (hidden, memory)
 
   run = jax.value_and_grad(run, has_aux=True)
-  run = jax.jit(mesh.under(layout, run) if layout else run)
-  return run(params, tokens)
+  if layout is None:
+    return jax.jit(run)(params, tokens)
+  params = jax.device_put(params, layout.params_sharding(params))   # as in training
+  tokens = jax.device_put(tokens, layout.sharding('batch', 'length', None))
+  return jax.jit(mesh.under(layout, run))(params, tokens)
 
 
 def close(a, b, tolerance=3e-5):
@@ -59,7 +63,8 @@ def close(a, b, tolerance=3e-5):
                                err_msg=jax.tree_util.keystr(path))
 
 
-one_by_one = functools.cache(lambda name, truncate=0: read(name, 'sequential', truncate))
+one_by_one = functools.cache(
+    lambda name, truncate=0, rows=B: read(name, 'sequential', truncate, rows=rows))
 
 
 @pytest.mark.parametrize('name', marked(SIDE_BY_SIDE))
@@ -204,12 +209,21 @@ def test_aligned_rows_give_what_rows_of_any_documents_do(name):
     pytest.param('two stores', dict(data=2, seq=2, model=2, layout='sequence'), marks=pytest.mark.slow),
     *(pytest.param(name, dict(data=2, model=2, layout='tensor'), marks=pytest.mark.slow)
       for name in ('transformer_xl', 'compressive', 'memory caching', 'rmt', 'memorizing', 'block_recurrent',
-                   'titans mag', 'titans mac', 'titans mal', 'titans alone', 'titans behind a window', 'ttt'))])
+                   'block_recurrent lstm', 'titans mag', 'titans mac', 'titans mal', 'titans alone',
+                   'titans behind a window', 'ttt'))])
 def test_a_mesh_changes_nothing(name, sizes_of_mesh):
   devices = jax.devices()[:int(np.prod([n for n in sizes_of_mesh.values() if isinstance(n, int)]))]
   layout = mesh.make_layout(mesh.Config(**sizes_of_mesh), devices)
   schedule = 'parallel' if name in SIDE_BY_SIDE else 'sequential'
   close(read(name, schedule, layout=layout), one_by_one(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', DIAGONAL)
+def test_a_mesh_changes_nothing_in_a_wavefront(name):
+  """Eight devices: rows and parameters over four, heads over two; the cells of a diagonal over none."""
+  layout = mesh.make_layout(mesh.Config(data=4, model=2, layout='tensor'), jax.devices()[:8])
+  close(read(name, 'wavefront', layout=layout, rows=4), one_by_one(name, rows=4))
 
 
 @pytest.mark.parametrize('name,sizes_of_mesh', [
