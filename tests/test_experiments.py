@@ -1,9 +1,11 @@
 """Every experiment's smoke tier runs and writes what its README shows."""
 
+import importlib
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -100,17 +102,86 @@ def test_memories(tmp_path):
   assert again.returncode == 0 and '"task"' not in again.stdout   # nothing was done twice
 
 
-def test_the_plan_of_faults_has_every_kind_and_its_table_counts_them():
-  sys.path.insert(0, str(ROOT / 'experiments' / '05_faults'))
+@pytest.fixture(scope='module')
+def faults():
+  """What experiments/05_faults has, by the names of its files."""
+  folder = str(ROOT / 'experiments' / '05_faults')
+  sys.path.insert(0, folder)
   try:
-    import faults
+    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in ('faults', 'run', 'stall')})
   finally:
-    sys.path.remove(str(ROOT / 'experiments' / '05_faults'))
-  plans = [faults.plan(i, 4, 60) for i in range(100)]
-  assert all(sum(p['kind'] == kind for p in plans) == 10 for kind in faults.KINDS)
-  assert {p['process'] for p in plans} == {0, 1, 2, 3} and all(faults.EVERY < p['step'] <= 40 for p in plans)
-  rows = [dict(plans[1], kept=True, seconds=s, reached=37, resumed_at=30) for s in (3.0, 9.0, 4.0)]
-  rows += [dict(plans[8], kept=False)]
-  assert faults.table(rows).splitlines()[2:] == [
-      '| kill | the others name the lost process and leave | 3 of 3 | 4.0 (9.0) | 7 (7) |',
-      '| nan | one step is skipped | 0 of 1 | - | - |', '| all | | 3 of 4 | | |']
+    sys.path.remove(folder)
+    for name in ('faults', 'run', 'runs', 'stall', 'faulty'):
+      sys.modules.pop(name, None)
+
+
+def test_the_plan_of_faults_has_every_kind_and_its_table_counts_them(faults):
+  plan, table = faults.faults.plan, faults.faults.table
+  plans = [plan(i, 4, 36) for i in faults.run.TIERS['cpu']['trials']]
+  assert len(plans) == 112 and all(sum(p['kind'] == kind for p in plans) == 8 for kind in faults.faults.KINDS)
+  assert {p['process'] for p in plans} == {0, 1, 2, 3} and all(faults.faults.EVERY < p['step'] <= 24 for p in plans)
+  rows = [dict(plans[1], kept=True, seconds=s, recovered=2 * s, reached=37, resumed_at=30, lost=0, same=True)
+          for s in (3.0, 9.0, 4.0)]
+  rows += [dict(plans[10], kept=False, lost=2, same=True), dict(plans[10], kept=False, error='it hung')]
+  promised = faults.faults.KINDS
+  assert table(rows).splitlines()[2:] == [
+      f'| `kill` | {promised["kill"]} | 3 of 3 | none | 4.0 (9.0) | 8.0 (18.0) | 7 (7) |',
+      f'| `nan` | {promised["nan"]} | 0 of 2 | in 1, not known of 1 | - | - | - |',
+      '| all | | 3 of 5 | in 1, not known of 1 | | | |']
+
+
+def test_the_table_of_faults_is_that_of_the_results(faults):
+  text = (ROOT / 'experiments' / '05_faults' / 'README.md').read_text()
+  rows = faults.run.shared.read(ROOT / 'experiments' / '05_faults' / 'results' / 'faults.jsonl')
+  assert faults.run.with_table(text, rows) == text
+
+
+def test_what_a_fault_has_changed_is_seen(faults, tmp_path):
+  alike, lost = faults.faults.alike, faults.faults.lost
+  straight = [dict(step=i, loss=5.0 - i / 10) for i in range(1, 13)]
+  changed = lambda at, by: [x | (dict(loss=None if by is None else x['loss'] + by) if x['step'] == at else {})
+                            for x in straight]
+  key = lambda kind: dict(kind=kind, step=8, steps=12)
+  assert alike(straight, straight, key('kill')) and not alike(changed(9, 1e-9), straight, key('kill'))
+  assert alike(changed(9, 1e-4), straight, key('resize')) and not alike(changed(9, 0.1), straight, key('resize'))
+  assert alike(changed(8, None), straight, key('nan'))   # the step that is skipped
+  assert not alike(changed(9, None), straight, key('nan')) and not alike(changed(7, 0.1), straight, key('nan'))
+  assert alike(changed(7, 0.1), straight, key('rollback')) and not alike(changed(6, 0.1), straight, key('rollback'))
+  place = tmp_path / 'checkpoints' / '12' / 'stream'
+  place.mkdir(parents=True)
+  stand = lambda *at: (place / 'metadata').write_text(json.dumps(dict(processes=[dict(next_index=i) for i in at])))
+  stand(12, 12)
+  assert lost(key('kill'), tmp_path, straight, 0) == 0
+  assert lost(key('kill'), tmp_path, straight[:5] + straight[6:], 0) == 1
+  assert lost(key('kill'), tmp_path, [*straight, straight[3]], 0) == 1
+  stand(15, 15)
+  assert lost(key('rollback'), tmp_path, straight, 3) == 0 and lost(key('rollback'), tmp_path, straight, 2) == 1
+  stand(12, 13)
+  assert lost(key('kill'), tmp_path, straight, 0) > 0
+
+
+def test_what_a_save_costs_by_hand(faults):
+  """A step a second; the save that is called after step 50 takes half a second, and slows two steps by a quarter."""
+  steps, now = [], 0.0
+  for i in range(100):
+    now += {50: 1.75, 51: 1.25}.get(i, 1.0)
+    steps.append(now)
+  found = faults.stall.costs(steps, [[steps[49], steps[49] + 0.5, steps[50] + 1.0]])
+  assert found == dict(step_seconds=1.0, saves=1, steps_beside=2, writing_seconds=2.75, call=0.5, cost=1.0, slower=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('program, results, count', [
+    ('run', 'faults', 2), ('stall', 'stall', 1), ('first_step', 'first_step', 2)])
+def test_faults(tmp_path, program, results, count):
+  command = [sys.executable, ROOT / 'experiments' / '05_faults' / f'{program}.py', '--tier=smoke', f'--out={tmp_path}']
+  if program == 'run':
+    command.append(f'--work={tmp_path}/work')
+  done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in (tmp_path / f'{results}.jsonl').read_text().splitlines()]
+  assert len(rows) == count
+  if program == 'run':
+    assert [row['kind'] for row in rows] == ['flip', 'nan'] and all(row['kept'] for row in rows), rows
+    again = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0 and again.stdout == f'{done.stdout[done.stdout.index("| fault"):]}'
