@@ -111,7 +111,7 @@ def faults():
     yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in ('faults', 'run', 'stall')})
   finally:
     sys.path.remove(folder)
-    for name in ('faults', 'run', 'runs', 'stall', 'faulty'):
+    for name in ('faults', 'run', 'children', 'stall', 'faulty'):
       sys.modules.pop(name, None)
 
 

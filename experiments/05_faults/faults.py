@@ -12,13 +12,12 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faulty
-from runs import ROOT, Launched, Run
+from children import ROOT, Launched, Run
 
 from experiments import shared
 
@@ -108,8 +107,8 @@ def trial(key: dict, base: Path) -> dict:
   before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
   try:
     found = provoke(key, base, expected)
-  except (RuntimeError, OSError, subprocess.TimeoutExpired) as e:
-    found = dict(kept=False, error=str(e)[-2000:])
+  except Exception as e:   # whatever a broken run leads to, the other trials go on
+    found = dict(kept=False, error=f'{type(e).__name__}: {e}'[-2000:])
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
   return found | dict(wall=round(time.monotonic() - began, 1), commit=shared.provenance()['commit'],
                       cpu=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1))
