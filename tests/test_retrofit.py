@@ -21,14 +21,17 @@ from tests.programs import tiny
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
+WINDOW = 16   # of the plain model: its rows are no longer
+
+
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
-  """A workdir of a plain decoder of two stacked layers, trained for two steps; and its text."""
+  """A workdir of a plain decoder of two stacked layers with a window, trained for two steps; and its text."""
   folder = tmp_path_factory.mktemp('plain')
   text = {'files': tiny.write_corpus(folder / 'text'), 'cache_dir': str(folder / 'cache')}
   config = tiny.get_config()
   config.data.update(text)
-  config.model.update(dict(num_layers=2, layer_loop='scan', qk_norm=True))
+  config.model.update(dict(num_layers=2, layer_loop='scan', qk_norm=True, window=(WINDOW,)))
   config.run.update(dict(num_steps=2, eval_every=0))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(assembly, 'assemble', functools.partial(assembly.assemble, devices=jax.devices()[:1]))
@@ -62,33 +65,68 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow) if name in ('memorizing', 'armt') else name
-    for name in CLOSED])
-def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
-  """Equal logits within a segment; and for a memory that is filled but shut, beyond it too."""
+def begun(plain, **model):
+  """(logits of parameters and tokens, the parameters that are begun with, logits of the plain model)."""
   folder, text = plain
-  a = assembly.assemble(memory_config(text, **CLOSED[name]))
+  a = assembly.assemble(memory_config(text, **model))
   state, line = retrofit.begin_from(a, a.init(), folder)
   assert 'begin as in' in line
   assert 'does not begin' not in line
+  def logits(graphdef, params, tokens):
+    model = nnx.merge(graphdef, params)
+    return model.logits(model(tokens, None)[0])
   old = assembly.load_for_inference(folder)
-  before, after = nnx.merge(old.graphdef, old.params), nnx.merge(a.graphdef, state.params)
-  tokens = jax.random.randint(jax.random.key(0), (2, 48), 0, 256)
-  logits = lambda model, tokens: model.logits(model(tokens, None)[0])
-  expected = jax.jit(functools.partial(logits, before))(tokens[:, :16])
-  whole = jax.jit(functools.partial(logits, after))(tokens)
-  np.testing.assert_allclose(whole[:, :16], expected, atol=1e-5)
-  if 'short_term' not in CLOSED[name]:   # what is shut out has no part in the second segment either
-    second = jax.jit(functools.partial(logits, before))(tokens[:, 16:32])
-    np.testing.assert_allclose(whole[:, 16:32], second, atol=1e-5)
+  before = jax.jit(functools.partial(logits, old.graphdef, old.params))
+  return functools.partial(logits, a.graphdef), state.params, before
+
+
+TOKENS = jax.random.randint(jax.random.key(0), (2, 3 * WINDOW), 0, 256)
+
+
+@pytest.mark.parametrize('name', [
+    name if name == 'infini' else pytest.param(name, marks=pytest.mark.slow)
+    for name, settings in CLOSED.items() if 'short_term' not in settings])
+def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
+  """Without a window each segment is read as if it were a text; the memory is filled, but shut."""
+  after, params, before = begun(plain, **CLOSED[name])
+  whole = jax.jit(after)(params, TOKENS)
+  for start in range(0, 3 * WINDOW, WINDOW):
+    np.testing.assert_allclose(whole[:, start:start + WINDOW], before(TOKENS[:, start:start + WINDOW]), atol=1e-5)
   # And it can open: the gate's gradient is not that of a saturated sigmoid.
   if name in ('infini', 'memorizing'):
-    def loss(params):
-      model = nnx.merge(a.graphdef, params)
-      return jnp.square(logits(model, tokens)[:, 16:]).mean()
-    grads = jax.jit(jax.grad(loss))(state.params)
+    loss = lambda params: jnp.square(after(params, TOKENS)[:, WINDOW:]).mean()
+    grads = jax.jit(jax.grad(loss))(params)
     assert np.abs(grads['blocks'][1]['gate'].get_value()).max() > 1e-7
+
+
+def opened(params):
+  """The same with all that is shut a little open."""
+  def change(path, x):
+    shut = path[-1] in ('gate', 'w_value') and not np.asarray(x.get_value()).any()
+    return x.replace(x.get_value() + 0.3) if shut else x
+  return nnx.from_flat_state([(path, change(path, x)) for path, x in nnx.to_flat_state(params)])
+
+
+@pytest.mark.parametrize('name, segment', [
+    (name, segment) if (name, segment) in (('two stores', 1), ('transformer_xl', 4)) else
+    pytest.param(name, segment, marks=pytest.mark.slow) for name in CLOSED for segment in (1, 4)])
+def test_it_begins_as_the_windowed_model_it_is_added_to_over_many_segments(name, segment, plain):
+  """Token i of a segment sees short_term + i before it: with segments of one token all see a window, however
+  long the text is; with longer ones those that both models let see all that was read, and no others."""
+  after, params, before = begun(
+      plain, **CLOSED[name] | dict(segment=segment, short_term=WINDOW - segment))
+  after, expected = jax.jit(after), before(TOKENS)
+  found = after(params, TOKENS)
+  if segment == 1:
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # The first token lies beyond what two layers of such a window reach: a memory knows it, where one is opened.
+    far, other = slice(2 * WINDOW - 1, None), TOKENS.at[:, 0].set((TOKENS[:, 0] + 1) % 256)
+    moved = lambda params: np.any(after(params, other) != after(params, TOKENS), axis=-1)[:, far]
+    assert not moved(params).any()
+    assert name == 'transformer_xl' or moved(opened(params)).all()
+  else:
+    np.testing.assert_allclose(found[:, :WINDOW], expected[:, :WINDOW], atol=1e-5)
+    assert (np.abs(found - expected).max((0, 2)) > 1e-4)[WINDOW:].all()
 
 
 def test_every_memory_says_whether_it_can_begin_so_and_those_that_can_are_held_to_it():
@@ -179,6 +217,79 @@ def test_a_run_begins_from_another_and_carries_on_as_itself(plain, tmp_path, cap
     assert third[f'gate_mean_{i}'] == pytest.approx(gate_N.mean())
     assert third[f'gate_max_{i}'] == pytest.approx(gate_N.max())
     assert first[f'gate_max_{i}'] == 0   # shut
+
+
+LENGTH, SEGMENT, SIGNS = 16, 4, 16
+
+
+def documents():
+  """A letter, a sign many times, a mark and the letter again, bytes: of 8 letters, each with all signs."""
+  letter = np.repeat(list(b'abcdefgh'), SIGNS)[:, None]
+  sign = np.tile(ord('A') + np.arange(SIGNS), 8)[:, None]
+  mark = np.full_like(letter, ord('#'))
+  return np.concatenate([letter, np.repeat(sign, LENGTH - 4, axis=1), mark, letter], axis=1)
+
+
+def of_letters(config, files, folder):
+  config.data.update(dict(corpus='files', files=files, cache_dir=str(folder / 'cache'), length=LENGTH,
+                          batch_size=32, validation_fraction=0.05))
+  config.model.update(dict(num_layers=2, embed_dim=64, num_heads=2, qk_norm=True, attention='reference', init_std=0.1))
+  config.optimizer.update(dict(learning_rate=3e-3, warmup_steps=10))
+  config.run.update(dict(log_every=25, compilation_cache='none'))
+  config.perplexity.update(dict(modes=('full',), max_tokens=64, segment=LENGTH))
+  return config
+
+
+@pytest.fixture(scope='module')
+def without_a_memory(tmp_path_factory):
+  """(workdir of a plain decoder with a window of a segment that has read these documents, the glob, the folder)."""
+  folder = tmp_path_factory.mktemp('letters')
+  (folder / 'text').mkdir()
+  for i, row in enumerate(documents()):
+    (folder / 'text' / f'{i}.txt').write_bytes(bytes(row.tolist()))
+  config = of_letters(base('decoder'), f'{folder}/text/*.txt', folder)
+  config.model.update(dict(window=(SEGMENT,), max_length=LENGTH))
+  config.run.num_steps = 60
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(assembly, 'assemble', functools.partial(assembly.assemble, devices=jax.devices()[:1]))
+    train.run(config, str(folder / 'plain'))
+  return folder, config.data.files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in CLOSED if 'gate' in CLOSED[name]])
+def test_a_memory_that_was_added_is_what_knows(name, without_a_memory, tmp_path):
+  """Its gate opens at a rate of its own; what is out of the window is then answered from the memory alone."""
+  folder, files = without_a_memory
+  config = of_letters(base('memory'), files, folder)
+  config.data.update(dict(form='segments', align=True))
+  config.model.update(dict(segment=SEGMENT) | CLOSED[name])
+  config.optimizer.gate_rate = 30.0
+  config.run.update(dict(init_from=str(folder / 'plain'), num_steps=300))
+  train.run(config, str(tmp_path / 'w'))
+  read = documents()
+  tokens, answer = np.pad(read[:, :-1], ((0, 0), (1, 0)), constant_values=256), read[:, -1]
+  asked = len(read[0]) // SEGMENT * SEGMENT   # the last segment's first token
+
+  def nats(loaded, change=None):
+    """Of the answer; what is in the long-term memories may be changed before the question is read."""
+    run = jax.jit(lambda tokens, state: nnx.merge(loaded.graphdef, loaded.params)(tokens, state))
+    model = nnx.merge(loaded.graphdef, loaded.params)
+    _, state = run(tokens[:, :asked], model.init_state(len(read), LENGTH))
+    if change is not None:
+      layers = tuple(m._replace(store=jax.tree.map(change, m.store)) for m in state.memory.layers)
+      state = state._replace(memory=state.memory._replace(layers=layers))
+    logits = model.logits(run(tokens[:, asked:], state)[0])[:, -1]
+    return -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(read)), answer].mean()
+
+  guess, loaded = np.log(8), assembly.load_for_inference(str(tmp_path / 'w'))
+  assert nats(assembly.load_for_inference(str(folder / 'plain'))) > 0.9 * guess
+  assert nats(loaded) < 0.3 * guess
+  assert nats(loaded, jnp.zeros_like) > 0.9 * guess
+  assert nats(loaded, lambda x: jnp.roll(x, SIGNS, axis=0)) > 0.9 * guess   # of a text with another letter
+  gates = [block.gate.get_value() for block in nnx.merge(loaded.graphdef, loaded.params).blocks
+           if block.gate is not None]
+  assert gates and all(np.abs(np.tanh(gate)).max() > 0.2 for gate in gates)   # 0 before
 
 
 @pytest.mark.parametrize('changes,message', [
