@@ -38,7 +38,8 @@ OVERRIDE = re.compile(r'--?(no)?config\.([^=]*)')
 def complain(error: BaseException) -> int:
   """The one line that a user's mistake ends in; exit status 2."""
   line = ' '.join(str(error).split()) or type(error).__name__
-  print(f'longctx: {line}', file=sys.stderr, flush=True)
+  sys.stderr.write(f'longctx: {line}\n')   # at once: print writes the end of a line by itself
+  sys.stderr.flush()
   return 2
 
 

@@ -150,7 +150,8 @@ class Watchdog:
     lines = [f'longctx: {reason}; the run ends, and the same command carries on', 'where the processes stood:',
              f'  process {self.process}: step {self.ledger.step}, {self.ledger.phase} (said this)']
     lines += [f'  process {peer}: {_stands(self._beats.of(peer))}' for peer in self._beats.peers]
-    print('\n'.join(lines), file=sys.stderr, flush=True)
+    sys.stderr.write('\n'.join([*lines, '']))   # at once: others speak on the same stream
+    sys.stderr.flush()
     if hung:   # what its threads wait for is worth a look
       faulthandler.dump_traceback(sys.__stderr__)
     self._beats.part(GRACE, left=True, ended=True, error=reason[:200])
