@@ -35,25 +35,34 @@ BEGIN, END = '<!-- the table of fits.py -->', '<!-- its end -->'
 Measure = Callable[[str, str, str, int], dict]   # (mode, topology, model, length) -> fits, gib, of
 
 
-def command(mode: str, topology: str, model: str, length: int) -> list[str]:
-  """Arguments of main.py; mode is plan or compile."""
-  chips = int(next(line.split()[2] for line in (HERE / 'slices.txt').read_text().splitlines()
-                   if line.startswith(f'{topology} ')))
+def chips_of(topology: str) -> int:
+  return int(next(line.split()[2] for line in (HERE / 'slices.txt').read_text().splitlines()
+                  if line.startswith(f'{topology} ')))
+
+
+def command(mode: str, topology: str, model: str, length: int, **mesh: int) -> list[str]:
+  """Arguments of main.py; mode is plan or compile. A row is cut over all chips, but for what `mesh` says."""
   changes = {f'model.{name}': value for name, value in MODELS[model].items()}
-  changes |= {'model.max_length': length, 'data.length': length, 'mesh.seq': chips}
+  changes |= {'model.max_length': length, 'data.length': length}
+  changes |= {f'mesh.{name}': value for name, value in (mesh or dict(seq=chips_of(topology))).items()}
+  changes |= {'data.batch_size': mesh.get('data', 1)}
   return ['-m', 'longctx.main', f'--config={CONFIG}', f'--mode={mode}', f'--topology={topology}',
           *(f'--config.{name}={value}' for name, value in changes.items())]
 
 
-def measure(mode: str, topology: str, model: str, length: int) -> dict:
-  """Plans or compiles in a process of its own, whose memory ends with it."""
+def told(mode: str, topology: str, model: str, length: int, **mesh: int) -> dict:
+  """What main.py writes when it plans or compiles, in a process of its own, whose memory ends with it."""
   with tempfile.TemporaryDirectory() as folder:
-    arguments = [*command(mode, topology, model, length), f'--workdir={folder}']
+    arguments = [*command(mode, topology, model, length, **mesh), f'--workdir={folder}']
     done = subprocess.run([sys.executable, *arguments], cwd=HERE.parent, capture_output=True, text=True)
     path = Path(folder, f'{mode}.json')
     if not path.exists():
       raise SystemExit(f'{topology}, {model}, {length:,} tokens: {done.stderr.strip() or done.stdout}')
-    found = json.loads(path.read_text())
+    return json.loads(path.read_text())
+
+
+def measure(mode: str, topology: str, model: str, length: int) -> dict:
+  found = told(mode, topology, model, length)
   total, chip = ((found['total'], found['chip']) if mode == 'plan' else
                  (found['memory']['total'], found['memory']['chip']))
   return dict(fits=found['fits'], gib=round(total / 2**30, 2), of=round(chip / 2**30, 2))
@@ -102,6 +111,11 @@ class Results:
     return 0
 
 
+def name_of(length: int) -> str:
+  """'512K', '1M'."""
+  return f'{length // 2**20}M' if length >= 2**20 else f'{length // 2**10}K'
+
+
 def cell(found: dict, topology: str, model: str) -> str:
   """'1M (12.1 GiB)', '-' where the shortest does not fit, '' where it was not compiled.
 
@@ -112,9 +126,8 @@ def cell(found: dict, topology: str, model: str) -> str:
   if fitting:
     best = max(fitting, key=lambda r: r['length'])
     length = best['length']
-    name = f'{length // 2**20}M' if length >= 2**20 else f'{length // 2**10}K'
     beyond = (topology, model, 2 * length)
-    return f'{"" if beyond in found else "at least "}{name} ({best["gib"]} GiB)'
+    return f'{"" if beyond in found else "at least "}{name_of(length)} ({best["gib"]} GiB)'
   return '-' if any(r['length'] == LENGTHS[0] for r in rows) else ''
 
 
@@ -126,11 +139,10 @@ def table(found: dict) -> str:
   return '\n'.join(lines)
 
 
-def write_table(readme: Path, found: dict) -> None:
-  text = readme.read_text()
-  before, rest = text.split(BEGIN)
-  after = rest.split(END)[1]
-  readme.write_text(f'{before}{BEGIN}\n{table(found)}\n{END}{after}')
+def write_table(readme: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
+  before, rest = readme.read_text().split(begin)
+  after = rest.split(end)[1]
+  readme.write_text(f'{before}{begin}\n{table}\n{end}{after}')
 
 
 def main() -> None:
@@ -144,8 +156,8 @@ def main() -> None:
     for topology in given.topologies.split(','):
       for model in given.models.split(','):
         results.longest(topology, model)
-        write_table(README, results.found)
-  write_table(README, results.found)
+        write_table(README, table(results.found))
+  write_table(README, table(results.found))
   print(table(results.found))
 
 

@@ -1,7 +1,7 @@
-"""launch/fits.py: how it looks for the longest context that fits, and the table that it writes."""
+"""launch/fits.py, how it looks for the longest context that fits, launch/scaling.py, and their tables."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -10,9 +10,10 @@ from longctx.configuration import parts
 from longctx.parallel import aot
 from tests.stand_ins import ROOT
 
-spec = importlib.util.spec_from_file_location('fits', ROOT / 'launch/fits.py')
-fits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fits)
+sys.path.insert(0, str(ROOT / 'launch'))
+
+import fits
+import scaling
 
 
 def pretended(planned: int, true: int, asked: list):
@@ -54,7 +55,7 @@ def test_the_table_stands_between_its_marks(tmp_path):
   readme = tmp_path / 'README.md'
   readme.write_text(f'before\n{fits.BEGIN}\nold\n{fits.END}\nafter\n')
   for _ in range(2):
-    fits.write_table(readme, results.found)
+    fits.write_table(readme, fits.table(results.found))
   assert readme.read_text() == f"""before
 {fits.BEGIN}
 | slice | 1B | 3B | 8B |
@@ -88,3 +89,47 @@ def test_the_commands_are_of_configs_that_are_right(monkeypatch):
   assert (found.mesh.seq, found.data.length, found.model.embed_dim) == (64, 2**20, 8192)
   # Meta's count: 70.6 billion.
   assert found.model.num_parameters() / 1e9 == pytest.approx(70.55, abs=0.01)
+
+
+def compiled(fits=True, exposed=100, **seconds) -> dict:
+  """compile.json of a step that sends 400 bytes, and whose own arithmetic takes 3 of 4 seconds."""
+  least = max(seconds.values(), default=0)
+  found = dict(fits=fits, memory=dict(total=2**33, chip=2**34), compile_seconds=3.0)
+  return found | (dict(wire_bytes=400, exchanges=[dict(exposed_bytes=exposed), dict(exposed_bytes=0)], roofline=dict(
+      seconds=seconds, least=least, utilization=3 / least)) if fits else {})
+
+
+@pytest.mark.parametrize('seconds, exposed, least', [
+    (dict(compute=4.0, memory=1.0, wire=2.0), 0, 4.0),
+    (dict(compute=4.0, memory=1.0, wire=2.0), 100, 4.5),   # a quarter of what is sent waits for nothing else
+    (dict(compute=4.0, memory=5.0, wire=2.0), 400, 7.0),
+    (dict(compute=4.0, memory=1.0, wire=8.0), 100, 8.0),   # the links' time is counted once
+])
+def test_what_is_exposed_is_added_to_what_binds(monkeypatch, seconds, exposed, least):
+  monkeypatch.setattr(fits, 'told', lambda *args, **mesh: compiled(exposed=exposed, **seconds))
+  found = scaling.measure('v5p:4x4x4', 2**20)
+  assert found['least'] == pytest.approx(least) and found['utilization'] == pytest.approx(3 / least)
+  assert (found['data'], found['seq'], found['gib'], found['exposed_bytes']) == (1, 64, 8.0, exposed)
+
+
+def test_a_row_is_cut_alike_on_more_chips(monkeypatch):
+  for topology in scaling.TOPOLOGIES:
+    for length in scaling.PIECES:
+      mesh = scaling.cut(topology, length)
+      assert mesh['data'] * mesh['seq'] == fits.chips_of(topology) and length % (2 * mesh['seq']) == 0
+  assert scaling.cut('v5p:8x8x8', 2**17) == dict(data=32, seq=16)
+  assert scaling.cut('v5e:8x8', 2**22) == dict(data=1, seq=64)
+  monkeypatch.chdir(ROOT)
+  _, _, *arguments = fits.command('compile', 'v5p:8x8x8', '8B', 2**17, data=32, seq=16)
+  found = parts(command_line.parse_with_config(main.define_flags, ['main', *arguments])[1])
+  assert (found.mesh.data, found.mesh.seq, found.data.batch_size, found.data.length) == (32, 16, 32, 2**17)
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+  monkeypatch.setattr(fits, 'told', lambda *args, **mesh: compiled(fits=False))
+  row = scaling.measure('v5e:8x8', 2**22)
+  assert '| 4M | v5e:8x8 | 1 x 64 | 65,536 | 8.0 of 16 | does not fit |' in scaling.table([row])
+
+
+def test_the_readme_has_the_table_of_scaling():
+  assert f'{scaling.BEGIN}\n{scaling.table(scaling.read())}\n{scaling.END}' in fits.README.read_text()
