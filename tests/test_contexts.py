@@ -15,6 +15,7 @@ import pytest
 from longctx import chat, contexts, files, store
 from longctx.command_line import parse_bytes, parse_flags
 from longctx.errors import ConfigError
+from longctx.parallel import device_memory
 from longctx.store import index, seal
 from tests.programs import save_contexts
 from tests.programs.save_contexts import IDENTITY, make
@@ -102,6 +103,18 @@ def test_another_models_context_is_refused_by_name(tmp_path):
   other = store.Identity(model='toy', config={'size': 2}, parameters='0' * 64, tokenizer='bytes')
   said = refused(s.load, 'alice', other)
   assert "context 'alice': is the memory of another model: model.size: the context has 1" in said
+
+
+def test_a_context_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  s = new(tmp_path)
+  s.save('alice', make(1))
+  monkeypatch.setattr(device_memory, 'available_memory', lambda: SIZE - 1)
+  said = refused(s.load, 'alice')
+  assert said == (f"context 'alice': is a file of {SIZE:,} bytes, and this machine has {SIZE - 1:,} bytes of "
+                  'memory left; load it where there is more')
+  for enough in (SIZE, None):   # None: the machine does not tell
+    monkeypatch.setattr(device_memory, 'available_memory', lambda enough=enough: enough)
+    assert number(s, 'alice') == 1
 
 
 # --- The index.

@@ -75,7 +75,8 @@ def logged(folder: Path) -> list[dict]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-  return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdecimal())
+  found = folder / 'checkpoints'
+  return sorted(int(p.name) for p in found.iterdir() if p.name.isdecimal()) if found.exists() else []
 
 
 def batches_read(folder: Path) -> int:
@@ -202,7 +203,8 @@ def carried_on(key: dict, folder: Path, arguments: list[str]) -> dict:
       run.wait_for('fault', mark(folder).exists)
       began = float(mark(folder).read_text())
     else:
-      run.wait_for('step', lambda: max([0, *run.steps()]) >= key['step'])
+      there = 2 if kind in DAMAGE else 0   # the newest, and the one before it
+      run.wait_for('step', lambda: max([0, *run.steps()]) >= key['step'] and len(checkpoints(folder)) >= there)
       reached, began = max(run.steps()), time.time()
       number = {'term': signal.SIGTERM, 'stop': signal.SIGSTOP}.get(kind, signal.SIGKILL)
       for i in range(count):
