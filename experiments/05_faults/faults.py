@@ -147,6 +147,12 @@ def mark(folder: Path) -> Path:
   return folder.parent / 'began'
 
 
+def began_at(run: Run, folder: Path) -> float:
+  """Waits for it; the time that the file has, which is there a moment before its content."""
+  run.wait_for('fault', lambda: mark(folder).exists() and mark(folder).read_text())
+  return float(mark(folder).read_text())
+
+
 def launched(key: dict, folder: Path, arguments: list[str]) -> dict:
   """The launcher's processes, one of which is lost, or hangs."""
   victim = key['process']
@@ -156,8 +162,7 @@ def launched(key: dict, folder: Path, arguments: list[str]) -> dict:
       reached, began = max(run.steps()), time.time()
       run.kill(victim, signal.SIGKILL)
     else:
-      run.wait_for('hang', mark(folder).exists)
-      reached, began = key['step'], float(mark(folder).read_text())
+      reached, began = key['step'], began_at(run, folder)
     left = run.wait_for('restart', lambda: AGAIN in run.said())
     on = run.wait_for('first step', lambda: bool(run.steps(AGAIN)))
     others = [run.said(i) for i in range(key['processes']) if i != victim]
@@ -171,8 +176,7 @@ def goes_on(key: dict, folder: Path, arguments: list[str]) -> dict:
   """A run that comes to its end by itself."""
   kind, step = key['kind'], key['step']
   with Run(folder, key['processes'], arguments, fault_of(key, folder)) as run:
-    run.wait_for('fault', mark(folder).exists)
-    began = float(mark(folder).read_text())
+    began = began_at(run, folder)
     back = r'^back to step (\d+): 2 bad steps in a row'
     on = run.wait_for('going on', dict(
         disk=lambda: max([0, *checkpoints(folder)]) >= step, bucket=lambda: max([0, *checkpoints(folder)]) >= step,
@@ -199,9 +203,7 @@ def carried_on(key: dict, folder: Path, arguments: list[str]) -> dict:
   kind, count, victim = key['kind'], key['processes'], key['process']
   with Run(folder, count, arguments, fault_of(key, folder)) as run:
     if kind == 'divergence':
-      reached = key['step']
-      run.wait_for('fault', mark(folder).exists)
-      began = float(mark(folder).read_text())
+      reached, began = key['step'], began_at(run, folder)
     else:
       there = 2 if kind in DAMAGE else 0   # the newest, and the one before it
       run.wait_for('step', lambda: max([0, *run.steps()]) >= key['step'] and len(checkpoints(folder)) >= there)
