@@ -35,8 +35,8 @@ def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
     at, params = assembly.load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
     subject = ModelSubject(a.graphdef, params, a.tokenizer, layout=a.layout, batch_size=e.batch_size,
                            segment=e.segment)
-    about = processes.of_first(_about(a, config, folder, at) if jax.process_index() == 0 else {})
-    tasks.run(subject, e, folder, about, lengths=lengths)
+    told = processes.of_first(about(a, config, folder, at) if jax.process_index() == 0 else {})
+    tasks.run(subject, e, folder, told, lengths=lengths)
     if jax.process_index() == 0:
       print(f'report: {report.write(folder)}', flush=True)
 
@@ -55,7 +55,7 @@ def _alone(folder: str) -> files.Lock:
                       'to') from e
 
 
-def _about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
+def about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
   """What each line tells of the model: enough to know it again, and to make it again."""
   import longctx
   sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()

@@ -8,7 +8,9 @@ Held by: tests/test_train.py, tests/test_faults.py, tests/test_distributed.py.
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import importlib
 import math
 import threading
@@ -23,7 +25,7 @@ from longctx import assembly, examine, progress, retrofit
 from longctx.assembly import Assembly
 from longctx.data import stream
 from longctx.errors import ConfigError, check
-from longctx.evaluation import again, held_out, perplexity, publish, result
+from longctx.evaluation import again, course, held_out, perplexity, publish, result
 from longctx.parallel import mesh
 from longctx.training import badput, divergence, optim, processes, step, watchdog, workdir
 from longctx.training import metrics as metrics_lib
@@ -66,18 +68,35 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
       return 0
     at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                           checkpoint=checkpoint)
+    documents = assembly.open_documents(a)
+    kept = course.Course(folder, processes.of_first(
+        _depends_on(a, config, folder, at, documents) if jax.process_index() == 0 else None))
     about = again.about(folder, config) if jax.process_index() == 0 else {}
-    return 0 if publish.publish(evaluate(a, params, assembly.open_documents(a)), folder, at, about) else 1
+    written = publish.publish(evaluate(a, params, documents, kept), folder, at, about)
+    if written:
+      kept.end()
+    return 0 if written else 1
 
 
-def evaluate(a: Assembly, params: Any, documents: Any) -> result.Result | held_out.Result:
+def _depends_on(a: Assembly, config: Any, folder: str, at: int, documents: Any) -> list:
+  """All that an evaluation's sums depend on: the model, how it is read, and the text."""
+  text = dataclasses.asdict(a.parts.data) | dict(batch_size=0)
+  if hasattr(documents, 'lengths'):
+    text['lengths'] = hashlib.sha256(np.asarray(documents.lengths, np.int64).tobytes()).hexdigest()
+  told = examine.about(a, config, folder, at)
+  return [told['checkpoint'], told['model'], told['tokenizer'], dataclasses.asdict(a.parts.perplexity),
+          {name: str(value) for name, value in text.items()}]
+
+
+def evaluate(a: Assembly, params: Any, documents: Any, kept: course.Course | None = None
+             ) -> result.Result | held_out.Result:
   """Bits per byte of the held-out split by context position; of examples, how many are right."""
   if a.parts.data.form in held_out.FORMS:
     return held_out.evaluate(a.graphdef, params, documents, a.parts.data, a.tokenizer,
-                             a.parts.perplexity, layout=a.layout, loss_chunk=a.parts.loss.chunk)
+                             a.parts.perplexity, layout=a.layout, loss_chunk=a.parts.loss.chunk, kept=kept)
   return perplexity.evaluate(
       a.graphdef, params, documents, a.tokenizer, a.parts.perplexity,
-      layout=a.layout, loss_chunk=a.parts.loss.chunk)
+      layout=a.layout, loss_chunk=a.parts.loss.chunk, kept=kept)
 
 
 def jit_step(a: Assembly) -> Any:

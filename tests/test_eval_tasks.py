@@ -17,7 +17,7 @@ from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
-from longctx.evaluation import report, tasks
+from longctx.evaluation import course, report, tasks
 from longctx.evaluation.subject import Constant, Oracle
 from longctx.training import workdir
 from tests import test_tasks
@@ -311,7 +311,7 @@ def test_a_length_too_short_for_a_task_is_refused_before_anything_is_asked(tmp_p
 
 
 def test_progress_tells_the_time_left(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(tasks.Progress, 'EVERY', -1.0)
+  monkeypatch.setattr(course.Progress, 'EVERY', -1.0)
   evaluate(Constant(Bytes(), b''), tmp_path)
   out = capsys.readouterr().out.splitlines()
   assert out[0].startswith('parity at 64, example 4: 40 % of all tokens, ') and out[0].endswith(' left')
@@ -457,6 +457,6 @@ def test_what_changes_an_answer_is_of_its_key_and_nothing_else(trained, override
   def key(*more):
     _, config = command_line.parse_with_config(main.define_flags, ['main', *RUN, "--config.eval.tasks=('passkey',)", *more])
     a = assembly.assemble(config)
-    about = examine._about(a, config, str(trained), 2)
+    about = examine.about(a, config, str(trained), 2)
     return tasks.settings_key(a.parts.eval, about)
   assert (key() == key(override)) == same

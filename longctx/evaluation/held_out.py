@@ -24,7 +24,7 @@ from flax import nnx
 
 from longctx import progress
 from longctx.data import stream
-from longctx.evaluation import perplexity, records
+from longctx.evaluation import course, perplexity, records
 from longctx.parallel import mesh
 from longctx.training import step
 
@@ -97,15 +97,22 @@ def open_rows(data: stream.Config, config: perplexity.Config, layout: mesh.Layou
 
 
 def evaluate(graphdef: nnx.GraphDef, params: Any, rows: Any, data: stream.Config, tokenizer: Any,
-             config: perplexity.Config, *, layout: mesh.Layout, loss_chunk: int = 512) -> Result:
-  """Scores `rows`, of `open_rows`; writes nothing. All processes of a run call it alike."""
+             config: perplexity.Config, *, layout: mesh.Layout, loss_chunk: int = 512,
+             kept: course.Course | None = None) -> Result:
+  """Scores `rows`, of `open_rows`; all processes of a run call it alike. `kept`: as perplexity.evaluate has it."""
   size = config.batch_size
   score = _program(graphdef, layout, loss_chunk)
   host, hosts = layout.host_rows(size)
   bytes_V = tokenizer.num_bytes(np.arange(tokenizer.vocab_size))
-  start, sums, classes = time.perf_counter(), np.zeros(5), []
-  count_bytes = 0
-  for i in range(-(-rows.num_rows // size)):
+  kept = kept or course.Course()
+  kept.begin(rows.num_rows, 'rows')
+  begun, before = kept.before(0)
+  sums, classes = before.get('sums', np.zeros(5)), before.get('classes', np.zeros(0, int)).tolist()
+  count_bytes, start = int(before.get('bytes', 0)), time.perf_counter() - float(before.get('seconds', 0))
+  full = lambda: bool(config.max_tokens) and sums[1] >= config.max_tokens
+  for i in range(begun, -(-rows.num_rows // size)):
+    if full():
+      break
     batch = rows[i]
     # Rows after the last are of the next epoch: they are not scored again.
     batch['loss_mask'][max(0, rows.num_rows - i * size - host * size // hosts):] = 0
@@ -119,8 +126,8 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, rows: Any, data: stream.Config
       classes += targets_BT[where].tolist()
     else:
       count_bytes += int(bytes_V[targets_BT[where]].sum())
-    if config.max_tokens and sums[1] >= config.max_tokens:
-      break
+    kept.read(0, i + 1, config.split, min(size, rows.num_rows - i * size), sums=sums, classes=classes,
+              bytes=count_bytes, seconds=time.perf_counter() - start)
   nats, *counts = sums.tolist()
   targets, right, num_rows, right_rows = map(int, counts)
   return Result(form=data.form, split=config.split, nats=nats, targets=targets, right=right,

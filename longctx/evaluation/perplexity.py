@@ -29,7 +29,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import errors, progress
-from longctx.evaluation import longppl, result
+from longctx.evaluation import course, longppl, result
 from longctx.evaluation import windows as windows_lib
 from longctx.models import attention_layer
 from longctx.parallel import mesh
@@ -73,7 +73,8 @@ class Config:
 
 
 def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any, config: Config,
-             *, layout: mesh.Layout | None = None, loss_chunk: int = 512) -> result.Result:
+             *, layout: mesh.Layout | None = None, loss_chunk: int = 512,
+             kept: course.Course | None = None) -> result.Result:
   """Scores `documents`; writes nothing. All processes of a run call it with the same arguments.
 
   Args:
@@ -83,6 +84,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
     config: how to read them.
     layout: the mesh that cuts the rows; None = one device.
     loss_chunk: tokens whose logits exist at once.
+    kept: what tells how far it is, and has what was read before; None: nothing is told or kept.
   """
   length = context_length(config, nnx.merge(graphdef, params))
   stride = (config.stride or max(1, length // 2)) if length else 0
@@ -99,36 +101,42 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
     mesh.check_divides('perplexity.segment', config.segment, 'length', layout)
   bytes_V = tokenizer.num_bytes(np.arange(tokenizer.vocab_size))
 
-  def read(windows: windows_lib.Windows, longest: int, keep: np.ndarray | None = None):
+  jobs = {'full': plans['full'], 'short': longppl.inside(plans['full'], *_short(config))} if config.short_context else {}
+  place = {}   # mode -> the pass that has its scores
+  for mode in config.modes:
+    # Where no document is longer than `length` both passes would read the same windows.
+    same = [one for one in jobs if one in plans and all(map(np.array_equal, plans[one], plans[mode]))]
+    place[mode] = same[0] if same else mode
+    jobs.setdefault(place[mode], plans[mode])
+  kept = kept or course.Course()
+  kept.begin(sum(windows_lib.num_read(windows) for windows in jobs.values()))
+
+  def read(number: int, name: str, keep: np.ndarray | None) -> result.Pass:
+    longest = config.short_context if name == 'short' else length
     shape = (config.batch_size, segment_size(config, longest, layout))
     carries = not longest or longest > shape[1]
     programs = _programs(graphdef, layout, carries, shape[0], longest, loss_chunk,
                          _state_shardings(graphdef, params, layout, shape[0], longest)
                          if layout and carries else None)
-    return _run(programs, params, _Reader(documents, bytes_V, shape, scored), windows, keep)
+    return _run(programs, params, _Reader(documents, bytes_V, shape, scored), jobs[name], keep,
+                functools.partial(kept.read, number, where=name), *kept.before(number))
 
-  passes, keys = {}, None
+  keeps = np.empty((2, windows_lib.num_read(plans['full'])), np.float32) if config.short_context else (None, None)
+  passes = {name: read(number, name, dict(full=keeps[0], short=keeps[1]).get(name))
+            for number, name in enumerate(jobs)}
+  keys = None
   if config.short_context:
-    passes['full'], keys = _keys(config, length, read, plans['full'])
-  for mode in config.modes:
-    # Where no document is longer than `length` both passes would read the same windows.
-    same = [one for one in passes if all(map(np.array_equal, plans[one], plans[mode]))]
-    passes[mode] = passes[same[0]] if same else read(plans[mode], length)
+    short, short_stride = _short(config)
+    keys = longppl.compare(*keeps, longppl.bins(plans['full']), short=short, stride=short_stride)
   return result.Result(
       split=config.split, documents=int((scored > 0).sum()), length=length, stride=stride,
-      passes={mode: passes[mode] for mode in config.modes}, keys=keys,
+      passes={mode: passes[place[mode]] for mode in config.modes}, keys=keys,
       peak_memory_bytes=metrics.peak_memory_bytes())
 
 
-def _keys(config: Config, length: int, read: Callable[..., result.Pass],
-          full: windows_lib.Windows) -> tuple[result.Pass, longppl.Keys]:
-  """The pass over `full`, and what it says of key tokens beside one of shorter windows inside them."""
-  short = config.short_context
-  stride = config.short_stride or max(1, short // 4)
-  full_nll, short_nll = np.empty((2, int((full.stop - full.start).sum())), np.float32)
-  found = read(full, length, full_nll)
-  read(longppl.inside(full, short, stride), short, short_nll)
-  return found, longppl.compare(full_nll, short_nll, longppl.bins(full), short=short, stride=stride)
+def _short(config: Config) -> tuple[int, int]:
+  """Length and stride of the windows that key tokens are told against, within those of `full`."""
+  return config.short_context, config.short_stride or max(1, config.short_context // 4)
 
 
 def context_length(config: Config, model: Any) -> int:
@@ -216,11 +224,12 @@ class _Reader:
   shape: tuple[int, int]  # of a segment: rows, tokens
   scored: np.ndarray  # how many tokens of each document are
 
-  def segments(self, windows: windows_lib.Windows) -> Iterator[_Segment]:
+  def segments(self, windows: windows_lib.Windows, first: int) -> Iterator[_Segment]:
+    """Of all batches from the `first` on."""
     batch, size = self.shape
     windows, held = windows_lib.longest_first(windows), {}
     before = np.cumsum(self.scored) - self.scored
-    for i in range(0, len(windows.start), batch):
+    for i in range(first * batch, len(windows.start), batch):
       rows = [windows_lib.Windows(*one) for one in zip(*(x[i:i + batch] for x in windows))]
       held = {d: held[d] if d in held else self.documents.document(d)
               for d in {int(one.document) for one in rows}}
@@ -251,54 +260,71 @@ class _Reader:
 
 
 class _Sums:
-  """Sums by bin, in float64 and int64."""
+  """Sums by bin, in float64: nats, tokens, bytes, scores that are not finite."""
 
   def __init__(self, bins: int, keep: np.ndarray | None = None):
     self.keep = keep  # what each token's nats are written to
-    self.nats, self.tokens, self.bytes, self.not_finite = np.zeros((4, bins))
+    self.table = np.zeros((4, bins))
 
   def add(self, segment: _Segment, nll_BT: np.ndarray, bytes_V: np.ndarray) -> None:
     where = segment.scored_BT
     nll, bins = nll_BT[where].astype(np.float64), segment.bin_BT[where]
-    count = functools.partial(np.bincount, bins, minlength=len(self.nats))
-    self.nats += count(weights=nll)
-    self.tokens += count()
-    self.bytes += count(weights=bytes_V[segment.targets_BT[where]])
-    self.not_finite += count(weights=~np.isfinite(nll))
+    count = functools.partial(np.bincount, bins, minlength=self.table.shape[1])
+    self.table += count(weights=nll), count(), count(weights=bytes_V[segment.targets_BT[where]]), count(
+        weights=~np.isfinite(nll))
     if self.keep is not None:
       self.keep[segment.index_BT[where]] = nll
 
   def scores(self) -> tuple[result.Score, ...]:
-    return tuple(result.Score(float(n), int(t), int(b), int(f)) for n, t, b, f in
-                 zip(self.nats, self.tokens, self.bytes, self.not_finite))
+    return tuple(result.Score(float(n), int(t), int(b), int(f)) for n, t, b, f in self.table.T)
 
 
-def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib.Windows,
-         keep: np.ndarray | None) -> result.Pass:
-  """Reads all windows, a segment at a time; the last one's scores are fetched while the next runs."""
+def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib.Windows, keep: np.ndarray | None,
+         tell: Callable[..., None], batches: int, before: course.Arrays) -> result.Pass:
+  """Reads all windows, a segment at a time; the last one's scores are fetched while the next runs.
+
+  tell(batches=, count=, ...) hears of each batch of windows that is read; so many `batches` were read `before`.
+  """
   sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)), keep)
+  took = 0.0
+  if batches:
+    sums.table[:], took = before['table'], float(before['seconds'])
+    if keep is not None:
+      keep[:] = before['keep']
   put, none = programs.put, np.zeros(reader.shape, np.int32)
   # A call on padding alone compiles, so that the clock measures reading.
   nll_BT, state = programs.score(params, programs.fresh(params), put(none), put(none),
                                  put(none > 0))
   jax.block_until_ready(nll_BT)
-  start, waiting = time.perf_counter(), None
-  for segment in reader.segments(windows):
+  start, waiting, tokens = time.perf_counter(), None, 0
+
+  def add(ends: bool) -> None:
+    """The scores of the segment that waits; `ends`: the last of its batch."""
+    nonlocal batches, tokens
+    segment, nll_BT = waiting
+    sums.add(segment, np.asarray(nll_BT), reader.bytes_V)
+    tokens += int(segment.valid_BT.sum())
+    progress.moved()
+    if ends:
+      batches, count, tokens = batches + 1, tokens, 0
+      tell(batches=batches, count=count, table=sums.table, seconds=took + time.perf_counter() - start,
+           **({} if keep is None else dict(keep=keep)))
+
+  for segment in reader.segments(windows, batches):
     if segment.first:
       state = programs.fresh(params)
     nll_BT, state = programs.score(params, state, put(segment.tokens_BT), put(segment.targets_BT),
                                    put(segment.valid_BT))
     if waiting is not None:
-      sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
-      progress.moved()
+      add(ends=segment.first)
     waiting = segment, nll_BT
-  sums.add(waiting[0], np.asarray(waiting[1]), reader.bytes_V)
-  seconds = time.perf_counter() - start
+  if waiting is not None:
+    add(ends=True)
+  seconds = took + time.perf_counter() - start
   bins = sums.scores()
   total = result.Score(*(sum(getattr(score, field.name) for score in bins)
                          for field in dataclasses.fields(result.Score)))
   if total.tokens != reader.scored.sum():
     raise AssertionError(f'{total.tokens} tokens were scored of {reader.scored.sum()}')
-  tokens_read = int((windows.stop - windows.start).sum())
+  tokens_read = windows_lib.num_read(windows)
   return result.Pass(total, bins, len(windows.start), tokens_read, seconds, tokens_read / seconds)
-

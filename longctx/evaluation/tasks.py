@@ -9,8 +9,6 @@ Held by: tests/test_eval_tasks.py (oracle 100, constant the floor, interrupted =
 import dataclasses
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +19,7 @@ from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
-from longctx.evaluation import records, ruler_summary
+from longctx.evaluation import course, records, ruler_summary
 from longctx.evaluation.subject import Subject, prompt_tokens
 from longctx.training import processes
 
@@ -120,12 +118,13 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   answered = [list(one) for one, line in kept.lines.items() if config.too_long == 'count' or not line['too_long']]
   done = {tuple(one) for one in processes.of_first(answered)}
   processes.together(lambda: maker.check_first(kept))
-  progress = Progress(maker.tokens(), maker.tokens(done), enabled=main)
+  progress = course.Progress(maker.tokens(), maker.tokens(done), enabled=main)
   for batch in maker.batches(done):
     lines = [dict(key=keys[line['task']], settings=settings, **line, digests=digests[line['task']], **about)
              for line in _answered(subject, config, batch)]
     processes.together(lambda lines=lines: kept.append(lines))
-    progress.update(lines[-1], sum(line['length'] for line in lines))
+    last = lines[-1]
+    progress.update(f'{last["task"]} at {last["length"]:,}, example {last["index"] + 1}', sum(line['length'] for line in lines))
   progress.close()
   wanted = [one for one in maker.identities() if main]
   found = records.cells(kept.lines[one] for one in wanted)
@@ -244,38 +243,3 @@ def _line(config: Config, one: Asked, **answer: Any) -> dict:
               depth_asked=one.depth, depth=one.made.depth,
               prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
               new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)
-
-
-class Progress:
-  """How much of all tokens is answered: a bar where stdout is a terminal, a line now and then elsewhere."""
-
-  EVERY = 15.0   # seconds between two lines
-
-  def __init__(self, total: int, done: int, enabled: bool):
-    self._total, self._done, self._enabled = total, done, enabled
-    self._begun, self._start, self._told = time.perf_counter(), done, time.perf_counter()
-    self._bar = None
-    if enabled and sys.stdout.isatty():
-      from tqdm import tqdm
-      self._bar = tqdm(total=total, initial=done, unit='token', unit_scale=True, dynamic_ncols=True,
-                       leave=False, file=sys.stdout)
-    elif enabled and done:
-      print(f'carries on: {done:,} of {total:,} tokens were answered before', flush=True)
-
-  def update(self, line: dict, tokens: int) -> None:
-    self._done += tokens
-    where = f'{line["task"]} at {line["length"]:,}, example {line["index"] + 1}'
-    if self._bar is not None:
-      self._bar.set_description_str(where, refresh=False)
-      self._bar.update(tokens)
-    now = time.perf_counter()
-    if self._bar is None and self._enabled and now - self._told > self.EVERY:
-      rate = (self._done - self._start) / (now - self._begun)
-      left = round((self._total - self._done) / rate)
-      self._told = now
-      print(f'{where}: {100 * self._done / self._total:.0f} % of all tokens, {rate:,.0f} tokens/s, '
-            f'{left // 60}:{left % 60:02} left', flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()

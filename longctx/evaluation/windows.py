@@ -42,6 +42,11 @@ def cut(lengths: np.ndarray, length: int, stride: int) -> Windows:
   return Windows(document, start, scored, stop)
 
 
+def num_read(windows: Windows) -> int:
+  """Tokens that are read in all of them."""
+  return int((windows.stop - windows.start).sum())
+
+
 def longest_first(windows: Windows) -> Windows:
   """Sorted by tokens to read, so that the rows of a batch end together; stable."""
   order = np.argsort(windows.start - windows.stop, kind='stable')

@@ -2,7 +2,9 @@
 
     passkey      five digits said twice among "The grass is green ..."; asked at the end (Mohtashami
                  & Jaggi 2023, arXiv:2305.16300, their prompt). Differs: digits are drawn from a
-                 seed, all five of them.
+                 seed, all five of them; of an answer as many tokens are read as the right one has
+                 bytes (they read 10): by a tokenizer of bytes a longer number that begins with the
+                 key counts, since a model that learned answers alone never learned to end one.
     niah         one city's seven-digit number in a haystack, in the words of Liu et al. 2024,
                  arXiv:2402.08268 (LWM, scripts/eval_needle.py). Differs: no city is twice as likely
                  for being twice in the list; the place is met in bytes and not in another model's

@@ -12,7 +12,8 @@
                      six, and it matters in which order; Liu et al. 2022, arXiv:2210.10749)
 
 Differs: noise is of random letters in words of five, so that it can be neither foretold nor packed
-into few tokens; all is asked in one answer, which must be right as a whole. `eval.haystack` changes
+into few tokens; all is asked in one answer, which must be right as a whole, as far as it is read: as many tokens
+as the right one has bytes. `eval.haystack` changes
 nothing here.
 Held by: tests/test_tasks.py, tests/test_task_symbols.py.
 """
