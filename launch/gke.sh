@@ -116,7 +116,7 @@ json() {   # strings, with commas between
 image() {
   need_command docker 'install Docker'
   if ! $DRY_RUN; then
-    "$PYTHON" -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$HERE/constraints.txt"
+    "$PYTHON" "$HERE/versions.py" >"$HERE/constraints.txt" || exit 2
   fi
   run docker build --file=launch/Dockerfile "--tag=${OPTION[image]}" \
     "--build-arg=PYTHON_VERSION=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" .

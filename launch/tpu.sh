@@ -185,8 +185,7 @@ on_workers() {   # on_workers all|0 COMMAND of worker.sh
 # pack_code: the repository as it stands, with the versions of this machine's environment.
 pack_code() {
   if ! $DRY_RUN; then
-    "$PYTHON" -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$TEMPORARY/constraints.txt" ||
-      die "$PYTHON -m pip freeze: no versions found; make setup"
+    "$PYTHON" "$HERE/versions.py" >"$TEMPORARY/constraints.txt" || exit 2
     "$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' >"$TEMPORARY/python_version"
   fi
   run tar -czf "$TEMPORARY/longctx.tar.gz" --exclude=./.venv --exclude=./runs --exclude=./.git \

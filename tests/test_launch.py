@@ -6,12 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
+import packaging
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from longctx.parallel import aot
 from tests.stand_ins import ROOT, StandIns
@@ -40,7 +45,7 @@ STOP = START[0]
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the launchers are for Linux')
 
 # Answers.
-VERSIONS = [('python -m pip freeze*', '0+', r'jax==0.10.2\nflax==0.12.8'), ('python -c*', '0+', '3.12')]
+VERSIONS = [('python */launch/versions.py', '0+', r'jax==0.10.2\nflax==0.12.8'), ('python -c*', '0+', '3.12')]
 ABSENT = ('*queued-resources describe*', 1, 'ERROR: NOT_FOUND')
 ACTIVE, UP = ('*queued-resources describe*', '0+', 'ACTIVE'), ('*tpu-vm describe*', '0+', 'READY')
 request = lambda state: ('*queued-resources describe*', 0, state)
@@ -57,7 +62,7 @@ def stand(tmp_path):
 def tpu(stand, *more, answers=()):
   stand.answers(*answers, *VERSIONS)
   done = stand.run(*TPU, *PLACE, *more)
-  return done, [c for c in stand.calls(*TAKEN) if not re.match('tar|python -m pip freeze|python -c', c)]
+  return done, [c for c in stand.calls(*TAKEN) if not re.match(r'tar|python \S+/versions\.py|python -c', c)]
 
 
 def test_a_slice_is_asked_for_waited_for_set_up_and_followed(stand):
@@ -73,8 +78,7 @@ def test_a_slice_is_asked_for_waited_for_set_up_and_followed(stand):
 
 def test_workers_get_this_environments_versions(stand, tmp_path):
   """What is sent: the code, with versions that pip can take as constraints."""
-  stand.answers(ACTIVE, UP, ('python -m pip freeze*', '0+', r'jax==0.10.2\nmine @ file:///mine\ntorch==2.13.0+cpu'),
-                ('python -c*', '0+', '3.12'))
+  stand.answers(ACTIVE, UP, *VERSIONS)
   (tmp_path / 'bin/gcloud').unlink()
   (tmp_path / 'bin/tar').unlink()   # the true one
   (tmp_path / 'bin/gcloud').write_text(   # keeps what it is given to copy
@@ -86,8 +90,63 @@ def test_workers_get_this_environments_versions(stand, tmp_path):
   assert not [name for name in listed if name.startswith(('./.venv', './.git/', './runs'))]
   read = lambda name: subprocess.run(['tar', '-xzOf', f'{tmp_path}/sent.tar.gz', name], capture_output=True,
                                      text=True).stdout
-  assert read('constraints.txt') == 'jax==0.10.2\ntorch==2.13.0+cpu\n'
+  assert read('constraints.txt') == 'jax==0.10.2\nflax==0.12.8\n'
   assert read('python_version') == '3.12\n'
+
+
+def test_pip_can_install_what_workers_get_with_these_versions():
+  """By what is installed here: each version is one that every requirement takes, those of jax[tpu] among them."""
+  done = subprocess.run([sys.executable, ROOT / 'launch/versions.py'], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  given = dict(line.split('==') for line in done.stdout.splitlines())
+  lines = [line.partition('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines()]
+  asked = [Requirement(line) for line in lines if line]
+  assert {canonicalize_name(each.name) for each in asked} <= given.keys()
+  for name, version in given.items():
+    assert Version(metadata.version(name)).public == version
+    extra = {'extra': 'tpu' if name == 'jax' else ''}
+    asked += [r for r in map(Requirement, metadata.requires(name) or ()) if not r.marker or r.marker.evaluate(extra)]
+  assert 'libtpu' in {each.name for each in asked}   # jax[tpu] asks for one version of it
+  clash = [str(r) for r in asked if (name := canonicalize_name(r.name)) in given
+           and not r.specifier.contains(given[name], prereleases=True)]
+  assert clash == []
+  assert given.keys() & {'libtpu', 'torch', 'pytest'} == set()
+
+
+def test_versions_are_of_what_is_asked_for_directly_or_in_turn(tmp_path):
+  """In an environment of empty packages."""
+  lines = [line.partition('#')[0].strip() for line in (ROOT / 'requirements.txt').read_text().splitlines()]
+  needs = {Requirement(line).name: [] for line in lines if line}
+  needs |= {'jax': ['inner[more]>=1', 'libtpu; extra == "tpu"'], 'inner': ['further; extra == "more"'],
+            **{name: [] for name in ('further', 'libtpu', 'torch')}}
+  for name, asked in needs.items():
+    folder = tmp_path / f'{name.replace("-", "_")}-1.5+mine.dist-info'
+    folder.mkdir()
+    (folder / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.5+mine\n'
+                                     + ''.join(f'Requires-Dist: {each}\n' for each in asked))
+  (tmp_path / 'packaging').symlink_to(Path(packaging.__file__).parent)
+  versions = lambda: subprocess.run([sys.executable, '-S', ROOT / 'launch/versions.py'], capture_output=True,
+                                    text=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+  names = {canonicalize_name(name) for name in needs.keys() - {'libtpu', 'torch'}}
+  assert versions().stdout.splitlines() == [f'{name}==1.5' for name in sorted(names)]
+  (tmp_path / 'flax-1.5+mine.dist-info/METADATA').unlink()
+  (tmp_path / 'flax-1.5+mine.dist-info').rmdir()
+  done = versions()
+  assert done.returncode == 1
+  assert re.fullmatch('launch: flax: requirements.txt asks for it, and it is not installed in .*; make setup\n', done.stderr)
+
+
+@pytest.mark.parametrize('launcher', ['tpu.sh', 'gke.sh'])
+def test_an_environment_without_the_requirements_is_told_in_one_line(stand, launcher):
+  (stand.folder / 'bin/python').unlink()
+  (stand.folder / 'bin/python').write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')   # no site-packages
+  (stand.folder / 'bin/python').chmod(0o755)
+  command = [*TPU, *PLACE, '--check=none'] if launcher == 'tpu.sh' else ['gke.sh', 'image', *GKE]
+  done = stand.run(*command)
+  assert done.returncode == 2
+  line, = done.stderr.splitlines()
+  assert re.match(r"launch: \S+: No module named 'packaging'; make setup, or set PYTHON", line)
+  assert [c for c in stand.calls() if c.startswith(('gcloud', 'docker'))] == []
 
 
 def test_a_worker_that_fails_once_is_set_up_again(stand):
