@@ -7,6 +7,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
 cd "$ROOT"   # every path is relative to it, here as on a worker
+STATE=${LONGCTX_STATE:-$HOME/.longctx}   # of runs, on this host
 exec 3>&1    # a dry run's commands, also of calls whose output is read
 
 say() { printf 'launch: %s\n' "$*" >&2; }

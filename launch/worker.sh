@@ -13,7 +13,6 @@
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
-STATE=${LONGCTX_STATE:-$HOME/.longctx}
 
 # prepare ARGUMENTS...: COMMAND, with its environment and the workdir as this host sees it.
 prepare() {

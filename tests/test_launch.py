@@ -430,7 +430,7 @@ def test_the_other_actions_of_a_jobset(stand):
 
 # SLURM.
 
-SRUN = ('srun --job-name=longctx --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 --kill-on-bad-exit=1 --label '
+SRUN = ('srun --job-name=longctx --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 --kill-on-bad-exit=0 --wait=120 --label '
         f'--time=1:00:00 bash {ROOT}/launch/worker.sh exec --platform=gpu')
 
 
@@ -439,11 +439,12 @@ def slurm(stand, *more, answers=()):
   return stand.run('slurm.sh', CONFIG, '--nodes=2', '--gpus_per_node=4', '--time=1:00:00', *more)
 
 
-def srun_says(stand, status, text):
-  """srun's complaints are on stderr."""
+def srun_says(stand, status, text, first=':'):
+  """The first srun's complaints, on stderr, after a command; a second ends well."""
   (stand.folder / 'bin/srun').unlink()
   (stand.folder / 'bin/srun').write_text(
-      f'#!/bin/sh\necho "srun $*" >>"$CALLS"\n[ $(grep -c srun "$CALLS") -gt 1 ] && exit 0\necho "{text}" >&2\nexit {status}\n')
+      f'#!/bin/sh\necho "srun $*" >>"$CALLS"\n[ $(grep -c srun "$CALLS") -gt 1 ] && exit 0\n{first}\n'
+      f'echo "{text}" >&2\nexit {status}\n')
   (stand.folder / 'bin/srun').chmod(0o755)
 
 
@@ -464,9 +465,27 @@ def test_a_mistake_in_one_task_is_not_tried_again(stand, tmp_path):
   assert stand.calls() == [f'{SRUN} {CONFIG} --workdir=gs://bucket/a --distributed']
 
 
+@pytest.mark.parametrize('stop, status, attempts, code, said', [
+    (True, 75, 1, 0, 'stopped, and saved; the same command carries on'),
+    (True, 137, 1, 143, 'lost: srun: error: node1: task 0'),   # it could not save in time
+    (False, 75, 2, 0, 'restart 1 of 3, from the last checkpoint')])   # as at a preemption
+def test_a_job_that_saves_and_leaves_is_started_again_unless_it_was_told_to_stop(stand, stop, status, attempts, code, said):
+  name = 'longctx' if stop else 'other'
+  srun_says(stand, status, f'srun: error: node1: task 0: Exited with exit code {status}',
+            first=f'{ROOT}/launch/slurm.sh stop --name={name}')
+  done = slurm(stand, '--workdir=gs://bucket/a')
+  assert done.returncode == code, done.stderr
+  assert said in done.stderr
+  assert ('no launcher of it has left a mark' in done.stderr) == (not stop)
+  assert len([c for c in stand.calls() if c.startswith('srun')]) == attempts
+  assert list((stand.folder / '.longctx').iterdir()) == []
+
+
 def test_the_other_actions_of_a_job(stand):
+  stand.answers(('scancel*PENDING', 1, 'none waits'))
   assert stand.run('slurm.sh', 'stop').returncode == stand.run('slurm.sh', 'status', '--name=a').returncode == 0
-  assert stand.calls() == ['scancel --me --name=longctx --signal=TERM', 'squeue --me --name=a']
+  assert stand.calls() == ['scancel --me --name=longctx --state=PENDING', 'scancel --me --name=longctx --signal=TERM',
+                           'squeue --me --name=a']
 
 
 # All of them.
