@@ -13,7 +13,7 @@
 #   --spot, --reserved=NAME capacity that may be preempted; capacity that was reserved
 #   --service_account=default   of Kubernetes; it must be allowed to write to the bucket
 #   --restarts=10           of all pods; preemptions count, too
-#   --xpk                   submit it with xpk, to a cluster that xpk made, with the bucket at /gcs/BUCKET
+#   --xpk                   submit it with xpk (0.7.1 or newer), to a cluster that xpk made, with the bucket at /gcs/BUCKET
 #   --check=compile         or plan, none: whether the step fits the slice, before it is asked for
 #   --poll=30               seconds between two looks at the JobSet
 #   --dry_run               print each command
@@ -114,9 +114,11 @@ json() {   # strings, with commas between
 }
 
 image() {
+  local versions
   need_command docker 'install Docker'
   if ! $DRY_RUN; then
-    "$PYTHON" "$HERE/versions.py" >"$HERE/constraints.txt" || exit 2
+    versions=$("$PYTHON" "$HERE/versions.py") || exit 2
+    echo "$versions" >"$HERE/constraints.txt"
   fi
   run docker build --file=launch/Dockerfile "--tag=${OPTION[image]}" \
     "--build-arg=PYTHON_VERSION=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" .
@@ -124,24 +126,31 @@ image() {
 }
 
 submit() {
-  local more=() left
+  local more=() left there='' ended=''
   # What an earlier start has left, and has ended, would be taken for this one.
   if ! $DRY_RUN; then
-    left=$(kubectl get "jobset/${OPTION[name]}" --ignore-not-found '--output=jsonpath={.status.terminalState}') ||
+    left=$(kubectl get "jobset/${OPTION[name]}" --ignore-not-found \
+      '--output=jsonpath={.metadata.name} {.status.terminalState}') ||
       die "kubectl cannot tell whether a JobSet ${OPTION[name]} is there, as said above"
-    if [[ -n $left ]]; then
-      say "JobSet ${OPTION[name]}: $left before; it is removed and made again, from the last checkpoint"
+    read -r there ended <<<"$left"
+    if [[ -n $ended ]]; then
+      say "JobSet ${OPTION[name]}: $ended before; it is removed and made again, from the last checkpoint"
       stop
+    elif [[ -n $there && ${OPTION[xpk]} == true ]]; then   # xpk would ask whether to overwrite it
+      say "JobSet ${OPTION[name]}: is there and has not ended; it is followed as it was started (to start it" \
+        'otherwise: launch/gke.sh stop first)'
+      return
     fi
   fi
   if [[ ${OPTION[xpk]} == true ]]; then
     worker_command
     if [[ ${OPTION[spot]} == true ]]; then more+=(--spot); fi
     if [[ -n ${OPTION[reserved]} ]]; then more+=("--reservation=${OPTION[reserved]}"); fi
+    # By itself xpk starts again what ended with 42 or 127 to 255: with all but 0 and 2.
     run xpk workload create "--workload=${OPTION[name]}" "--cluster=${OPTION[cluster]}" \
       "--project=${OPTION[project]}" "--zone=${OPTION[zone]}" "--tpu-type=$ACCELERATOR" --num-slices=1 \
       "--docker-image=${OPTION[image]}" "--max-restarts=${OPTION[restarts]}" \
-      --restart-on-user-code-failure "${more[@]}" \
+      --restart-on-exit-codes=1,3-126 --termination-grace-period-seconds=120 "${more[@]}" \
       "--command=cd /longctx && GCS_ROOT=/gcs $(quoted "${COMMAND[@]}")"
     return
   fi

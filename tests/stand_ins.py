@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ('gcloud', 'kubectl', 'xpk', 'srun', 'squeue', 'scancel', 'gcsfuse', 'docker', 'python', 'tar')
+NAMES = ('gcloud', 'kubectl', 'srun', 'squeue', 'scancel', 'gcsfuse', 'docker', 'python', 'tar')
 
 
 class StandIns:
@@ -17,6 +17,7 @@ class StandIns:
     (folder / 'bin').mkdir()
     for name in NAMES:
       (folder / 'bin' / name).symlink_to(ROOT / 'tests/programs/stand_in.sh')
+    (folder / 'bin/xpk').symlink_to(ROOT / 'tests/programs/stand_in_xpk.sh')
     self.answers()
 
   def answers(self, *rows: tuple) -> None:

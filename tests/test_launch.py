@@ -370,7 +370,7 @@ def gke(stand, *more, answers=()):
 
 GET = 'kubectl get jobset/longctx --output=jsonpath={.status.'
 CREDENTIALS = 'gcloud container clusters get-credentials c --location=z'
-LEFT = 'kubectl get jobset/longctx --ignore-not-found --output=jsonpath={.status.terminalState}'
+LEFT = 'kubectl get jobset/longctx --ignore-not-found --output=jsonpath={.metadata.name} {.status.terminalState}'
 WAIT = 'kubectl wait --for=condition=Ready pod,batch.kubernetes.io/job-completion-index=0 --timeout=0s'
 
 
@@ -394,7 +394,7 @@ def test_a_jobset_is_submitted_and_followed_over_a_restart(stand, end, status):
 
 def test_what_an_earlier_start_left_is_removed_and_made_again(stand):
   done, calls = gke(stand, 'run', '--check=none', answers=[
-      ('kubectl get jobset/longctx --ignore*', 0, 'Failed'), ('kubectl get jobset/longctx --output*terminal*', 0, 'Completed')])
+      ('kubectl get jobset/longctx --ignore*', 0, 'longctx Failed'), ('kubectl get jobset/longctx --output*terminal*', 0, 'Completed')])
   assert done.returncode == 0, done.stderr
   assert [c.split(' ')[1] for c in calls if c.startswith('kubectl')][:3] == ['get', 'delete', 'apply']
   assert 'JobSet longctx: Failed before; it is removed and made again' in done.stderr
@@ -415,11 +415,35 @@ def test_xpk_submits_and_deletes(stand):
   assert done.returncode == 0, done.stderr
   assert calls[1:3] == [LEFT, (
       'xpk workload create --workload=longctx --cluster=c --tpu-type=v5litepod-16 --num-slices=1 '
-      '--docker-image=registry/longctx:1 --max-restarts=10 --restart-on-user-code-failure --spot --command=cd '
+      '--docker-image=registry/longctx:1 --max-restarts=10 --restart-on-exit-codes=1,3-126 '
+      '--termination-grace-period-seconds=120 --spot --command=cd '
       f'/longctx && GCS_ROOT=/gcs bash launch/worker.sh exec --platform=tpu {CONFIG} '
       '--workdir=gs://bucket/runs/a --distributed')]
+  # xpk adds 42 and 127 to 255; a mistake, 2, ends it.
+  ranges = [list(map(int, part.split('-'))) for part in re.search(r'codes=(\S+)', calls[2])[1].split(',')]
+  again = {42, *range(127, 256)}.union(*(range(each[0], each[-1] + 1) for each in ranges))
+  assert again == set(range(256)) - {0, 2}
   done, calls = gke(stand, 'stop', '--xpk')
+  assert done.returncode == 0, done.stderr
   assert calls[-1] == 'xpk workload delete --workload=longctx --cluster=c --force'
+
+
+def test_what_xpk_has_started_and_has_not_ended_is_followed(stand):
+  """xpk would ask whether to overwrite it, and there may be nobody to answer."""
+  done, calls = gke(stand, 'run', '--xpk', '--check=none', answers=[
+      ('kubectl get jobset/longctx --ignore*', 0, 'longctx '), ('kubectl get jobset/longctx --output*terminal*', 0, 'Completed')])
+  assert done.returncode == 0, done.stderr
+  assert [c.split(' ')[1] for c in calls[1:]] == ['get', 'wait', 'get', 'get', 'get']
+  assert 'is there and has not ended; it is followed as it was started' in done.stderr
+
+
+@pytest.mark.parametrize('command', [['create', '--restart-on-user-code-failure'], ['create', '--force'],
+                                     ['delete', '--tpu-type=v5litepod-16'], ['resume']])
+def test_the_stand_in_refuses_what_xpk_does(stand, command):
+  """A test of the test: xpk's argparse takes no flag that it does not know."""
+  done = subprocess.run([stand.folder / 'bin/xpk', 'workload', *command], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert 'xpk: error' in done.stderr
 
 
 def test_the_other_actions_of_a_jobset(stand):
