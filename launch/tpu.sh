@@ -210,16 +210,18 @@ set_up() {
 
 # run_on_slice: starts and follows the run; its status, or LOST.
 run_on_slice() {
-  local arguments=("${MAIN[@]}" "--workdir=${OPTION[workdir]}") code state lines=+1 states
+  local arguments=("${MAIN[@]}" "--workdir=${OPTION[workdir]}") code state lines=+1 states started=false
   if ((HOSTS > 1)); then arguments+=(--distributed); fi
   while true; do
-    if [[ $lines == +1 ]]; then
-      on_workers all stop || true   # what an earlier start has left
-      on_workers all "start --platform=tpu $(quoted "${arguments[@]}")" || say 'some worker did not start'
-    fi
     code=0
-    on_workers 0 "follow $lines" || code=$?
-    if ((code == 0)); then return 0; fi
+    if ! $started; then
+      on_workers all stop || true   # what an earlier start has left
+      if on_workers all "start --platform=tpu $(quoted "${arguments[@]}")"; then started=true lines=+1; fi
+    fi
+    if $started; then
+      on_workers 0 "follow $lines" || code=$?
+      if ((code == 0)); then return 0; fi
+    fi
     state=$(slice_state) || exit 2
     if [[ $state != ready ]]; then return "$LOST"; fi
     # The connection's status is not the run's.
@@ -229,12 +231,14 @@ run_on_slice() {
       say 'a mistake in the arguments or the files, as said above'
       return 2
     fi
-    if ! grep -vq 'running$' <<<"$states"; then
+    if $started && ! grep -vq 'running$' <<<"$states"; then
       lines=20   # the connection broke; the run goes on
       sleep "${OPTION[poll]}"
       continue
     fi
-    say "the run failed; its workers: $(paste -sd ';' <<<"$states")"
+    say "the run $($started && echo failed || echo 'did not start on all workers'); these say:" \
+      "$(paste -sd ';' <<<"$states")"
+    started=false
     if ((FAILURES >= OPTION[restarts])); then
       on_workers all stop || true
       say "given up after $FAILURES restarts (--restarts=${OPTION[restarts]}); the same command carries on" \
@@ -243,7 +247,6 @@ run_on_slice() {
     fi
     FAILURES=$((FAILURES + 1))
     say "restart $FAILURES of ${OPTION[restarts]}, from the last checkpoint"
-    lines=+1
   done
 }
 

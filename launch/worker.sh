@@ -63,9 +63,11 @@ running() {
 
 start() {
   if running; then die "$(hostname): a run is still going (pid $(cat "$STATE/pid")); stop it first"; fi
-  prepare "$@"
   mkdir -p "$STATE"
-  rm -f "$STATE/status" "$STATE/pid" "$STATE/stopping"
+  rm -f "$STATE"/{status,pid,stopping,log}   # else an earlier run's are told, should this one not start
+  trap 'echo "$?" >"$STATE/status"' EXIT
+  prepare "$@"
+  trap - EXIT
   # A session of its own, which outlives the connection, and outlives SIGTERM to tell the run's status,
   # which is there whole or not at all. 75, saved and not finished, is no failure where it was asked for.
   # shellcheck disable=SC2016
@@ -78,8 +80,8 @@ start() {
 
 follow() {
   local lines=${1:-+1}
-  [[ -s $STATE/pid ]] || die "$(hostname): no run was started here"
-  tail -n "$lines" -f --pid="$(cat "$STATE/pid")" "$STATE/log"
+  [[ -s $STATE/pid || -s $STATE/status ]] || die "$(hostname): no run was started here"
+  if [[ -s $STATE/pid ]]; then tail -n "$lines" -f --pid="$(cat "$STATE/pid")" "$STATE/log"; fi
   if [[ ! -s $STATE/status ]]; then return 137; fi
   return "$(cat "$STATE/status")"
 }

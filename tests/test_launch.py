@@ -196,7 +196,7 @@ def test_a_run_that_fails_is_restarted_so_many_times(stand):
   assert done.returncode == 1
   once = [*START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE]
   assert calls == [DESCRIBE, NODE, *SET_UP, *once, *once, STOP]
-  assert 'the run failed; its workers: t1v-w-0 running;t1v-w-1 exited 134;t1v-w-2 running;t1v-w-3 killed' in done.stderr
+  assert 'the run failed; these say: t1v-w-0 running;t1v-w-1 exited 134;t1v-w-2 running;t1v-w-3 killed' in done.stderr
   assert 'restart 1 of 1' in done.stderr
   assert 'given up after 1 restarts' in done.stderr
 
@@ -213,6 +213,25 @@ def test_a_mistake_found_by_the_workers_is_not_tried_again(stand):
   assert done.returncode == 2
   assert calls[-2:] == [STATE, STOP]
   assert len([c for c in calls if 'worker.sh start' in c]) == 1
+
+
+def test_a_run_that_starts_on_some_workers_alone_is_no_run(stand):
+  """None is followed, for what an earlier run has left there, and the slice is not deleted as if it had ended well."""
+  refused = ('*worker.sh start*', 2, 'launch: --workdir=gs://bucket/runs/a: gcsfuse cannot mount bucket')
+  some = states('running', 'exited 2', 'running', 'none')
+  done, calls = tpu(stand, '--check=none', '--delete_after', answers=[ACTIVE, UP, refused, some])
+  assert done.returncode == 2
+  assert calls == [DESCRIBE, NODE, *SET_UP, *START, DESCRIBE, NODE, STATE, STOP, DELETE]
+  # What is no mistake, such as a connection that broke, is tried again.
+  stand.calls_file.unlink()
+  once = [('*worker.sh start*', 255, 'ERROR: 503'), states('running', 'none', 'running', 'running')]
+  done, calls = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, *once])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, *START, DESCRIBE, NODE, STATE, *START, f'{FOLLOW} +1']
+  assert 'the run did not start on all workers; these say: t1v-w-0 running;t1v-w-1 none;' in done.stderr
+  done, calls = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, *once, *once])
+  assert done.returncode == 1
+  assert 'given up after 1 restarts' in done.stderr
 
 
 def test_a_slice_made_directly_and_of_one_host(stand):

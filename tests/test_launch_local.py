@@ -210,6 +210,22 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
   assert worker(stand, 'follow').returncode == 137
 
 
+def test_a_run_that_cannot_start_leaves_its_own_status(stand, tmp_path):
+  """And nothing of the run before, which would be told and followed as if it were this one."""
+  assert worker(stand, 'start', CONFIG, f'--workdir={tmp_path}/w').returncode == 0
+  done = worker(stand, 'follow')
+  assert (done.returncode, done.stdout) == (0, 'process 0 speaks\n')
+  stand.answers(('gcsfuse*', 1, ''))
+  done = worker(stand, 'start', CONFIG, '--workdir=gs://bucket/runs/a')
+  assert done.returncode == 2
+  assert 'gcsfuse cannot mount bucket' in done.stderr
+  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '2']
+  done = worker(stand, 'follow')
+  assert (done.returncode, done.stdout) == (2, '')
+  assert worker(stand, 'start', CONFIG, f'--workdir={tmp_path}/w').returncode == 0   # and again
+  assert worker(stand, 'follow').returncode == 0
+
+
 def test_a_workdir_that_a_host_does_not_see(stand, tmp_path):
   (tmp_path / 'w').mkdir()
   (tmp_path / 'w/.seen').write_text('here.1\n')
