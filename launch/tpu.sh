@@ -15,7 +15,7 @@
 #   --restarts=3            how often a run that failed is started again; preemptions are not counted
 #   --delete_after          delete the slice when the run has ended
 #   --check=compile         or plan, none: whether the step fits the slice, before it is asked for
-#   --poll=30               seconds between two looks at the slice
+#   --poll=30               seconds between two looks at the slice, and before what failed is asked again
 #   --dry_run               print each command
 
 # shellcheck source=common.sh
@@ -44,6 +44,7 @@ main() {
   setting zone compute/zone us-west4-a
   PLACE=("--project=${OPTION[project]}" "--zone=${OPTION[zone]}")
   need_command gcloud 'install the Google Cloud CLI'
+  if [[ $ACTION != run ]]; then ATTEMPTS=3; fi   # somebody waits
   TEMPORARY=$(mktemp -d)
   trap 'rm -rf "$TEMPORARY"' EXIT
   case $ACTION in
@@ -64,9 +65,8 @@ whole_run() {
   FAILURES=0
   while true; do
     ready_slice
-    set_up
     code=0
-    run_on_slice || code=$?
+    { set_up && run_on_slice; } || code=$?
     if ((code != LOST)); then break; fi
     say "${OPTION[name]}: the slice was preempted or lost; making it again"
   done
@@ -83,7 +83,39 @@ left_alone() {
   exit 130
 }
 
-LOST=99   # run_on_slice's status where the slice is gone
+LOST=99   # the status of set_up and run_on_slice where the slice is gone
+
+# What is asked of gcloud is asked again where it fails: half an hour, for what may pass.
+ATTEMPTS=10
+FINAL='PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|NOT_FOUND|ALREADY_EXISTS|RESOURCE_EXHAUSTED|[Qq]uota'
+
+pause() {   # pause ATTEMPT: --poll seconds, and each time twice as long, but no more than 5 minutes
+  local seconds=$((OPTION[poll] << ($1 - 1)))
+  sleep "$((seconds < 300 ? seconds : 300))"
+}
+
+# ask FINE COMMAND...: FINE is what gcloud says where nothing is left to do, if anything.
+ask() {
+  local fine=$1 attempt code
+  shift
+  if $DRY_RUN; then
+    run "$@"
+    return
+  fi
+  for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+    code=0
+    { "$@" 2>&1 1>&4 | tee "$TEMPORARY/errors" >&2; } 4>&1 || code=$?
+    if ((code == 0)) || { [[ -n $fine ]] && grep -q "$fine" "$TEMPORARY/errors"; }; then return 0; fi
+    # 2: gcloud does not take the arguments. So many requests a minute: a quota that is soon there again.
+    if ((code == 2)) || { grep -Eq "$FINAL" "$TEMPORARY/errors" && ! grep -q 'per minute' "$TEMPORARY/errors"; }; then
+      return 1
+    fi
+    say "gcloud $(quoted "${@:4:2}") ${OPTION[name]}: failed (attempt $attempt of $ATTEMPTS), as said above"
+    fine=${fine:-ALREADY_EXISTS}   # what failed may have come through
+    if ((attempt < ATTEMPTS)); then pause "$attempt"; fi
+  done
+  return 1
+}
 
 # The slice.
 
@@ -115,7 +147,7 @@ described() {   # described KIND FIELD: what gcloud says, or ABSENT
     return
   fi
   local attempt
-  for attempt in 1 2 3 4 5; do
+  for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     if gcloud compute tpus "$1" describe "${OPTION[name]}" "${PLACE[@]}" "--format=value($2)" \
       2>"$TEMPORARY/errors"; then
       return
@@ -125,8 +157,9 @@ described() {   # described KIND FIELD: what gcloud says, or ABSENT
     elif grep -Eq 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT' "$TEMPORARY/errors"; then
       break
     fi
-    say "gcloud does not tell the state of ${OPTION[name]} (attempt $attempt of 5): $(tail -n 1 "$TEMPORARY/errors")"
-    sleep "${OPTION[poll]}"
+    say "gcloud does not tell the state of ${OPTION[name]} (attempt $attempt of $ATTEMPTS):" \
+      "$(tail -n 1 "$TEMPORARY/errors")"
+    if ((attempt < ATTEMPTS)); then pause "$attempt"; fi
   done
   die "gcloud cannot tell the state of ${OPTION[name]}: $(<"$TEMPORARY/errors")"
 }
@@ -156,11 +189,11 @@ create_slice() {
   if [[ ${OPTION[reserved]} == true ]]; then more+=(--reserved); fi
   more+=(--scopes=https://www.googleapis.com/auth/cloud-platform)   # else the bucket is read-only
   if [[ ${OPTION[create]} == queued ]]; then
-    run gcloud compute tpus queued-resources create "${OPTION[name]}" "--node-id=${OPTION[name]}" \
+    ask '' gcloud compute tpus queued-resources create "${OPTION[name]}" "--node-id=${OPTION[name]}" \
       "${PLACE[@]}" "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" "${more[@]}" ||
       die "the slice was refused, as said above; look at the quota of ${OPTION[project]} in ${OPTION[zone]}"
   else
-    run gcloud compute tpus tpu-vm create "${OPTION[name]}" "${PLACE[@]}" \
+    ask '' gcloud compute tpus tpu-vm create "${OPTION[name]}" "${PLACE[@]}" \
       "--accelerator-type=$ACCELERATOR" "--version=$RUNTIME" "${more[@]}" ||
       die "the slice was refused, as said above; --create=queued waits for capacity"
   fi
@@ -168,11 +201,15 @@ create_slice() {
 }
 
 delete_slice() {
+  local what=(tpu-vm delete "${OPTION[name]}" "${PLACE[@]}" --quiet)
   if [[ ${OPTION[create]} == queued ]]; then
-    run gcloud compute tpus queued-resources delete "${OPTION[name]}" "${PLACE[@]}" --force --quiet
-  else
-    run gcloud compute tpus tpu-vm delete "${OPTION[name]}" "${PLACE[@]}" --quiet
+    what=(queued-resources delete "${OPTION[name]}" "${PLACE[@]}" --force --quiet)
   fi
+  ask NOT_FOUND gcloud compute tpus "${what[@]}" || {
+    say "the slice ${OPTION[name]} could not be deleted, as said above, and may cost; launch/tpu.sh delete" \
+      "--name=${OPTION[name]}"
+    exit 1
+  }
 }
 
 # The workers.
@@ -192,17 +229,19 @@ pack_code() {
     --exclude=__pycache__ . -C "$TEMPORARY" constraints.txt python_version
 }
 
-# set_up: on every worker; a slice that is just up may refuse the first connections.
+# set_up: on every worker, or LOST; a slice that is just up may refuse the first connections.
 set_up() {
-  local attempt tpu=(gcloud compute tpus tpu-vm) unpack='mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx'
-  for attempt in 1 2 3; do
+  local attempt state tpu=(gcloud compute tpus tpu-vm) unpack='mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx'
+  for attempt in 1 2 3 4 5; do
     if run "${tpu[@]}" scp "$TEMPORARY/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
       run "${tpu[@]}" ssh "${OPTION[name]}" "${PLACE[@]}" --worker=all --quiet \
         "--command=$unpack && bash longctx/launch/worker.sh setup"; then
       return
     fi
-    say "setting up the workers failed (attempt $attempt of 3)"
-    sleep "${OPTION[poll]}"
+    state=$(slice_state) || exit 2
+    if [[ $state != ready ]]; then return "$LOST"; fi
+    say "setting up the workers failed (attempt $attempt of 5)"
+    if ((attempt < 5)); then pause "$attempt"; fi
   done
   die "the workers could not be set up, as said above; the slice ${OPTION[name]} is still there:" \
     "launch/tpu.sh delete --name=${OPTION[name]}"
@@ -225,7 +264,12 @@ run_on_slice() {
     state=$(slice_state) || exit 2
     if [[ $state != ready ]]; then return "$LOST"; fi
     # The connection's status is not the run's.
-    states=$(on_workers all state) || states="$states"$'\nsome workers do not answer'
+    if ! states=$(on_workers all state); then
+      states+=$'\nsome workers do not answer'
+      sleep "${OPTION[poll]}"   # a slice that is being taken away is ready for a while
+      state=$(slice_state) || exit 2
+      if [[ $state != ready ]]; then return "$LOST"; fi
+    fi
     if grep -q 'exited 2$' <<<"$states"; then
       on_workers all stop || true
       say 'a mistake in the arguments or the files, as said above'

@@ -152,14 +152,14 @@ def test_an_environment_without_the_requirements_is_told_in_one_line(stand, laun
 def test_a_worker_that_fails_once_is_set_up_again(stand):
   done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', 1, '')])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, *SET_UP, *START, f'{FOLLOW} +1']
-  assert 'setting up the workers failed (attempt 1 of 3)' in done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
+  assert 'setting up the workers failed (attempt 1 of 5)' in done.stderr
 
 
 def test_workers_that_cannot_be_set_up(stand):
   done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', '1+', '')])
   assert done.returncode == 2
-  assert calls == [DESCRIBE, NODE, *SET_UP * 3]
+  assert calls == [DESCRIBE, NODE, *[*SET_UP, DESCRIBE, NODE] * 5]
   assert 'launch/tpu.sh delete --name=longctx' in done.stderr
 
 
@@ -181,6 +181,61 @@ def test_a_preempted_slice_is_made_again_and_the_same_command_started(stand, gon
   assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', *looked, DESCRIBE,
                    f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
   assert 'preempted or lost; making it again' in done.stderr
+
+
+@pytest.mark.parametrize('gone, looked', GONE.values(), ids=GONE)
+@pytest.mark.parametrize('step', [0, 1], ids=['copying', 'setting up'])
+def test_a_slice_preempted_while_it_is_set_up_is_made_again(stand, step, gone, looked):
+  failed = [('*tpu-vm scp*', 1, 'ERROR: 503'), ('*worker.sh setup', 255, '')][step]
+  done, calls = tpu(stand, '--check=none', '--spot', '--restarts=0', answers=[
+      request('ACTIVE'), node('READY'), failed, *gone, ABSENT, ACTIVE, UP])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP[:step + 1], *looked, DESCRIBE, f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP,
+                   *START, f'{FOLLOW} +1']
+
+
+def test_a_slice_that_is_ready_for_a_while_after_its_preemption(stand):
+  done, calls = tpu(stand, '--check=none', '--restarts=0', answers=[
+      request('ACTIVE'), node('READY'), followed(255), request('ACTIVE'), node('READY'), ('*worker.sh state*', 1, ''),
+      request('SUSPENDED'), ABSENT, ACTIVE, UP])
+  assert done.returncode == 0, done.stderr
+  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, DESCRIBE, DESCRIBE, CREATE,
+                   DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
+
+
+PASSES = 'ERROR: (gcloud.compute.tpus) UNAVAILABLE: 503'
+MINUTE = "ERROR: RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Writes' and limit 'Writes per minute'"
+
+
+def test_what_gcloud_refuses_for_a_while_is_asked_for_again(stand):
+  creates = lambda *said: [('*queued-resources create*', 1, each) for each in said]
+  done, calls = tpu(stand, '--check=none', answers=[ABSENT, *creates(PASSES, MINUTE, 'ALREADY_EXISTS'), ACTIVE, UP])
+  assert done.returncode == 0, done.stderr   # the request before had come through
+  assert calls == [DESCRIBE, *[CREATE] * 3, DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
+  assert 'gcloud queued-resources create longctx: failed (attempt 1 of 10), as said above' in done.stderr
+  stand.calls_file.unlink()
+  done, calls = tpu(stand, '--check=none', answers=[
+      request('SUSPENDED'), *[('*queued-resources delete*', 1, each) for each in (PASSES, 'NOT_FOUND')], ABSENT, ACTIVE, UP])
+  assert done.returncode == 0, done.stderr
+  assert calls[:5] == [DESCRIBE, DELETE, DELETE, DESCRIBE, CREATE]
+  for refused in ('PERMISSION_DENIED: not yours', 'INVALID_ARGUMENT: no such zone', 'ALREADY_EXISTS: another node',
+                  "Quota 'TPUV5sPreemptibleLitepod' exceeded"):
+    stand.calls_file.unlink()
+    done, calls = tpu(stand, '--check=none', answers=[ABSENT, *creates(refused)])
+    assert (done.returncode, calls) == (2, [DESCRIBE, CREATE])
+    assert refused in done.stderr
+    assert 'the slice was refused, as said above' in done.stderr
+  stand.calls_file.unlink()
+  done, calls = tpu(stand, '--check=none', answers=[ABSENT, ('*queued-resources create*', '1+', PASSES)])
+  assert (done.returncode, calls) == (2, [DESCRIBE, *[CREATE] * 10])
+
+
+def test_a_slice_that_cannot_be_deleted_is_said_to_cost(stand):
+  stand.answers(('*queued-resources delete*', '1+', PASSES))
+  done = stand.run('tpu.sh', 'delete', *PLACE, '--poll=0')
+  assert done.returncode == 1
+  assert stand.calls(*TAKEN) == [DELETE] * 3
+  assert 'the slice longctx could not be deleted, as said above, and may cost' in done.stderr
 
 
 def test_a_slice_found_preempted_is_made_again(stand):
@@ -261,7 +316,7 @@ def test_what_gcloud_cannot_tell_ends_it(stand):
   done, calls = tpu(stand, '--check=none', answers=[
       ('*describe*', 1, 'ERROR: 503 Service Unavailable'), ('*describe*', 1, 'ERROR: PERMISSION_DENIED: not yours')])
   assert calls == [DESCRIBE, DESCRIBE]   # what passes is asked for again
-  assert 'attempt 1 of 5): ERROR: 503' in done.stderr
+  assert 'attempt 1 of 10): ERROR: 503' in done.stderr
 
 
 @pytest.mark.parametrize('action, asked', [
