@@ -58,6 +58,7 @@ main() {
 
 whole_run() {
   local code
+  check_agent
   fit_arguments
   check_fit
   trap left_alone INT TERM
@@ -76,6 +77,18 @@ whole_run() {
     say "the slice ${OPTION[name]} is still there, and costs: launch/tpu.sh delete --name=${OPTION[name]}"
   fi
   return "$code"
+}
+
+# check_agent: of several workers gcloud asks that an ssh-agent with any key has its own.
+check_agent() {
+  local key=$HOME/.ssh/google_compute_engine held fingerprint='' remedy='ssh-add ~/.ssh/google_compute_engine'
+  if ((HOSTS == 1)) || $DRY_RUN; then return; fi
+  held=$(ssh-add -l 2>/dev/null) || return 0   # no agent, or one without keys
+  read -r _ fingerprint _ < <(ssh-keygen -lf "$key" 2>/dev/null) || true
+  if [[ -z $held || (-n $fingerprint && $held == *"$fingerprint"*) ]]; then return; fi
+  if [[ ! -e $key ]]; then remedy="ssh-keygen -t rsa -f ~/.ssh/google_compute_engine && $remedy"; fi
+  die "ssh-add -l: the ssh-agent has other keys and not $key, without which gcloud does not reach the $HOSTS" \
+    "workers of ${OPTION[slice]} at once; $remedy"
 }
 
 left_alone() {

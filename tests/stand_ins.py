@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = ('gcloud', 'kubectl', 'srun', 'squeue', 'scancel', 'gcsfuse', 'docker', 'python', 'tar')
+NAMES = ('gcloud', 'kubectl', 'srun', 'squeue', 'scancel', 'gcsfuse', 'docker', 'python', 'tar', 'ssh-add',
+         'ssh-keygen')
 
 
 class StandIns:

@@ -62,7 +62,7 @@ def stand(tmp_path):
 def tpu(stand, *more, answers=()):
   stand.answers(*answers, *VERSIONS)
   done = stand.run(*TPU, *PLACE, *more)
-  return done, [c for c in stand.calls(*TAKEN) if not re.match(r'tar|python \S+/versions\.py|python -c', c)]
+  return done, [c for c in stand.calls(*TAKEN) if not re.match(r'tar|python \S+/versions\.py|python -c|ssh-', c)]
 
 
 def test_a_slice_is_asked_for_waited_for_set_up_and_followed(stand):
@@ -341,6 +341,38 @@ def test_a_step_that_does_not_fit_asks_for_nothing(stand):
   assert 'mend what stands above' in done.stderr
 
 
+OTHERS_KEY = '256 SHA256:0thers me@here (ED25519)'
+HELD = {   # what ssh-add -l says, and whether several workers can be reached
+    'no agent': ((2, 'Could not open a connection to your authentication agent.'), True),
+    'an empty agent': ((1, 'The agent has no identities.'), True),
+    'its key': ((0, rf'{OTHERS_KEY}\n3072 SHA256:g00gle me@here (RSA)'), True),
+    'others': ((0, OTHERS_KEY), False),
+}
+
+
+@pytest.mark.parametrize('held, reached', HELD.values(), ids=HELD)
+def test_gclouds_key_is_in_the_agent_before_a_slice_of_several_workers_is_asked_for(stand, tmp_path, held, reached):
+  stand.answers(('ssh-add -l', *held), ('ssh-keygen -lf */.ssh/google_compute_engine', 0, '3072 SHA256:g00gle me@here (RSA)'),
+                ACTIVE, UP, *VERSIONS)
+  (tmp_path / '.ssh').mkdir()
+  (tmp_path / '.ssh/google_compute_engine').touch()
+  done = stand.run(*TPU, *PLACE, '--check=none')
+  assert done.returncode == (0 if reached else 2), done.stderr
+  if not reached:
+    line, = done.stderr.splitlines()
+    assert line.endswith('the 4 workers of v5e:4x4 at once; ssh-add ~/.ssh/google_compute_engine')
+    assert not [c for c in stand.calls() if c.startswith('gcloud')]
+
+
+def test_an_agent_where_gcloud_has_no_key_yet(stand):
+  agent = [('ssh-add -l', 0, OTHERS_KEY), ('ssh-keygen*', 1, 'No such file or directory')]
+  done, _ = tpu(stand, '--check=none', answers=agent)
+  assert done.returncode == 2
+  assert done.stderr.endswith('; ssh-keygen -t rsa -f ~/.ssh/google_compute_engine && ssh-add ~/.ssh/google_compute_engine\n')
+  done, _ = tpu(stand, '--check=none', '--slice=v5e:2x4', answers=[*agent, ACTIVE, UP])   # one worker: no need
+  assert done.returncode == 0, done.stderr
+
+
 BAD = [
     (['tpu.sh', '--slice=v5e:3x3', CONFIG], r'--slice=v5e:3x3: no such slice; there are v5e:1x1 v5e:2x2'),
     (['tpu.sh', CONFIG], r'--slice: missing; give a TPU slice, such as --slice=v5e:4x4'),
@@ -377,7 +409,7 @@ def test_a_mistake_is_one_line_that_names_the_remedy(stand, command, said):
   assert done.returncode == 2
   line, = done.stderr.splitlines()
   assert re.match(f'launch: {said}', line), line
-  assert [c for c in stand.calls() if 'config get-value' not in c] == []
+  assert [c for c in stand.calls() if 'config get-value' not in c and not c.startswith('ssh-')] == []
 
 
 def test_project_and_zone_come_from_gcloud(stand):
