@@ -7,7 +7,8 @@
 #   --processes=4     of CPUs; 1 of GPUs, which has all of them (more: a GPU each)
 #   --devices=2       CPU devices of each process
 #   --restarts=3      how often the run is started again after a process was lost
-#   --patience=30     seconds for the others' last words; they end by themselves within 26
+#   --patience=90     seconds for the others' last words: they end by themselves within 15, 30 or 70,
+#                     by what they do when one is lost, and are not waited for longer
 #   --dry_run         print each command
 #
 # Process 0 speaks here, the others into WORKDIR/logs/process_N.log. If one is lost the others have
@@ -16,7 +17,7 @@
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
-OPTION=([workdir]='' [platform]=cpu [processes]='' [devices]=2 [restarts]=3 [patience]=30)
+OPTION=([workdir]='' [platform]=cpu [processes]='' [devices]=2 [restarts]=3 [patience]=90)
 PIDS=()
 SIGNALS=0
 STOPPED=75   # of a run that was asked to stop, and saved

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from longctx import train
+from longctx.training import watchdog
 from tests.programs import tiny
 from tests.stand_ins import ROOT, StandIns
 
@@ -82,11 +83,27 @@ def test_a_lost_process_is_named_and_all_start_again(stand, tmp_path, loss, said
 
 
 def test_the_others_have_time_for_their_last_words(stand, tmp_path):
-  done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', '--patience=60', LOSS='exit 7', LOSSES='1',
+  began = time.monotonic()
+  done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', LOSS='exit 7', LOSSES='1', timeout=80,
                    OTHERS='sleep 0.5; echo "process 2 is lost"; exit 75')
   assert done.returncode == 0, done.stderr
+  assert time.monotonic() - began < 45   # no longer than they take
   assert 'process 2 is lost' in done.stdout
   assert 'process 2 is lost' in (tmp_path / 'w/logs/process_1.log').read_text()
+
+
+@pytest.mark.parametrize('launcher', ['local.sh', 'slurm.sh'])
+def test_patience_outlasts_the_watchdog(launcher):
+  """Who compiles, evaluates or saves names a lost process last; the first process leaves after the others."""
+  patience = int(re.search(r'\[patience\]=(\d+)', (ROOT / 'launch' / launcher).read_text())[1])
+  assert patience > 3 * watchdog.LOST + 5 * watchdog.GRACE
+  assert f'--patience={patience} ' in help_of(launcher)
+  row, = re.findall(rf'^\| `{launcher}` .*', (ROOT / 'launch/README.md').read_text(), re.MULTILINE)[-1:]
+  assert f'`--patience={patience}` seconds' in row
+
+
+def help_of(launcher):
+  return subprocess.run([ROOT / 'launch' / launcher, '--help'], capture_output=True, text=True, check=True).stdout
 
 
 def test_restarts_are_bounded(stand, tmp_path):
