@@ -213,7 +213,7 @@ check_workdir() {
 # mount_workdir WORKDIR: WORKDIR_HERE, its path on this host; a bucket is mounted with gcsfuse under
 # GCS_ROOT (~/gcs). Processes of one host wait for each other.
 mount_workdir() {
-  local bucket folder
+  local bucket folder pause error
   WORKDIR_HERE=$1
   if [[ $1 != gs://* ]]; then return; fi
   bucket=${1#gs://}
@@ -235,17 +235,32 @@ mount_workdir() {
         die "--workdir=$1: gcsfuse cannot mount $bucket; see that it is there and that this machine's" \
           "account may write to it"
     fi
-    renames_folders "$WORKDIR_HERE" ||
-      die "--workdir=$1: $bucket cannot be written to, or cannot rename a folder in one step, by which a" \
-        "checkpoint is whole or not there; give a bucket with a hierarchical namespace: gcloud storage" \
-        "buckets create gs://NAME --location=REGION --uniform-bucket-level-access" \
-        "--enable-hierarchical-namespace"
+    for pause in 1 2 4 8 16 last; do
+      if error=$(renames_folders "$WORKDIR_HERE" 2>&1); then exit 0; fi
+      if ! [[ $error =~ $MAY_PASS ]]; then break; fi
+      if [[ $pause == last ]]; then
+        say "--workdir=$1: $bucket cannot be written to on $(hostname): ${error##*$'\n'}; that may pass, and the" \
+          'same command carries on'
+        exit 75
+      fi
+      sleep "$pause"
+    done
+    die "--workdir=$1: $bucket cannot be written to, or cannot rename a folder in one step, by which a" \
+      "checkpoint is whole or not there${error:+ (${error##*$'\n'})}; give a bucket with a hierarchical" \
+      "namespace: gcloud storage buckets create gs://NAME --location=REGION --uniform-bucket-level-access" \
+      "--enable-hierarchical-namespace"
   ) 9>"${TMPDIR:-/tmp}/longctx-mount-$UID-$bucket.lock"
 }
 # What other hosts write is seen at once.
 GCSFUSE=(--implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0)
 
+# EIO, ETIMEDOUT, EAGAIN, ENOTCONN, ESTALE, EBUSY: of a bucket that is there, for a moment.
+MAY_PASS='Input/output error|timed out|temporarily unavailable|Transport endpoint|Stale file handle|resource busy'
+
 renames_folders() {
   local old=$1/.rename.$HOSTNAME.$BASHPID
-  mkdir -p "$old" && : >"$old/file" && mv "$old" "$old.new" 2>/dev/null && rm -r "$old.new"
+  local -x LC_ALL=C
+  if mkdir -p "$old" && : >"$old/file" && mv "$old" "$old.new" && rm -r "$old.new"; then return 0; fi
+  rm -rf "$old" "$old.new" 2>/dev/null
+  return 1
 }

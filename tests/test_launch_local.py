@@ -272,16 +272,50 @@ def test_a_bucket_is_mounted_before_the_run(stand, tmp_path):
   assert starts(stand)[1].endswith(f'--workdir={tmp_path}/other/bucket/b')
 
 
+def trouble(stand, error, times):
+  """mv fails so many times; nobody sleeps, but it is told how long one would."""
+  scripts = dict(mv=f'if [ $(cat "$CALLS.mv" 2>/dev/null | wc -l) -lt {times} ]; then\necho >>"$CALLS.mv"\n'
+                    f'echo "{error}" >&2\nexit 1\nfi\nexec /bin/mv "$@"', sleep='echo "$1" >>"$CALLS.sleep"')
+  for name, script in scripts.items():
+    (stand.folder / f'calls.{name}').unlink(missing_ok=True)
+    (stand.folder / 'bin' / name).write_text(f'#!/bin/sh\n{script}\n')
+    (stand.folder / 'bin' / name).chmod(0o755)
+
+
+@pytest.mark.parametrize('error', ['Input/output error', 'Transport endpoint is not connected', 'Connection timed out'])
+def test_a_bucket_that_fails_for_a_moment_is_tried_again(stand, tmp_path, error):
+  """And if it goes on is left with the status of what may pass: a launcher starts it again."""
+  given = CONFIG, '--workdir=gs://bucket/runs/a'
+  trouble(stand, f'mv: cannot move: {error}', times=2)
+  done = worker(stand, 'exec', *given)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'calls.sleep').read_text().split() == ['1', '2']
+  assert len(starts(stand)) == 1
+  assert list((tmp_path / 'gcs/bucket/runs/a').iterdir()) == []
+  trouble(stand, f'mv: cannot move: {error}', times=99)
+  done = worker(stand, 'exec', *given)
+  assert done.returncode == 75
+  assert (tmp_path / 'calls.sleep').read_text().split() == ['1', '2', '4', '8', '16']
+  line, = done.stderr.splitlines()
+  assert f'cannot move: {error}; that may pass, and the same command carries on' in line
+  assert worker(stand, 'start', *given).returncode == 75
+  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '75']
+  assert len(starts(stand)) == 1
+  assert list((tmp_path / 'gcs/bucket/runs/a').iterdir()) == []
+
+
 def test_a_bucket_that_cannot_be_used(stand, tmp_path):
   given = 'exec', CONFIG, '--workdir=gs://bucket/runs/a'
   stand.answers(('gcsfuse*', 1, ''))
   done = worker(stand, *given)
   assert done.returncode == 2
   assert 'gcsfuse cannot mount bucket; see that it is there' in done.stderr
-  (tmp_path / 'bin/mv').symlink_to('/bin/false')   # as a bucket without a hierarchical namespace
-  done = worker(stand, *given)
-  assert done.returncode == 2
-  assert '--enable-hierarchical-namespace' in done.stderr
+  for error in ('Too many open files', 'Permission denied'):   # the first: without a hierarchical namespace
+    trouble(stand, f'mv: cannot move: {error}', times=1)
+    done = worker(stand, *given)
+    assert done.returncode == 2
+    assert f'whole or not there (mv: cannot move: {error}); give a bucket' in done.stderr
+    assert '--enable-hierarchical-namespace' in done.stderr
   (tmp_path / 'bin/gcsfuse').unlink()
   done = worker(stand, *given)
   assert done.returncode == 2
