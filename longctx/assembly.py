@@ -96,17 +96,44 @@ def assemble(config: Any, devices: list | None = None) -> Assembly:
 
 
 def check_fits(a: Assembly) -> None:
-  """ConfigError, with numbers, if what a run keeps between steps is larger than a device's memory."""
+  """ConfigError, with numbers, if what a run keeps between steps, and a state that it makes in one, are larger
+  than a device's memory."""
   devices = [d for d in a.layout.mesh.devices.flat if d.process_index == jax.process_index()]
-  sizes = {name: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(part))
-           for name, part in a.abstract._asdict().items()}
+  sizes = {name: _bytes(part) for name, part in a.abstract._asdict().items()} | _largest_made(a)
   copies = len(devices) if devices[0].platform == 'cpu' else 1   # CPU devices share one memory
   free = device_memory.free_bytes(devices[0])
   largest = ', '.join(f'{name} {copies * size:,}' for name, size in sorted(sizes.items(), key=lambda x: -x[1])[:3])
-  check(free is None or copies * sum(sizes.values()) <= free, f'this run keeps {copies * sum(sizes.values()):,} bytes '
+  check(free is None or copies * sum(sizes.values()) <= free, f'this run needs {copies * sum(sizes.values()):,} bytes '
         f'on {"the host" if copies > 1 or devices[0].platform == "cpu" else "a device"} ({largest}), and '
-        f'{devices[0].device_kind} has {free or 0:,} left; set a smaller model or data.batch_size (where memory is the '
-        'largest, smaller model.memory_* too), or give more devices; --mode=plan counts them without a device')
+        f'{devices[0].device_kind} has {free or 0:,} left; set a smaller model or data.batch_size (where memory or a '
+        'state is the largest, smaller model.memory_* or perplexity.batch_size too), or give more devices; '
+        '--mode=plan counts them without a device')
+
+
+def _bytes(tree: Any) -> int:
+  """Of one device's part."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _largest_made(a: Assembly) -> dict[str, int]:
+  """{name: bytes} of the larger of two states: of a step whose rows carry none, and of an evaluation."""
+  p, layout, segment = a.parts, a.layout, getattr(a.model_config, 'segment', 0)
+
+  def state(rows: int, capacity: int) -> int:
+    empty = lambda params: nnx.merge(a.graphdef, params).init_state(rows, capacity=capacity)
+    shapes = jax.eval_shape(mesh.under(layout, empty), a.abstract.params)
+    return _bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                               attention_layer.shardings(layout, shapes)))
+
+  made = {}
+  if segment and p.data.form != 'segments':   # other models make none, or a small one
+    shortest = segment * min(p.run.curriculum, default=0) or p.data.length
+    made['state of a step'] = state(p.data.batch_size // p.run.accumulate * (p.data.length // shortest), 0)
+  if p.data.form not in held_out.FORMS:
+    length = perplexity.context_length(p.perplexity, nnx.merge(a.graphdef, a.abstract.params))
+    if segment or not length or length > perplexity.segment_size(p.perplexity, length, layout):
+      made['state of an evaluation'] = state(p.perplexity.batch_size, length)
+  return dict(sorted(made.items(), key=lambda x: x[1])[-1:])
 
 
 def choose_strategy(p: Parts, devices: list) -> tuple[mesh.Config, str]:

@@ -16,10 +16,13 @@ import threading
 
 import jax
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from longctx import chat, contexts, generate, main, train
+from longctx import assembly, chat, contexts, generate, main, train
+from longctx.configuration import base
 from longctx.errors import ConfigError
+from longctx.parallel import device_memory
 from longctx.training import step, workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -361,7 +364,8 @@ MEMORY = f'--config={ROOT}/configs/books_memory.py:debug'
      'model.segment=100, since whole chunks of a segment are learned; set 50'),
     ('model.long_term=compressive model.short_term=16', 'model.segment=16: must be a multiple of model.memory_rate=0 '
      '(3 here); every 3 tokens that fall out are kept as one; set model.memory_rate=2'),
-    ('model.long_term=memorizing model.memory_size=2000000000', 'model.memory_* too'),
+    ('model.long_term=memorizing model.memory_size=2000000000', 'model.memory_* or'),
+    ('model.long_term=memorizing model.memory_size=2000000000 data.form=packed data.align=False', 'state of a'),
 ])
 def test_a_mistake_about_a_memory(tmp_path, capfd, overrides, expected):
   args = [f'--config.{override}' for override in overrides.split(' ')]
@@ -370,6 +374,31 @@ def test_a_mistake_about_a_memory(tmp_path, capfd, overrides, expected):
     args += ['--config.data.corpus=files', f'--config.data.files={tmp_path}/*.txt', '--config.data.split=contiguous',
              f'--config.data.cache_dir={tmp_path}/cache', '--config.perplexity.split=train']
   check_mistake(main, [MEMORY, *args, f'--workdir={tmp_path}/w'], [expected], capfd)
+
+
+@pytest.mark.parametrize('form, run, rows, name', [
+    ('segments', {}, {'memory': 4, 'state of an evaluation': 2}, 'memory'),
+    ('packed', {}, {'state of a step': 4}, 'state of a step'),
+    ('packed', dict(accumulate=4), {'state of an evaluation': 2}, 'state of an evaluation'),
+    ('packed', dict(accumulate=2, curriculum=(2, 1)), {'state of a step': 8}, 'state of a step')])
+def test_states_count_whether_they_are_carried_or_made(monkeypatch, form, run, rows, name):
+  """Rows of a microbatch where a step makes its own; an evaluation's where it is larger."""
+  config = base('memory')
+  config.model.update(dict(num_layers=1, embed_dim=8, num_heads=1, segment=8, long_term='memorizing',
+                           memory_size=10_000))
+  config.data.update(dict(form=form, length=32, batch_size=4))
+  config.run.update(run)
+  config.perplexity.batch_size = 2
+  a = assembly.assemble(config, jax.devices()[:1])
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  model = nnx.merge(a.graphdef, a.abstract.params)
+  states = {name: size(jax.eval_shape(lambda n=n: model.init_state(n))) for name, n in rows.items()}
+  total = size(a.abstract._replace(memory=None)) + sum(states.values())
+  monkeypatch.setattr(device_memory, 'free_bytes', lambda device: total)
+  assembly.check_fits(a)
+  monkeypatch.setattr(device_memory, 'free_bytes', lambda device: total - 1)
+  with pytest.raises(ConfigError, match=rf'needs {total:,} bytes on the host \({name} {states[name]:,}'):
+    assembly.check_fits(a)
 
 
 @pytest.mark.parametrize('layout', [[], ['--config.mesh.layout=sequence']])
