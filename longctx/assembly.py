@@ -52,6 +52,13 @@ class Assembly(NamedTuple):
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding('batch', 'length'))
             for name, (shape, dtype) in shapes.items()}
 
+  def truncated(self, segments: int) -> 'Assembly':
+    """The same, whose gradients go back through so many segments of a document at most."""
+    truncate = min(segments, self.model_config.truncate or segments)
+    config = dataclasses.replace(self.model_config, truncate=truncate)
+    model = nnx.eval_shape(lambda: make_model(config, jax.random.key(0)))
+    return self._replace(graphdef=nnx.split(model, nnx.Param)[0], model_config=config)
+
 
 def make_model(config: Any, key: jax.Array) -> nnx.Module:
   return MODELS[config.name][1](config, rngs=nnx.Rngs(key))
@@ -235,8 +242,6 @@ def _check_curriculum(p: Parts, segment: int) -> None:
     return
   check(bool(segment), f'run.curriculum={stages}: counts the segments of a row, and model.name='
         f"{p.model.name!r} has none; set model.name='memory', or run.curriculum=()")
-  check(p.data.form == 'packed', f'run.curriculum={stages}: cuts rows into shorter ones, which '
-        "data.form='segments' carries on; set data.form='packed'")
   whole = p.data.length // segment
   for stage in stages:
     check(stage >= 1 and whole % stage == 0, f'run.curriculum={stages}: each must divide the '

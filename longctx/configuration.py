@@ -41,7 +41,8 @@ class Run:
   keep_last: int = 2              # checkpoints kept beside the best one
   keep_best: bool = True          # by validation loss
   accumulate: int = 1             # microbatches a step
-  curriculum: tuple[int, ...] = ()   # segments of a row at first, a stage each; then all of them
+  curriculum: tuple[int, ...] = ()   # segments of a row at first, a stage each; then all of them. Where rows
+                                  #   carry a document on: that gradients go back through
   curriculum_steps: int = 100     # of a stage
   init_from: str = ''             # workdir of a run whose parameters of the same names are begun with
   max_bad_steps: int = 10         # steps in a row that are not finite, or spikes; then the run stops

@@ -125,8 +125,7 @@ class Trainer:
     self.config = a.parts.run
     self.main = jax.process_index() == 0
     self.progress: metrics_lib.Progress | None = None
-    self.step = jit_step(a)
-    self.programs: dict[int, Any] = {}   # the update, for rows cut into so many
+    self.programs: dict[int, Any] = {}   # the update, by the segments of run.curriculum (0: all of a row)
     self.backoff = Backoff()
     self.returns: collections.Counter[int] = collections.Counter()   # {step: how often gone back to}
     self.asked_at, self.ask_at = (0, time.monotonic()), 0   # (step, seconds); the step to ask at
@@ -296,23 +295,28 @@ class Trainer:
 
   def prepare(self, state: step.TrainState, done: int) -> tuple[Any, dict]:
     """(the compiled update, the next batch on the devices)"""
-    pieces = self.pieces(done)
+    segments, a = self.segments(done), self.a
+    carries = a.parts.data.form == 'segments'
+    pieces = 1 if carries or not segments else a.parts.data.length // (segments * a.model_config.segment)
     self.ledger.turn('input' if self.programs else 'start')
-    batch = self.a.layout.place(self.a.layout.lay_out(shorter_rows(next(self.stream), pieces)),
-                                self.a.parts.data.batch_size * pieces)
-    if pieces not in self.programs:
+    batch = a.layout.place(a.layout.lay_out(shorter_rows(next(self.stream), pieces)), a.parts.data.batch_size * pieces)
+    if segments not in self.programs:
       # Compiled apart, so that a step's time is a step's; another program is an error.
       with self.ledger.doing('compile'):
-        self.programs = {pieces: self.step.lower(state, batch).compile()}
+        update = jit_step(a.truncated(segments) if carries and segments else a)
+        self.programs = {segments: update.lower(state, batch).compile()}
         processes.barrier('compiled')
-    return self.programs[pieces], batch
+    return self.programs[segments], batch
 
-  def pieces(self, done: int) -> int:
-    """Into how many rows each row of the batch is cut after `done` steps; see run.curriculum."""
+  def segments(self, done: int) -> int:
+    """What run.curriculum says after `done` steps; 0: all segments of a row.
+
+    Rows of their own are cut into shorter ones. Rows that carry a document on stay whole, since each shorter one
+    would begin with what the one before left: gradients alone end where it would.
+    """
     stages, stage = self.config.curriculum, done // self.config.curriculum_steps
-    if stage >= len(stages):
-      return 1
-    return self.a.parts.data.length // (stages[stage] * self.a.model_config.segment)
+    segments = stages[stage] if stage < len(stages) else 0
+    return segments if segments and segments * self.a.model_config.segment < self.a.parts.data.length else 0
 
   def asked(self, done: int) -> tuple[bool, bool]:
     """Whether a process was asked to stop, and whether a failed save is due again; all answer alike."""

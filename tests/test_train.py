@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from longctx import assembly, configuration, train
 from longctx.data import stream
 from longctx.errors import ConfigError
+from longctx.models import schedules
 from longctx.parallel import mesh
 from longctx.training import badput, watchdog
 from longctx.training import step as step_lib
@@ -708,6 +712,71 @@ def test_a_curriculum_cuts_the_first_rows_short_and_loses_no_token(text, tmp_pat
     np.testing.assert_array_equal(batch['tokens'].ravel(), straight.batch(i)['tokens'].ravel())
   straight.close()
   assert all(math.isfinite(line['loss']) for line in lines(tmp_path / 'w') if 'loss' in line)
+
+
+def carried_curriculum(text):
+  """RMT: a stage of a step with gradients through 1 segment of the 4 of a row, then through 2, then all."""
+  config = make_config(text, data_length=16, data_batch_size=2, data_form='segments', data_align=True)
+  config.model = configuration.base('memory').model
+  config.model.update(dict(num_layers=1, embed_dim=8, num_heads=1, segment=4, long_term='rmt', memory_tokens=2,
+                           attention='reference', mlp='none'))
+  config.run.update(dict(num_steps=4, eval_every=0, checkpoint_every=1, keep_last=4, keep_best=False, log_every=1,
+                         curriculum=(1, 2), curriculum_steps=1))
+  config.perplexity.max_tokens = 64
+  return config
+
+
+@pytest.mark.slow
+def test_a_curriculum_of_carried_rows_is_carried_on_bit_for_bit(text, tmp_path, at_batch, monkeypatch):
+  """Stopped within it, the same; from its last stage on, what a run without one does; nothing else is read."""
+  config = carried_curriculum(text)
+  read, real = [], schedules.sequential   # RMT's schedule, of aligned rows alone
+  def sequential(model, tokens_BSC, *args):
+    read.append((model.config.truncate, tokens_BSC.shape))
+    return real(model, tokens_BSC, *args)
+  monkeypatch.setattr(schedules, 'sequential', sequential)
+  train.run(config, str(tmp_path / 'straight'))
+  assert list(dict.fromkeys(read)) == [(1, (2, 4, 4)), (2, (2, 4, 4)), (0, (2, 4, 4))]
+
+  at_batch(2, terminate)
+  assert train.run(config, str(tmp_path / 'stopped')) == train.STOPPED
+  at_batch(99, terminate)
+  train.run(config, str(tmp_path / 'stopped'))
+  assert logged(tmp_path / 'stopped') == logged(tmp_path / 'straight')
+  assert saved(config, tmp_path / 'stopped') == saved(config, tmp_path / 'straight')
+
+  shutil.copytree(tmp_path / 'straight', tmp_path / 'without')
+  for at in (3, 4):
+    shutil.rmtree(tmp_path / 'without' / 'checkpoints' / str(at))
+  config.run.curriculum = ()
+  train.run(config, str(tmp_path / 'without'), allow_config_change='run.curriculum')
+  assert logged(tmp_path / 'without') == logged(tmp_path / 'straight')
+
+
+def test_a_stage_of_carried_rows_is_so_many_calls_each_without_gradient_into_the_one_before(text, monkeypatch):
+  """The loss is that of whole rows; the gradient that of calls on shorter rows."""
+  a = assembly.assemble(carried_curriculum(text))
+  straight = stream.open_stream(a.parts.data, seed=0)
+  batch, state = straight.batch(1), a.init()
+  straight.close()
+
+  def loss(a, params, pieces):
+    model, memory, total = nnx.merge(a.graphdef, params), state.memory, 0.0
+    for tokens_BT, ids_BT, targets_BT in zip(*(
+        np.split(batch[name], pieces, axis=1) for name in ('tokens', 'segment_ids', 'targets'))):
+      hidden, memory = model(tokens_BT, jax.lax.stop_gradient(memory), segment_ids_BT=ids_BT, aligned=True)
+      logits = model.logits(hidden)
+      total += optax.softmax_cross_entropy_with_integer_labels(logits, targets_BT).sum()
+    return total
+
+  found = {name: jax.jit(jax.value_and_grad(functools.partial(loss, a, pieces=pieces)))(state.params)
+           for name, a, pieces in (('whole', a, 1), ('stage', a.truncated(2), 1), ('calls', a, 2))}
+  values = {name: (float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(grad)]))
+            for name, (value, grad) in found.items()}
+  for name in ('whole', 'calls'):
+    assert values['stage'][0] == pytest.approx(values[name][0], rel=1e-6)
+  np.testing.assert_allclose(values['stage'][1], values['calls'][1], atol=1e-5)
+  assert np.abs(values['stage'][1] - values['whole'][1]).max() > 1e-4
 
 
 @pytest.mark.parametrize('changes,message', [
