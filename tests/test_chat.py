@@ -21,7 +21,7 @@ from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 from longctx.inference import reader as reader_lib
 from longctx.inference.sampling import Sampling
-from longctx.models import decoder, memory_config, memory_decoder, recurrent
+from longctx.models import decoder, memory_config, memory_decoder, recurrent, segments
 from longctx.parallel import device_memory
 from longctx.store import seal
 from tests import toy_models
@@ -33,12 +33,14 @@ CHUNK = 8
 small = functools.partial(decoder.Config, vocab_size=257, max_length=96, num_layers=1, embed_dim=8,
                           num_heads=2, mlp='none', init_std=0.5, layer_loop='unrolled',
                           attention='reference')
+memory = functools.partial(memory_config.Config, vocab_size=257, num_layers=1, embed_dim=8, num_heads=2,
+                           mlp='none', init_std=0.5, attention='reference')
 CONFIGS = {
     'lstm': recurrent.Config(vocab_size=257, num_layers=1, embed_dim=8, hidden_dim=8, init_std=0.5),
     'full': small(),
     'adds': small(layers=('linear_attention',)),
-    'sums': memory_config.Config(vocab_size=257, num_layers=1, embed_dim=8, num_heads=2, mlp='none',
-                                 segment=5, long_term='infini', memory_variant='linear'),
+    'sums': memory(segment=5, long_term='infini', memory_variant='linear'),
+    'infini': memory(segment=12, long_term='infini'),   # longer than a chunk
 }
 KINDS = {'lstm': recurrent.Recurrent, 'memory': memory_decoder.MemoryDecoder}
 COUNTS = {'count': 257, 'counts pieces': 400}   # symbols of a toy model
@@ -86,11 +88,11 @@ def refused(function, *args, **kwargs):
 TEXT = np.random.default_rng(0).integers(0, 256, 45)
 
 
-@pytest.mark.parametrize('name', ['lstm', 'full', 'count'])
+@pytest.mark.parametrize('name', ['lstm', 'full', 'count', 'infini'])
 def test_a_text_is_read_alike_however_it_is_cut(name):
   whole = begun(name)
   assert whole.read(TEXT) == 45
-  assert (whole.tokens, whole.waiting) == (46, 46 - 40)
+  assert (whole.tokens, whole.waiting) == (46, 46 % whole.chunk)
   for cuts in ([1, 2, 30], [8, 16], range(1, 45)):
     cut = begun(name)
     for part in np.split(TEXT, cuts):
@@ -103,6 +105,30 @@ def test_a_text_is_read_alike_however_it_is_cut(name):
     other.restore(seen.context())
     seen = other
   assert bits(seen) == bits(whole)
+
+
+def test_each_token_is_computed_once_in_segments(monkeypatch):
+  """The cells that calls are planned as have a slot a token, and those of a segment begun before again."""
+  reader, calls, read_chunk = begun('infini'), [], reader_lib.s.read_chunk
+  size = reader.model.config.segment
+  plan = jax.jit(lambda state, valid: segments.plan(valid.shape, size, state, None, valid))
+
+  def counting(run, params, memory, chunk, *more):
+    before, had = jax.tree.map(np.array, memory.state), len(memory.tail[0])
+    found = read_chunk(run, params, memory, chunk, *more)
+    took = had - len(memory.tail[0])
+    cells = plan(before, np.arange(chunk)[None] < took).cells
+    calls.append((int((cells.length > 0).sum()) * size, took))
+    return found
+
+  monkeypatch.setattr(reader_lib.s, 'read_chunk', counting)
+  reader.read(TEXT)
+  assert calls == [(size, size)] * 3
+  generated(reader, 5)   # token by token, into the middle of a segment
+  calls.clear()
+  reader.read(TEXT)
+  assert calls == [(size, size - 50 % size)] + [(size, size)] * 2
+  assert (reader.tokens, reader.waiting) == (96, size)
 
 
 def test_what_is_read_equals_one_call_of_the_model():
@@ -307,7 +333,6 @@ def loader(monkeypatch):
   monkeypatch.setattr(assembly, 'load_for_inference', loader)
   monkeypatch.setattr(chat, 'set_compilation_cache', lambda folder: None)
   monkeypatch.setattr(chat, 'check_devices', lambda: None)
-  monkeypatch.setattr(reader_lib, 'CHUNK', CHUNK)
   monkeypatch.setattr(reader_lib.Reader.__init__, '__kwdefaults__',
                       reader_lib.Reader.__init__.__kwdefaults__ | {'chunk': CHUNK})
   monkeypatch.delenv(seal.KEY_VARIABLE, raising=False)
@@ -461,7 +486,7 @@ def test_a_fault_of_ours_saves_the_conversation_first(talk, tmp_path, loader, mo
 def test_a_fault_that_takes_the_state_leaves_the_saved_one(talk, tmp_path, monkeypatch, capsys):
   talk('one')
   before = saved(tmp_path)
-  def broken(run, params, memory, chunk):
+  def broken(run, params, memory, *sizes):
     for x in jax.tree.leaves(memory.state):
       x.delete()
     raise RuntimeError('a fault')

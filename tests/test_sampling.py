@@ -1,6 +1,7 @@
 """Sampling against its definition; generation against the full forward pass."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,22 @@ def test_greedy_is_argmax_of_the_full_forward_pass(build, which):
   batch = np.stack(list(generate_batch(graphdef, params, PROMPTS, max_new_tokens=12,
                                        sampling=GREEDY, chunk=4, capacity=ROOM)))
   assert batch.T.tolist() == wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class InSegments(toy_models.Config):
+  segment: int = 0
+
+
+@pytest.mark.parametrize('chunk, segment, whole', [(4, 6, 6), (6, 3, 6), (7, 5, 10)])
+def test_a_model_of_segments_reads_whole_ones(chunk, segment, whole):
+  """A call that ends within one has it computed again by the next: 8 times at 256 of 2,048 tokens."""
+  model = toy_models.CountModel(VOCAB)
+  model.config = InSegments(VOCAB, segment=segment)
+  toy_models.TRACES.clear()
+  tokens_of(model, range(9), max_new_tokens=2, chunk=chunk)
+  assert set(toy_models.TRACES) == {(1, whole), (1, 1)}
+  assert sampling.whole_segments(chunk, toy_models.Config(VOCAB)) == chunk
 
 
 def tokens_of(model, prompt=(9, 1, 2), **settings):

@@ -1,8 +1,9 @@
 """One text, read and carried on by a model, for as long as one likes and across processes.
 
-Tokens go through the model in chunks of one fixed size, and what is left of a chunk waits in the tail:
-however a text is cut into calls of `read`, the model sees the same chunks, and a context saved between
-two calls is carried on bit for bit. Generating reads the tail first.
+Tokens go through the model in chunks of one fixed size, counted from the text's begin, and what is left of
+a chunk waits in the tail: however a text is cut into calls of `read`, the model sees the same chunks, and a
+context saved between two calls is carried on bit for bit. Generating reads the tail first. Where the model
+reads in segments a chunk is whole segments, so that each token is computed once.
 Held by: tests/test_chat.py.
 
 B batch (1)  T tokens  D model
@@ -22,14 +23,12 @@ from longctx.inference import sampling as s
 from longctx.models import attention_layer
 from longctx.parallel import device_memory, mesh
 
-CHUNK = 256
-
 
 class Reader:
   """What a model remembers of one text. `tokens` were given or made so far, the tail's counted."""
 
   def __init__(self, graphdef: nnx.GraphDef, params: Any, identity: store.Identity, *,
-               first_token: int, banned: Sequence[int] = (), capacity: int = 0, chunk: int = CHUNK,
+               first_token: int, banned: Sequence[int] = (), capacity: int = 0, chunk: int = s.CHUNK,
                layout: mesh.Layout | None = None):
     """Allocates nothing: `begin` an empty text, or `restore` one.
 
@@ -39,13 +38,14 @@ class Reader:
       first_token: the separator, which begins every text and ends what is made.
       banned: ids that are never chosen.
       capacity: tokens that a state that grows has room for; 0: the model's max_length.
-      chunk: tokens a call of the model.
+      chunk: tokens a call of the model, at least.
       layout: the mesh that `params` are on; None: one device.
     """
     self.model = nnx.merge(graphdef, params)
     self.graphdef, self.params, self.identity = graphdef, params, identity
-    self.first_token, self.banned, self.chunk, self.layout = first_token, banned, chunk, layout
+    self.first_token, self.banned, self.layout = first_token, banned, layout
     config = self.model.config
+    self.chunk = s.whole_segments(chunk, config)
     # Without room for more, a cache that sees everything and learned positions give NaN.
     self.is_bound = self.model.state_grows or getattr(config, 'position', '') == 'learned'
     most = getattr(config, 'max_length', 0)
@@ -111,6 +111,11 @@ class Reader:
     return len(self.memory.tail[0])
 
   @property
+  def _call(self) -> int:
+    """Tokens of the next call: a chunk, or what one lacks that was begun token by token."""
+    return self.chunk - (self.tokens - self.waiting) % self.chunk
+
+  @property
   def room(self) -> float:
     """How many more tokens the state can take."""
     return self.capacity - self.tokens if self.is_bound else math.inf
@@ -128,11 +133,11 @@ class Reader:
     self.memory.tail = [np.concatenate([self.memory.tail[0], tokens])]
     self.tokens += len(tokens)   # now: whatever ends this call, state and tail are the text
     given, run = before + len(tokens), self._run()
-    while self.waiting > self.chunk and not stop():
-      s.read_chunk(run, self.params, self.memory, self.chunk)
+    while self.waiting > self._call and not stop():
+      s.read_chunk(run, self.params, self.memory, self.chunk, self._call)
       after_chunk()
     back = 0
-    if self.waiting > self.chunk:   # stopped: what waits of these tokens is given back
+    if self.waiting > self._call:   # stopped: what waits of these tokens is given back
       kept = max(0, before - (given - self.waiting))
       back = self.waiting - kept
       self.memory.tail = [self.memory.tail[0][:kept]]

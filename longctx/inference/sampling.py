@@ -33,6 +33,7 @@ from flax import nnx
 from longctx import errors, progress
 from longctx.parallel import mesh
 
+CHUNK = 256  # tokens a call of the model, of a prompt or text
 ENDED = -1  # in a batch: the row stopped before this token
 NOT_FINITE = -2  # the model's logits held a NaN; never leaves this file
 
@@ -157,19 +158,27 @@ def programs(graphdef: nnx.GraphDef, sampling: Sampling, stop_token: int, banned
       jax.jit(wrap(step), donate_argnums=1, out_shardings=(whole, whole, state)))
 
 
-def read_chunk(run: Programs, params: Any, memory: Memory, chunk: int
+def whole_segments(chunk: int, config: Any) -> int:
+  """`chunk`, or the least above it that is whole segments, of a model that reads in segments: a call that
+  ends within one would have its begin computed again (models/segments.py)."""
+  segment = getattr(config, 'segment', 1)
+  return -(-chunk // segment) * segment
+
+
+def read_chunk(run: Programs, params: Any, memory: Memory, chunk: int, most: int = 0
                ) -> tuple[jax.Array, np.ndarray]:
-  """Reads `chunk` tokens of each row's tail, or what it has.
+  """Reads `chunk` tokens of each row's tail (`most`, if given: in the same program), or what it has.
 
   Returns the hidden vector of each row's last token [B, D], and which rows had any [B, 1].
   """
-  counts_B = np.array([min(chunk, len(tail)) for tail in memory.tail])
+  most = most or chunk
+  counts_B = np.array([min(most, len(tail)) for tail in memory.tail])
   tokens_BT = np.zeros((len(counts_B), chunk), np.int32)
   for row, (tail, count) in enumerate(zip(memory.tail, counts_B)):
     tokens_BT[row, :count] = tail[:count]
   valid_BT = np.arange(chunk) < counts_B[:, None]
   hidden_BD, memory.state = run.read(params, memory.state, tokens_BT, valid_BT)
-  memory.tail = [tail[chunk:] for tail in memory.tail]
+  memory.tail = [tail[most:] for tail in memory.tail]
   return hidden_BD, valid_BT[:, :1]
 
 
@@ -212,7 +221,7 @@ def decode(run: Programs, params: Any, hidden_BD: jax.Array, memory: Memory, *, 
 
 def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *,
                    max_new_tokens: int, sampling: Sampling = Sampling(), capacity: int = 0,
-                   chunk: int = 256, stop_token: int = -1, banned: Sequence[int] = (),
+                   chunk: int = CHUNK, stop_token: int = -1, banned: Sequence[int] = (),
                    seed: int = 0, layout: mesh.Layout | None = None,
                    sources: Sequence[Sequence[int]] | None = None) -> Iterator[np.ndarray]:
   """Carries on several prompts of any lengths at once; one [B] array of token ids a step.
@@ -224,7 +233,7 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
     sampling: how a token is chosen.
     capacity: tokens that the state must hold; 0 = enough for this call, in whole chunks, so that
       prompts of like length share the compiled programs.
-    chunk: prompt tokens a call.
+    chunk: prompt tokens a call, at least: whole segments of a model that reads in segments.
     stop_token: ends its row and is not handed out (ENDED stands there and after it); -1 = none.
     banned: ids that are never chosen, such as the separator where it does not stop the text.
     seed: the draw; token n of the same call with the same seed is the same token.
@@ -234,6 +243,7 @@ def generate_batch(graphdef: nnx.GraphDef, params: Any, prompts: Sequence[Sequen
   lengths = [len(prompt) for prompt in prompts]
   if not lengths or min(lengths) < 1:
     raise ValueError(f'prompts of {lengths} tokens: each must have at least 1, the separator')
+  chunk = whole_segments(chunk, nnx.merge(graphdef, params).config)
   needed = max(lengths) + max_new_tokens
   capacity = capacity or -(-needed // chunk) * chunk
   if capacity < needed:
