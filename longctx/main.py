@@ -79,6 +79,8 @@ def initialize_distributed(f: flags.FlagValues) -> None:
   import jax
   if not (f.distributed or f.coordinator_address):
     return
+  # It takes SIGTERM for itself, and ends nothing: who is asked to stop here saves by himself, or leaves.
+  jax.config.update('jax_enable_preemption_service', False)
   if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
@@ -126,12 +128,14 @@ def run(argv: list[str]) -> int:
   parts = configuration.parts(config)   # before other processes, or a compiler, are waited for
   if f.mode not in NEED_WORKDIR:
     return look_ahead(f, config)
-  initialize_distributed(f)
-  check_devices()
-  set_compilation_cache(parts.run.compilation_cache)
-  from longctx import train
-  return train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change,
-                   checkpoint=f.checkpoint)
+  from longctx.training import workdir
+  with workdir.LeaveAtOnce():   # until there is something to save
+    initialize_distributed(f)
+    check_devices()
+    set_compilation_cache(parts.run.compilation_cache)
+    from longctx import train
+    return train.run(config, f.workdir, mode=f.mode, allow_config_change=f.allow_config_change,
+                     checkpoint=f.checkpoint)
 
 
 def look_ahead(f: flags.FlagValues, config: Any) -> int:

@@ -33,7 +33,6 @@ from longctx.training.backoff import Backoff
 from longctx.training.checkpoint import Checkpoints
 
 MODES = ('train', 'eval')
-STOPPED = 75      # exit status of a run that was asked to stop and saved: sysexits.h, EX_TEMPFAIL; try again
 ASK_EVERY = 10.0  # seconds of steps between two questions to all processes whether one was asked to stop
 MAX_RETURNS = 3   # to one checkpoint, by run.rollback_after
 
@@ -226,7 +225,7 @@ class Trainer:
                f'same command carries on from {f"step {newest}" if lost else "there"}')
     if lost or not written:
       return 1
-    return 0 if finished else STOPPED
+    return 0 if finished else workdir.STOPPED
 
   def loop(self, state: step.TrainState, done: int):
     """(state, steps done, evaluation after the last step or None)."""

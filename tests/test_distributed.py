@@ -117,6 +117,38 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert_close(logged(home / 'one'), logged(pair[0]))
 
 
+HANGS = """
+import sys, time
+import jax
+from longctx import assembly, main
+def hang(config):   # in a call from which Python's handlers are not called
+  print('assembles', flush=True)
+  wait = lambda x: time.sleep(600) or x
+  jax.jit(lambda x: jax.pure_callback(wait, x, x))(1.0).block_until_ready()
+assembly.assemble = hang
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_a_signal_at_the_start_and_while_it_evaluates(tmp_path, text, mode):
+  """JAX's service for preemptions, in its own hands, would take the signal and go on."""
+  folder = tmp_path / 'w'
+  folder.mkdir()
+  (folder / 'config.json').write_text('{}')   # for an evaluation
+  command = launch.command(folder, text)
+  arguments = [command[0], '-c', HANGS, *command[3:], f'--mode={mode}']
+  with launch.several(arguments, tmp_path / 'out', processes=1, devices=1) as ((child,), (file,)):
+    deadline = time.monotonic() + LIMIT
+    while 'assembles' not in file.read_text():
+      assert time.monotonic() < deadline and child.poll() is None, file.read_text()
+      time.sleep(0.05)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 75, file.read_text()
+    assert file.read_text().endswith('longctx: SIGTERM: left at once; the same command carries on\n')
+
+
 @pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_is_named_by_the_other(home, text, pair, victim):
   """Without a file of theirs: nothing but the coordinator, which dies with the first, need be shared."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -306,3 +307,47 @@ class TestStopSignal:
     with pytest.raises(KeyboardInterrupt):
       interrupt_twice()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class TestLeaveAtOnce:
+
+  @pytest.fixture
+  def left(self, monkeypatch):
+    """Exit statuses, in place of the end of this process."""
+    found = []
+    monkeypatch.setattr(workdir_lib.os, '_exit', found.append)
+    return found
+
+  def wait(self, happened):
+    deadline = time.monotonic() + 60
+    while not happened():
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+  def test_leaves_with_the_status_of_who_may_carry_on(self, left, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with workdir_lib.LeaveAtOnce():
+      os.kill(os.getpid(), signal.SIGTERM)
+      self.wait(lambda: left)
+    assert left == [75] and capfd.readouterr().err == 'longctx: SIGTERM: left at once; the same command carries on\n'
+    assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
+
+  def test_what_may_be_saved_is_not_left(self, left):
+    with workdir_lib.LeaveAtOnce():
+      with workdir_lib.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.wait(lambda: stop.requested)
+        time.sleep(0.1)
+        assert not left
+      os.kill(os.getpid(), signal.SIGTERM)   # with nothing to save any more
+      self.wait(lambda: left)
+
+  def test_nothing_changes_in_another_thread(self):
+    def enter():
+      with workdir_lib.LeaveAtOnce():
+        found.append(signal.getsignal(signal.SIGTERM))
+    before, found = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [before]

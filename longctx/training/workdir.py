@@ -10,6 +10,8 @@ Held by: tests/test_workdir.py.
 import json
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ FIXED = ('seed', 'data.form', 'data.length', 'data.source_length', 'data.batch_s
          'model.segment', 'model.short_term', 'model.long_term', 'model.memory_layers',
          'model.memory_tokens', 'model.memory_size', 'model.memory_width', 'model.memory_depth')
 
+STOPPED = 75   # exit status of who was asked to stop and left, all kept: sysexits.h, EX_TEMPFAIL; try again
 CONFIG_FILE = 'config.json'
 LOCK_FILE = '.lock'
 _ABSENT = object()  # a key that one side lacks; None is a value
@@ -224,3 +227,46 @@ class StopSignal:
       # None: a handler that C code had set, which Python cannot put back.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
     self._before.clear()
+
+
+class LeaveAtOnce:
+  """`with LeaveAtOnce():` SIGTERM ends the process at once, with the exit status STOPPED.
+
+  For the start of a run and for evaluations, which lose nothing by it: what they have done is on disk as soon
+  as it is done. A thread does it, since a handler of Python's would wait for a main thread that compiles, or is
+  in a collective whose other end is gone. Inside a StopSignal the signal is that one's. In the main thread
+  only, as Python has it; in another one nothing changes.
+  """
+
+  _before = None   # the handler, and the descriptor that signals were written to
+
+  def __enter__(self) -> 'LeaveAtOnce':
+    if threading.current_thread() is threading.main_thread():
+      read, self._write = os.pipe()
+      os.set_blocking(self._write, False)
+      self._before = signal.signal(signal.SIGTERM, _noted), signal.set_wakeup_fd(self._write)
+      self._thread = threading.Thread(target=_leave, args=(read,), name='signals', daemon=True)
+      self._thread.start()
+    return self
+
+  def __exit__(self, *exc) -> None:
+    if self._before is not None:
+      handler, wakeup = self._before
+      signal.set_wakeup_fd(wakeup)
+      signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+      os.close(self._write)   # which ends the thread
+      self._thread.join()
+
+
+def _noted(number: int, frame: Any) -> None:
+  """A handler, without which Python writes no signal to the descriptor."""
+
+
+def _leave(read: int) -> None:
+  """Ends the process when SIGTERM is read; returns when nothing more can come."""
+  with open(read, 'rb', buffering=0) as numbers:
+    while number := numbers.read(1):
+      if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _noted:
+        sys.stderr.write('longctx: SIGTERM: left at once; the same command carries on\n')
+        sys.stderr.flush()
+        os._exit(STOPPED)
