@@ -178,6 +178,50 @@ def test_of_many_the_first_tells_the_others(client, ended, capfd):
   assert len(said) == 2 and said[0] == said[1] and 'process 16 is lost' in said[0]
 
 
+def test_of_many_one_whose_collective_fails_is_not_taken_for_the_lost_one(client, ended, capfd, monkeypatch):
+  """It hears the first alone, whose own collective hangs."""
+  for name, seconds in dict(GRACE=1.0, LOST=4.0).items():
+    monkeypatch.setattr(watchdog, name, seconds)
+  first, fails, victim = (dog(client, process, 17, step=9) for process in (0, 3, 7))
+  victim.__enter__()
+  with first:
+    fails.__enter__()
+    while not (first._beats.of(7) and fails._beats.of(0)):
+      time.sleep(0.01)
+    kill(victim)
+    with pytest.raises(SystemExit):
+      fails.__exit__(ValueError, ValueError('connection closed'), None)
+    first._thread.join(LIMIT)
+    fails._beats.part(LIMIT, close=True)
+  said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('longctx: ')]
+  assert len(said) == 2 and said[0] == said[1] and 'process 7 is lost' in said[0], said
+  assert set(ended.statuses) == {watchdog.TEMPORARY}
+
+
+def test_of_many_one_that_fails_says_so_and_waits_for_what_the_first_finds(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(watchdog, 'time', types.SimpleNamespace(
+      monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+  one = dog(Coordinator(), 3, 17)
+  monkeypatch.setattr(one._beats, 'of', lambda process: dict(phase='steps', silent=0.0, refused=False))
+  one._explain('ValueError: of its own')
+  assert now[0] > watchdog.LOST + heartbeats.BEAT
+  assert one._beats._says()['failed'] == 'ValueError: of its own'
+
+
+@pytest.mark.parametrize('left', [False, True])
+def test_where_one_has_failed_one_that_is_silent_is_the_reason(left):
+  lines = {process: dict(step=9, phase='compile', host='there', pid=3, silent=0.0, refused=False) for process in (3, 7)}
+  lines[7]['silent'] = watchdog.GRACE + 1.0
+  one = dog(Coordinator(), 0, 17)
+  one._beats.of = lambda process: lines.get(process, {})
+  assert one._lost() == ''
+  lines[3] |= dict(failed='ValueError: closed') | (dict(left=True, error='ValueError: closed') if left else {})
+  assert one._lost().startswith('process 7 is lost: no sign of it for 6 s at step 9, compile (there, pid 3)')
+  lines[7]['silent'] = 1.0
+  assert one._lost() == ('process 3 left with an error at step 9, compile (there, pid 3): ValueError: closed' if left else '')
+
+
 def test_who_moves_is_left_alone_and_compilation_may_take_longer(client, ended):
   with dog(client, 1) as other, dog(client, 0, seconds=0.3) as one:
     for _ in range(20):

@@ -36,9 +36,9 @@ class Heartbeats:
     self._client, self._says = client, says
     self._folder = f'longctx/{run}/'
     self._key = f'{self._folder}{process}/beat'
-    reads_all = process == 0 or count <= NEAR
-    self._read = self._folder if reads_all else f'{self._folder}0/'
-    self.peers = [i for i in range(count if reads_all else 1) if i != process] if client else []
+    self.reads_all = process == 0 or count <= NEAR
+    self._read = self._folder if self.reads_all else f'{self._folder}0/'
+    self.peers = [i for i in range(count if self.reads_all else 1) if i != process] if client else []
     self._heard: dict[int, tuple[str, float]] = {}   # {process: (its line, since when it says so)}
     self._answered = time.monotonic()   # when the coordinator last was there
     self._refused = False               # whether it was not, the last time

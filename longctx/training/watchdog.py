@@ -4,7 +4,8 @@ Each second every process says where it stands (step, phase), and hears the othe
 
     lost      a peer that has not been heard for LOST seconds (three times as long in phases that may last: its
               interpreter may be held), or that left with an error, while this process has not moved for GRACE
-              seconds; GRACE seconds of silence are enough where the connection to it failed, or a collective
+              seconds; GRACE seconds of silence are enough where the connection to it failed, or a collective,
+              here or in another process: who has an error says so before it leaves
     hung      this process has not moved for `seconds` (ten times as long in phases that may last, and in its
               first step); nor for five times as long as it stood in this phase before and then went on, so
               that steps which take hours are let be once one has ended. Time in which it was itself stopped does
@@ -60,10 +61,11 @@ class Watchdog:
                run: str = ''):
     self.ledger, self.seconds, self.process = ledger, seconds, process
     self._beats = heartbeats.Heartbeats(client, run, process, count,
-                                        lambda: dict(step=ledger.step, phase=ledger.phase))
+                                        lambda: dict(step=ledger.step, phase=ledger.phase, failed=self._failed))
     self.enabled = bool(seconds or self._beats.peers)
     self._moves, self._stood, self._looked = -1, 0.0, time.monotonic()
     self._phase, self._longest = ledger.phase, dict[str, float]()   # {phase: seconds that it stood there and went on}
+    self._failed = ''   # an error of this process, which has not left for it yet
     self._over, self._ending = threading.Event(), threading.Lock()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
@@ -122,11 +124,10 @@ class Watchdog:
     One that left with an error, but `alike`, is gone too, where no other is; of one that ended the run
     it is the reason that it gave. `failed`: something here has, as it does when a peer is gone.
     """
+    heard = {process: said for process in self._beats.peers if (said := self._beats.of(process))}   # who is here
+    failed = failed or any(said.get('failed') for said in heard.values())
     left = ''
-    for process in self._beats.peers:
-      said = self._beats.of(process)
-      if not said:
-        continue   # not here yet, or not heard by this process
+    for process, said in heard.items():
       if said.get('left'):
         if said['error'] and said['error'] != alike:
           told = f'process {process} left with an error {_where(said)}: {said["error"]}'
@@ -136,8 +137,12 @@ class Watchdog:
     return left
 
   def _explain(self, error: str) -> None:
-    """Ends the run if the error here comes of a lost peer; returns if none is found in time."""
-    deadline = time.monotonic() + 2 * GRACE
+    """Ends the run if the error here comes of a lost peer; returns if none is found in time.
+
+    Where the first process alone hears all, it is told of the error, and it is for it to say.
+    """
+    self._failed = error
+    deadline = time.monotonic() + (2 * GRACE if self._beats.reads_all else LOST + 2 * heartbeats.BEAT)
     while time.monotonic() < deadline:
       if lost := self._lost(error, failed=True):
         self._end(lost)
