@@ -15,7 +15,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-  """What a machine got wrong in the midst of a run, found by a check and told to all processes alike."""
+  """What a machine got wrong, such as a file system that is away for long; started again the run may go on."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

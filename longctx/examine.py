@@ -46,7 +46,7 @@ def _alone(folder: str) -> files.Lock:
   if jax.process_index() != 0:
     return files.Lock(None)
   try:
-    return files.hold(Path(folder) / LOCK_FILE)
+    return files.patiently(f'--workdir={folder}', files.hold, Path(folder) / LOCK_FILE)
   except files.HeldError as e:
     raise ConfigError(f'--workdir={folder}: another evaluation of tasks is still going there '
                       f'({e.holder}); wait for it or stop it') from None

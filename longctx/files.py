@@ -1,15 +1,58 @@
-"""Files that are whole at all times, and holds on files that end with the process.
+"""Files that are whole at all times, holds on files that end with the process, and patience with file systems.
 
-Held by: tests/test_workdir.py, tests/test_store.py.
+Held by: tests/test_workdir.py, tests/test_store.py, tests/test_patience.py.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import logging
+
+from longctx.errors import RunError
+
+T = TypeVar('T')
+# Errors of a moment: a file that cannot be reached now is neither gone nor damaged.
+PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+           errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTUNREACH)
+PAUSES = (1, 2, 4, 8, 16, 32)   # seconds before it is tried again
+
+
+def again(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+  """call(*args, **kwargs), after a pause once more where it meets an error of a moment; the last one is raised."""
+  for pause in PAUSES:
+    try:
+      return call(*args, **kwargs)
+    except OSError as e:
+      if e.errno not in PASSING:
+        raise
+      logging.warning('%s; tried again in %d s', e, pause)
+      time.sleep(pause)
+  return call(*args, **kwargs)
+
+
+def patiently(what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+  """As `again`, but for the last error of a moment, which is a RunError that names `what`."""
+  try:
+    return again(call, *args, **kwargs)
+  except OSError as e:
+    if e.errno in PASSING:
+      raise not_now(what, e) from e
+    raise
+
+
+def not_now(what: str, e: OSError) -> RunError:
+  """What ends a run with a status that a launcher restarts."""
+  more = 'let the process open more files (ulimit -n); ' if e.errno in (errno.EMFILE, errno.ENFILE) else ''
+  return RunError(f'{what}: cannot be reached ({e.strerror}), tried for {sum(PAUSES)} s; {more}once it can, the same '
+                  'command carries on')
 
 
 @contextlib.contextmanager
@@ -97,6 +140,8 @@ def hold(path: str | os.PathLike, wait: bool = False) -> Lock:
     raise HeldError(holder) from None
   except OSError as e:
     os.close(fd)
+    if e.errno in PASSING:
+      raise
     raise CannotLockError(e.strerror) from e
   except BaseException:   # interrupted while waiting
     os.close(fd)

@@ -22,6 +22,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from longctx import files as files_lib
 from longctx.errors import ConfigError, RunError
 from longctx.training import checkpoint, manifest, saving
 from longctx.training.checkpoint import Checkpoints, best_of
@@ -341,14 +342,29 @@ class TestDamage:
         raise OSError(errno.EIO, 'Input/output error')
       return real(path)
     monkeypatch.setattr(manifest, '_digest', flaky)
-    monkeypatch.setattr(manifest.time, 'sleep', slept.append)
+    monkeypatch.setattr(files_lib.time, 'sleep', slept.append)
     with Checkpoints(folder, keep_last=2) as c:
       assert_holds(c.restore_newest(abstract(make_state(0))), 2)
-      assert slept and not warnings
+      assert slept and not [line for line in warnings if 'checkpoint' in line]
       failing[0] = 10_000
       with pytest.raises(RunError, match=r'2: .* cannot be read now \(Input/output error\), tried for 63 s; once it'):
         c.restore_newest(abstract(make_state(0)))
       assert c.steps() == [1, 2]   # none was put aside
+
+  @pytest.mark.parametrize('where, name, error', [
+      (checkpoint, '_read_json', OSError(errno.ESTALE, 'Stale file handle')),
+      (checkpoint.named_arrays, 'read', ValueError('Error reading "d/0": [OS error 5: EIO Input/output error]'))])
+  def test_nor_is_what_cannot_be_read_once_it_was_verified(self, folder, warnings, monkeypatch, where, name, error):
+    with Checkpoints(folder) as c:
+      save(c, 1)
+    def fail(*args):
+      raise error
+    monkeypatch.setattr(files_lib.time, 'sleep', lambda seconds: None)
+    with Checkpoints(folder) as c:
+      monkeypatch.setattr(where, name, fail)
+      with pytest.raises(RunError, match=r'1: cannot be read now \(.*\).*; once it can, the same command carries on'):
+        c.restore_newest(abstract(make_state(0)))
+      assert c.steps() == [1]
 
   def test_the_warning_names_step_and_reason_and_the_run_saves_that_step_again(
       self, folder, warnings):

@@ -9,10 +9,11 @@ by side (cache.py); a huge file is in several, since its chunks are the same whe
 Splits: 'hash' puts a whole document where sha256(name) says, whatever else the corpus holds;
 'contiguous' gives the first part of every document's bytes to train, the next to validation, the
 last to test, cut between UTF-8 characters.
-Held by: tests/test_data_corpus.py.
+Held by: tests/test_data_corpus.py, tests/test_patience.py.
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -20,12 +21,14 @@ import itertools
 import os
 import pathlib
 import sysconfig
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, TypeVar
 
 from longctx.data.remote import RemoteFile, find, is_url
 from longctx.errors import ConfigError, check
+from longctx.files import patiently
 
+T = TypeVar('T')
 SPLITS = ('train', 'validation', 'test')
 CHUNK = 1 << 20  # bytes of a document read at once; up to twice as many are a chunk
 PART = 64 << 20  # bytes of a source's part, at least; its last may have fewer
@@ -77,10 +80,40 @@ def cut_bytes(data: bytes, rule: SplitRule, split: str) -> bytes:
   return data[start:stop]
 
 
-def _aligned(file: BinaryIO, cut: int) -> int:
-  file.seek(max(cut - 3, 0))
-  before = file.read(cut - max(cut - 3, 0))
-  return cut - between_characters(before, file.read(1))
+class _Reader:
+  """A file's bytes; it is opened anew after an error of a moment, since its handle may be stale."""
+
+  def __init__(self, path: pathlib.Path | RemoteFile):
+    self._path = path
+    self._file: BinaryIO | None = None
+
+  def size(self) -> int:
+    return self._patiently(lambda file: file.seek(0, os.SEEK_END))
+
+  def read(self, start: int, stop: int) -> bytes:
+    def read(file: BinaryIO) -> bytes:
+      file.seek(start)
+      return file.read(stop - start)
+    return self._patiently(read)
+
+  def _patiently(self, do: Callable[[BinaryIO], T]) -> T:
+    def opened() -> T:
+      try:
+        self._file = self._file or self._path.open('rb')
+        return do(self._file)
+      except OSError:
+        self.close()
+        raise
+    return patiently(f'data.files: {str(self._path)!r}', opened)
+
+  def close(self) -> None:
+    file, self._file = self._file, None
+    if file:
+      file.close()
+
+
+def _aligned(file: _Reader, cut: int) -> int:
+  return cut - between_characters(file.read(max(cut - 3, 0), cut), file.read(cut, cut + 1))
 
 
 def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str, piece: tuple[int, int] | None = None
@@ -91,17 +124,17 @@ def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str, pi
   characters: where it does can be told without the chunks before.
   """
   try:
-    with path.open('rb') as file:
-      bounds = rule.bounds(file.seek(0, os.SEEK_END), split)
+    with contextlib.closing(_Reader(path)) as file:
+      bounds = rule.bounds(file.size(), split)
       start, stop = (_aligned(file, c) for c in bounds)
       low, high = piece or bounds
       at, left = start, b''   # what a chunk had to leave to the next
       if low > bounds[0]:
         at = low
-        window = _read(file, low - CHUNK, low)
+        window = file.read(low - CHUNK, low)
         left = window[_end_of_chunk(file, low - CHUNK, window):]
       while at < stop and at < high:
-        window = _read(file, at, min((at // CHUNK + 1) * CHUNK, stop))
+        window = file.read(at, min((at // CHUNK + 1) * CHUNK, stop))
         if not window:
           break   # the file shrank meanwhile
         end = len(window) if at + len(window) == stop else _end_of_chunk(file, at, window)
@@ -114,16 +147,11 @@ def read_chunks(path: pathlib.Path | RemoteFile, rule: SplitRule, split: str, pi
     raise ConfigError(f'data.files: {str(path)!r} cannot be read: {e.strerror or e}') from e
 
 
-def _read(file: BinaryIO, start: int, stop: int) -> bytes:
-  file.seek(start)
-  return file.read(stop - start)
-
-
-def _end_of_chunk(file: BinaryIO, at: int, window: bytes) -> int:
+def _end_of_chunk(file: _Reader, at: int, window: bytes) -> int:
   """How many bytes of a window, which begins at `at`, are of the chunk that it ends."""
   stop = at + len(window)
   return window.rfind(b'\n') + 1 or max(0, len(window) - between_characters(
-      _read(file, max(0, stop - 3), stop), file_byte(file, stop)))
+      file.read(max(0, stop - 3), stop), file.read(stop, stop + 1)))
 
 
 def pieces(start: int, stop: int) -> list[tuple[int, int]]:
@@ -132,11 +160,6 @@ def pieces(start: int, stop: int) -> list[tuple[int, int]]:
   cuts = [c for c in range((start // size + 1) * size, stop, size) if start + CHUNK <= c <= stop - CHUNK]
   edges = [start, *cuts, stop]
   return list(itertools.pairwise(edges))
-
-
-def file_byte(file: BinaryIO, at: int) -> bytes:
-  file.seek(at)
-  return file.read(1)
 
 
 def explain_empty(rule: SplitRule, split: str, what: str, num_documents: int) -> str:
@@ -218,7 +241,7 @@ def _stat(file: pathlib.Path | RemoteFile) -> tuple[int, int | str]:
   if isinstance(file, RemoteFile):
     return file.size, file.version
   try:
-    stat = file.stat()
+    stat = patiently(f'data.files: {str(file)!r}', file.stat)
   except OSError as e:
     raise ConfigError(f'data.files: {str(file)!r} cannot be read: {e.strerror}') from e
   return stat.st_size, stat.st_mtime_ns
@@ -262,8 +285,16 @@ def matching(pattern: str) -> list[pathlib.Path | RemoteFile]:
   """The files that a glob of paths or of a URL matches, sorted; `**` goes through folders."""
   if is_url(pattern):
     return find(pattern)
-  found = sorted(set(glob.glob(os.path.expanduser(pattern), recursive=True)))
+  pattern = os.path.expanduser(pattern)
+  _wait_for(pathlib.Path(*_fixed(pathlib.Path(pattern).parts)), f'data.files={pattern!r}')
+  found = sorted(set(glob.glob(pattern, recursive=True)))
   return [pathlib.Path(p) for p in found if not os.path.isdir(p)]
+
+
+def _wait_for(folder: pathlib.Path, what: str) -> None:
+  """Until it can be listed: of one that cannot, glob says that it is empty."""
+  with contextlib.suppress(OSError):   # a lasting one: glob's answer will do
+    patiently(what, lambda: os.scandir(folder).close())
 
 
 def files_source(pattern: str, rule: SplitRule) -> FileSource:

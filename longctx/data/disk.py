@@ -2,7 +2,7 @@
 
 A part is built in a folder beside, under a lock, and renamed when whole, so that a half-written one is never
 seen; who finds a part's lock taken goes on to another part.
-Held by: tests/test_data_cache.py, tests/test_data_remote.py.
+Held by: tests/test_data_cache.py, tests/test_data_remote.py, tests/test_patience.py.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from longctx import progress
+from longctx import files, progress
 from longctx.data import parts
 from longctx.data.parts import Job, Part
 from longctx.errors import ConfigError
@@ -33,7 +33,8 @@ class FileArray:
     self.path, self.dtype = path, np.dtype(dtype)
 
   def __getitem__(self, part: slice) -> np.ndarray:
-    return np.fromfile(self.path, self.dtype, part.stop - part.start, offset=part.start * self.dtype.itemsize)
+    return files.patiently(str(self.path), np.fromfile, self.path, self.dtype, part.stop - part.start,
+                           offset=part.start * self.dtype.itemsize)
 
 
 def _rotated(jobs: Sequence[Job], share: tuple[int, int]) -> Sequence[Job]:
@@ -54,8 +55,9 @@ class Disk:
     try:
       yield
     except OSError as e:
+      if e.errno in files.PASSING:
+        raise files.not_now(f'data.cache_dir={str(self.root)!r}', e) from e
       room = (': free some space, or set data.cache_dir to another disk' if e.errno == errno.ENOSPC
-              else ': let the process open more files (ulimit -n)' if e.errno in (errno.EMFILE, errno.ENFILE)
               else ': set data.cache_dir to a folder that can be read and written')
       raise ConfigError(f'data.cache_dir={str(self.root)!r}: {e.strerror}{room}') from e
 
@@ -68,7 +70,7 @@ class Disk:
 
   def build_all(self, jobs: Sequence[Job], there: Sequence[Part | None], share: tuple[int, int], processes: int) -> None:
     """Builds what is not `there`, together with others."""
-    self.root.mkdir(parents=True, exist_ok=True)
+    files.again(self.root.mkdir, parents=True, exist_ok=True)
     parts.side_by_side(_rotated([job for job, part in zip(jobs, there) if not part], share), processes)
     for job in jobs:
       job(wait=True)
@@ -85,7 +87,9 @@ class Disk:
 
   def read(self, name: str) -> Part | None:
     """The part, or None when there is none or its files are not as they were written."""
-    path = self.root / name
+    return files.again(self._read, self.root / name)
+
+  def _read(self, path: pathlib.Path) -> Part | None:
     if not path.exists():
       return None
     try:
@@ -106,12 +110,15 @@ class Disk:
 
   def build(self, name: str, write: Callable[[pathlib.Path], dict], wait: bool) -> None:
     """Builds a part, unless it is there, or another process is at it and `wait` is False."""
+    files.again(self._build_part, self.root / name, write, wait)
+
+  def _build_part(self, path: pathlib.Path, write: Callable[[pathlib.Path], dict], wait: bool) -> None:
     try:
-      with _locked(self.root / name, wait):
-        if self.read(name):   # another process may have built it while this one waited
+      with _locked(path, wait):
+        if self._read(path):   # another process may have built it while this one waited
           return
-        _remove_remains(self.root / name)
-        _build(self.root / name, write)
+        _remove_remains(path)
+        _build(path, write)
     except BlockingIOError:
       if wait:
         raise

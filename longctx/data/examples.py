@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from longctx import files
 from longctx.data import generators, packing
 from longctx.data.corpus import SplitRule, matching
 from longctx.data.remote import RemoteFile, is_url
@@ -191,9 +192,11 @@ def folder_classes(root: str) -> list[str]:
 
 
 def _read(file: pathlib.Path | RemoteFile) -> bytes:
-  try:
+  def read() -> bytes:
     with file.open('rb') as opened:
       return opened.read()
+  try:
+    return files.patiently(f'data.files: {str(file)!r}', read)
   except OSError as e:
     raise ConfigError(f'data.files: {str(file)!r} cannot be read: {e.strerror or e}') from e
 

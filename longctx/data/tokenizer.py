@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from longctx import files
 from longctx.errors import ConfigError, check, nearest
 
 SPACE = '\u2581'  # SentencePiece's visible space
@@ -49,7 +50,7 @@ class SentencePiece:
     from google.protobuf import message
     from sentencepiece import sentencepiece_model_pb2
     try:
-      model = pathlib.Path(path).expanduser().read_bytes()
+      model = files.patiently(f'data.tokenizer={path!r}', pathlib.Path(path).expanduser().read_bytes)
     except OSError as e:
       raise ConfigError(f'data.tokenizer={path!r}: cannot be read: {e.strerror}') from e
     # Settings that only add or squeeze spaces can be undone; a lossy character map cannot.

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longctx import files
 from longctx.training.metrics import append, process_seconds, refusal_is_told
 from longctx.training.workdir import atomic_write
 
@@ -130,7 +131,7 @@ class Ledger:
 
   def _read(self) -> None:
     try:
-      found = json.loads((self.folder / NAME).read_bytes())
+      found = json.loads(files.again((self.folder / NAME).read_bytes))
       self._before |= {phase: float(found['seconds'][phase]) for phase in PHASES}
       self._counts |= {name: int(found[name]) for name in COUNTS}
       reached, written = int(found['step']), float(found['written'])

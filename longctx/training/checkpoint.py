@@ -22,6 +22,7 @@ import json
 import logging as python_logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from longctx import files
 from longctx.errors import ConfigError, RunError, check, check_range
 from longctx.training import manifest, named_arrays, processes, saving
 
@@ -72,15 +74,18 @@ class Checkpoints:
     if not read_only:
       self._make_directory()
     self._losses = {step: loss for step in self.steps()
-                    if (loss := _loss_on_disk(self.directory / str(step))) is not None}
+                    if (loss := _loss_on_disk(self.directory / str(step), _patiently)) is not None}
 
   def _make_directory(self) -> None:
     try:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      self._settle_replaced()
+      files.patiently(str(self.directory), self._put_in_order)
     except OSError as e:
       raise ConfigError(f'{self.directory}: cannot make the folder of the checkpoints, or put it in '
                         f'order ({e.strerror}); give a workdir that you may write to') from e
+
+  def _put_in_order(self) -> None:
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._settle_replaced()
     if jax.process_index() == 0:
       for folder in self.directory.glob(f'*{saving.PARTIAL}'):   # of a run that was killed
         shutil.rmtree(folder, ignore_errors=True)
@@ -176,7 +181,7 @@ class Checkpoints:
   def _tidy(self, losses: dict[int, float]) -> None:
     """Leaves the last n and the best; by the first process, in the thread of a save."""
     self._settle_replaced()
-    steps = self.steps()
+    steps = self._steps_now()
     keep = set(steps[-self.keep_last:])
     if self.keep_best:
       keep.add(best_of({s: losses[s] for s in steps if s in losses}))
@@ -188,6 +193,10 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps on disk, whole ones and damaged ones, ascending; not one that is being written."""
+    return files.patiently(str(self.directory), self._steps_now)
+
+  def _steps_now(self) -> list[int]:
+    """OSError, and no waiting, where the disk does not say."""
     if not self.directory.is_dir():
       return []
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
@@ -195,14 +204,14 @@ class Checkpoints:
   def newest(self) -> int | None:
     """The newest step on disk; None where there is none, or the disk does not say."""
     try:
-      return max(self.steps(), default=None)
+      return max(self._steps_now(), default=None)
     except OSError:
       return None
 
   def has(self, step: int) -> bool:
     """Whether the disk says that it has this step."""
     try:
-      return step in self.steps()
+      return step in self._steps_now()
     except OSError:
       return False
 
@@ -251,17 +260,14 @@ class Checkpoints:
 
   def _try_restore(self, step: int, abstract: Any, partial: bool) -> tuple[Restored | None, str]:
     folder = self.directory / str(step)
-    fault = processes.first_fault(manifest.fault(folder) if jax.process_index() == 0 else '')
-    if manifest.NOT_NOW in fault:   # another one must not take its place
-      raise RunError(f'{folder}: {fault}, tried for {sum(manifest.PAUSES)} s; once it can, the same command carries on')
-    if fault:
+    if fault := _agreed(folder, manifest.fault(folder) if jax.process_index() == 0 else ''):
       return None, fault
     stream, about, fault = None, None, ''
     try:
-      stream, about = _read_json(folder, 'stream'), _read_json(folder, 'meta')
+      stream, about = (files.again(_read_json, folder, item) for item in ('stream', 'meta'))
     except (OSError, ValueError) as e:
-      fault = saving.reason(e)
-    if fault := processes.first_fault(fault):
+      fault = _fault_of(e)
+    if fault := _agreed(folder, fault):
       return None, fault
     named_arrays.check_types(folder, named_arrays.types(abstract), about['types'], partial)
     state = None
@@ -269,8 +275,8 @@ class Checkpoints:
       _quiet()
       state = named_arrays.read(folder / 'state', abstract, partial)
     except Exception as e:  # tensorstore's errors have no common class
-      fault = saving.reason(e)
-    if fault := processes.first_fault(fault):
+      fault = _fault_of(e)   # not tried again here: all processes read together
+    if fault := _agreed(folder, fault):
       return None, fault
     stream_state = None if partial else _own(folder, stream['processes'])
     return Restored(step, state, stream_state, about['meta']), ''
@@ -297,10 +303,12 @@ class Checkpoints:
         shutil.rmtree(self.directory / f'{later}{UNREADABLE}', ignore_errors=True)
 
   def _put_aside(self, step: int) -> None:
-    if jax.process_index() == 0:
-      aside = self.directory / f'{step}{UNREADABLE}'
+    aside = self.directory / f'{step}{UNREADABLE}'
+    def move() -> None:
       shutil.rmtree(aside, ignore_errors=True)
       os.replace(self.directory / str(step), aside)
+    if jax.process_index() == 0:
+      files.patiently(str(aside), move)
     processes.barrier(f'{step}{UNREADABLE}')
 
   def _settle_replaced(self) -> None:
@@ -317,9 +325,30 @@ def _read_json(folder: Path, item: str) -> dict:
   return json.loads((folder / item / 'metadata').read_bytes())
 
 
-def _loss_on_disk(folder: Path) -> float | None:
+def _patiently(folder: Path, item: str) -> dict:
+  return files.patiently(str(folder), _read_json, folder, item)
+
+
+def _fault_of(e: Exception) -> str:
+  """Why a checkpoint cannot be read; of a moment or not, which tensorstore tells by a number in its text."""
+  if getattr(e, 'errno', None) in files.PASSING:
+    return manifest.why(e)
+  number = re.search(r'\[OS error (\d+)', str(e))
+  passing = number and int(number.group(1)) in files.PASSING
+  return f'{manifest.NOT_NOW} ({saving.reason(e)})' if passing else saving.reason(e)
+
+
+def _agreed(folder: Path, fault: str) -> str:
+  """The fault of the first process that has one, in all; RunError where another checkpoint must not take its place."""
+  fault = processes.first_fault(fault)
+  if manifest.NOT_NOW in fault:
+    raise RunError(f'{folder}: {fault}; once it can, the same command carries on')
+  return fault
+
+
+def _loss_on_disk(folder: Path, read: Callable[[Path, str], dict] = _read_json) -> float | None:
   try:
-    return _read_json(folder, 'meta')['validation_loss']
+    return read(folder, 'meta')['validation_loss']
   except (OSError, ValueError, KeyError, TypeError):
     return None  # damaged: `restore_newest` tells it, should it come to read this one
 

@@ -6,41 +6,25 @@ unseen. The manifest covers all that was there when it was written.
 Held by: tests/test_checkpoint.py (every file of a checkpoint, flipped, cut short, removed).
 """
 
-import errno
 import hashlib
 import json
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from longctx.training.workdir import atomic_write
+from longctx.files import PASSING, PAUSES, again, atomic_write
 
 NAME = 'manifest.json'
 _THREADS = 4  # hashing releases the interpreter lock; more threads than this starve the train step
 
 
-# Errors of a moment: a checkpoint that cannot be read now is not a damaged one.
-PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-           errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTUNREACH)
-PAUSES = (1, 2, 4, 8, 16, 32)   # seconds before it is tried again
-NOT_NOW = 'cannot be read now'
+NOT_NOW = 'cannot be read now'   # and is not damaged
 
 
-def _patiently(read: Callable[[], Any]) -> Any:
-  for pause in PAUSES:
-    try:
-      return read()
-    except OSError as e:
-      if e.errno not in PASSING:
-        raise
-      time.sleep(pause)
-  return read()
-
-
-def _why(e: OSError | ValueError) -> str:
-  return f'{NOT_NOW} ({e.strerror})' if getattr(e, 'errno', None) in PASSING else f'cannot be read ({e})'
+def why(e: OSError | ValueError) -> str:
+  """Of what was tried again where that may help."""
+  if getattr(e, 'errno', None) in PASSING:
+    return f'{NOT_NOW} ({e.strerror}), tried for {sum(PAUSES)} s'
+  return f'cannot be read ({e})'
 
 
 def write(folder: Path) -> None:
@@ -55,31 +39,34 @@ def write(folder: Path) -> None:
 def fault(folder: Path) -> str:
   """What is wrong with `folder`, in a few words; '' if every listed file is as it was written."""
   try:
-    files = dict(json.loads(_patiently((folder / NAME).read_bytes))['files'])
+    files = dict(json.loads(again((folder / NAME).read_bytes))['files'])
   except FileNotFoundError:
     return f'{NAME} is missing'
   except OSError as e:
-    return f'{NAME} {_why(e)}'
+    return f'{NAME} {why(e)}'
   except (ValueError, KeyError, TypeError):
     return f'{NAME} is damaged'
-  with ThreadPoolExecutor(_THREADS) as pool:
+  pool = ThreadPoolExecutor(_THREADS)
+  try:
     faults = pool.map(lambda item: _file_fault(folder, *item), files.items())
     return next(filter(None, faults), '')
+  finally:
+    pool.shutdown(cancel_futures=True)   # each would be tried for a minute
 
 
 def _file_fault(folder: Path, name: str, expected: object) -> str:
   try:
     if not isinstance(expected, list) or len(expected) != 2:
       return f'{NAME} is damaged'
-    size = _patiently((folder / name).stat).st_size
+    size = again((folder / name).stat).st_size
     if size != expected[0]:
       return f'{name} has {size} bytes instead of {expected[0]}'
-    if _patiently(lambda: _digest(folder / name)) != expected[1]:
+    if again(_digest, folder / name) != expected[1]:
       return f'{name} is damaged (its SHA-256 differs)'
   except FileNotFoundError:
     return f'{name} is missing'
   except (OSError, ValueError) as e:  # ValueError: a NUL in a damaged name
-    return f'{name} {_why(e)}'
+    return f'{name} {why(e)}'
   return ''
 
 

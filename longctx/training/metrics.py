@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from longctx import files
 from longctx.errors import ConfigError
+from longctx.files import PASSING, atomic_write
 from longctx.parallel.chips import peak_flops
-from longctx.training.manifest import PASSING
 from longctx.training.optim import path_name
-from longctx.training.workdir import atomic_write
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: float, *, kind: str,
@@ -74,7 +74,7 @@ class MetricsWriter:
   def truncate_after(self, step: int) -> None:
     """Drops lines of later steps, and torn ones: a run that resumes at `step` writes them again.
 
-    ConfigError where the disk does not let it.
+    ConfigError where the disk does not let it, RunError where it is away for long.
     """
     if not self.enabled:
       return
@@ -84,17 +84,21 @@ class MetricsWriter:
         self._events.close()
       self._events = None
     try:
-      if not self.path.exists():
-        return
-      text = self.path.read_bytes()
-      kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
-      if text.startswith(kept):   # needs no room
-        os.truncate(self.path, len(kept))
-      else:
-        atomic_write(self.path, kept)
+      files.patiently(str(self.path), self._drop_after, step)
     except OSError as e:
       raise ConfigError(f'{self.path}: cannot drop the lines after step {step} ({e.strerror}); make '
                         'room, or let yourself write there, or give another workdir') from e
+
+  def _drop_after(self, step: int) -> None:
+    try:
+      text = self.path.read_bytes()
+    except FileNotFoundError:
+      return
+    kept = b''.join(line + b'\n' for line in text.split(b'\n') if _step_of(line) <= step)
+    if text.startswith(kept):   # needs no room
+      os.truncate(self.path, len(kept))
+    else:
+      atomic_write(self.path, kept)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     if not self.enabled:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, RunError
 
 _barriers = itertools.count()   # a barrier's name serves once; all processes make the same calls
 _asides = itertools.count()
@@ -76,14 +76,14 @@ def first_fault(fault: str) -> str:
 
 
 def together(call: Callable[[], Any]) -> Any:
-  """call(); a ConfigError of one process is raised in all, so that none waits for it in vain."""
-  result, fault = None, ''
+  """call(); a ConfigError or RunError of one process is raised in all, so that none waits for it in vain."""
+  result, fault = None, None
   try:
     result = call()
-  except ConfigError as e:
-    fault = str(e)
-  if fault := first_fault(fault):
-    raise ConfigError(fault)
+  except (ConfigError, RunError) as e:
+    fault = [isinstance(e, RunError), str(e)]
+  if fault := next(filter(None, gather(fault)), None):
+    raise (RunError if fault[0] else ConfigError)(fault[1])
   return result
 
 

@@ -4,7 +4,7 @@ One run at a time holds W (`lock`); every run in W has the config that W/config.
 the keys that its user names (`agree`); a file in W is either the old one or the new one, never half
 of it (`atomic_write`).
 
-Held by: tests/test_workdir.py.
+Held by: tests/test_workdir.py, tests/test_patience.py, tests/test_distributed.py (signals).
 """
 
 import json
@@ -56,7 +56,7 @@ def lock(workdir: str | os.PathLike) -> Lock:
   if jax.process_index() != 0:
     return Lock(None)
   try:
-    return files.hold(Path(workdir) / LOCK_FILE)
+    return files.patiently(f'--workdir={workdir}', files.hold, Path(workdir) / LOCK_FILE)
   except files.HeldError as e:
     raise ConfigError(f'--workdir={workdir}: held by a run that is still going ({e.holder}); wait '
                       'for it, stop it, or give another workdir') from None
@@ -71,7 +71,7 @@ def lock(workdir: str | os.PathLike) -> Lock:
 def _make(workdir: str | os.PathLike) -> None:
   check(bool(str(workdir)), '--workdir: missing; give a folder for the run, such as --workdir=runs/a')
   try:
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    files.patiently(f'--workdir={workdir}', Path(workdir).mkdir, parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as e:
     raise ConfigError(f'--workdir={workdir}: {e.filename} is a file; give a folder') from e
   except OSError as e:
@@ -116,7 +116,7 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
 
   path, given = Path(workdir) / CONFIG_FILE, plain(config)
   new = leaves(given)
-  old = leaves(_read(path)) if path.exists() else None
+  old = leaves(_read(path)) if _is_there(path) else None
   allowed = [key.strip() for key in allow.split(',') if key.strip()]
   for key in allowed:
     known = set(new) | set(old or ())
@@ -127,7 +127,8 @@ def agree(workdir: str | os.PathLike, config: Any, allow: str = '', *,
     _compare(path, old, new, allowed, (*free, *allowed))
   if record and old != new and jax.process_index() == 0:
     try:
-      atomic_write(path, (json.dumps(given, indent=2, sort_keys=True) + '\n').encode())
+      files.patiently(f'--workdir={workdir}', atomic_write, path,
+                      (json.dumps(given, indent=2, sort_keys=True) + '\n').encode())
     except OSError as e:
       raise ConfigError(f'--workdir={workdir}: cannot write {CONFIG_FILE} ({e.strerror}); '
                         'make room or give another workdir') from e
@@ -164,9 +165,18 @@ def _same(a: Any, b: Any) -> bool:
   return (a == b and isinstance(a, bool) == isinstance(b, bool)) or json.dumps(a) == json.dumps(b)
 
 
+def _is_there(path: Path) -> bool:
+  """Where the file system is away nobody knows: `exists` of later Pythons says no."""
+  try:
+    files.patiently(str(path), path.stat)
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return True
+
+
 def _read(path: Path) -> dict:
   try:
-    config = json.loads(path.read_bytes())
+    config = json.loads(files.patiently(str(path), path.read_bytes))
   except OSError as e:
     raise ConfigError(f'{path}: cannot be read ({e.strerror})') from e
   except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
@@ -181,9 +191,9 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   """The config that W's run had, for whoever uses its model; lists are tuples again."""
   folder = Path(workdir)
   path = folder / CONFIG_FILE
-  check(folder.is_dir(), f'--workdir={workdir}: no such folder; give the workdir of a run '
+  check(_is_there(folder) and folder.is_dir(), f'--workdir={workdir}: no such folder; give the workdir of a run '
         '(python -m longctx.main --config=... --workdir=... makes one)')
-  check(path.exists(), f'--workdir={workdir}: no run was started there (no {CONFIG_FILE}); give '
+  check(_is_there(path), f'--workdir={workdir}: no run was started there (no {CONFIG_FILE}); give '
         'the workdir of a run (python -m longctx.main --config=... --workdir=... makes one)')
   return ml_collections.ConfigDict(tuples(_read(path)))
 
