@@ -11,8 +11,9 @@ from flax import nnx
 
 from longctx.errors import ConfigError
 from longctx.memory import memorizing
+from longctx.models import memory_config, memory_decoder
 from longctx.models.memories.base import Block, Cell, Settings
-from longctx.models.memories.memorizing import Memorizing
+from longctx.models.memories.memorizing import Memorizing, MemorizingStore
 from longctx.parallel import aot
 from tests import oracles
 
@@ -187,6 +188,83 @@ def test_a_memory_of_262144_tokens_is_searched_and_written_in_place(optimized):
     weights = np.exp(4 * s[found])
     np.testing.assert_allclose(out[0, t, n], weights / weights.sum() @ np.asarray(v[0, found, n]),
                                rtol=1e-4, atol=1e-5)
+
+
+TINY = memory_config.Config(vocab_size=11, num_layers=1, embed_dim=8, num_heads=2, mlp='none', segment=3,
+                            long_term='memorizing', memory_size=5, memory_top=2, init_std=0.5,
+                            attention='reference', remat='none')
+
+
+def call(config):
+  """(its parameters, a call of the model as chat makes them)."""
+  graphdef, params = nnx.split(memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0)))
+  def run(params, state, tokens, valid, ids=None):
+    return nnx.merge(graphdef, params)(tokens, state, valid_BT=valid, segment_ids_BT=ids)
+  return params, nnx.merge(graphdef, params).init_state, run
+
+
+@pytest.mark.parametrize('tokens', [1, 6], ids=['a token', 'two segments'])
+def test_a_model_with_a_memory_of_262144_tokens_copies_nothing_of_it(optimized, tokens):
+  """A token made and a text read touch the slots they fill: all else of a call is small."""
+  params, init_state, run = call(dataclasses.replace(TINY, memory_size=2 ** 18, short_term=2))
+  state = jax.eval_shape(lambda: init_state(1))
+  shape = lambda dtype: jax.ShapeDtypeStruct((1, tokens), dtype)
+  compiled = jax.jit(run, donate_argnums=1).lower(params, state, shape(jnp.int32), shape(bool)).compile()
+  memory = 2 * 2 ** 18 * TINY.embed_dim * 4
+  assert compiled.memory_analysis().alias_size_in_bytes >= memory
+  assert aot.memory_of(compiled).temporary < memory / 32
+
+
+@pytest.mark.parametrize('short_term', [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_written_in_place_is_made_anew_for_each_cell_bit_for_bit(monkeypatch, short_term):
+  """Documents of all lengths, padding, cells that end in mid-segment, and memories that others left."""
+  rng, B, T = np.random.default_rng(0), 3, 11
+  ids = np.cumsum(rng.random((B, 2 * T)) < 0.2, axis=1)
+  tokens, valid = rng.integers(0, 11, (B, 2 * T)), rng.random((B, 2 * T)) < 0.8
+
+  def found():
+    params, init_state, run = call(dataclasses.replace(TINY, short_term=short_term, truncate=2))
+
+    @jax.jit
+    def graded(params, state, tokens, valid, ids):
+      def loss(params):
+        hidden, after = run(params, state, tokens, valid, ids)
+        return (hidden ** 3).sum(), (hidden, after)
+      return jax.value_and_grad(loss, has_aux=True)(params)
+
+    out, state = [], jax.tree.map(lambda x: x + 3, init_state(B))   # 3: nobody's
+    state = state._replace(count=state.count * 0, number=state.number * 0)
+    for part in (slice(0, T), slice(T, 2 * T)):
+      out.append(graded(params, state, tokens[:, part], valid[:, part], ids[:, part]))
+      state = out[-1][0][1][1]
+    step = jax.jit(run)
+    for t in range(4):
+      out.append(step(params, state, tokens[:, t:t + 1], valid[:, t:t + 1]))
+      state = out[-1][1]
+    return jax.tree.leaves(out)
+
+  in_place = found()
+  for name in ('begin', 'keep', 'write'):
+    monkeypatch.setattr(Memorizing, name, getattr(Block, name))
+  monkeypatch.setattr(MemorizingStore, 'when_read', lambda self, memory, out: memory)
+  anew = found()
+  assert len(in_place) == len(anew)
+  for a, b in zip(in_place, anew):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_failed_step_has_left_in_slots_without_a_token_is_not_met():
+  q, k, v, valid = (jnp.asarray(x[2]) for x in document(3))
+  junk = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), empty(jnp.float32)._replace(written=None))
+  read = functools.partial(memorizing.read, top=TOP, approximate=False, block=BLOCK)
+
+  @jax.jit
+  def found(state):
+    state = memorizing.write(state, k, v, valid)
+    return jax.value_and_grad(lambda q, scale: (read(state, q, scale) ** 2).sum(), (0, 1))(q, jnp.ones(N))
+
+  clean, dirty = found(empty(jnp.float32)), found(junk._replace(written=jnp.zeros(B, jnp.int32)))
+  jax.tree.map(np.testing.assert_array_equal, clean, dirty)
 
 
 def test_the_approximate_search_asks_for_an_approximate_maximum():

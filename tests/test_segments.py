@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from longctx.models import segments
+from longctx.models.layers import rows_where
 
 B, T, PRIME, FIRST = 3, 26, 10_007, 5
 
@@ -26,6 +27,10 @@ def read(tokens_BC, cell, memory_B, key):
   wide = lambda x_B: jnp.broadcast_to(x_B[:, None], tokens_BC.shape)
   hidden = jnp.stack([wide(memory_B), wide(cell.number_B), so_far_BC, kept_BC], axis=-1)
   return hidden, (memory_B * 31 + so_far_BC[:, -1] + 1) % PRIME
+
+
+def begins_with(fresh):
+  return lambda new_B, memory: rows_where(new_B, fresh(), memory)
 
 
 def by_loops(documents, size):
@@ -44,10 +49,10 @@ def by_loops(documents, size):
 
 @functools.cache
 def walker(size, with_ids, with_valid):
-  fresh = lambda: jnp.full((B,), FIRST, jnp.int32)
+  begin = begins_with(lambda: jnp.full((B,), FIRST, jnp.int32))
   @jax.jit
   def run(tokens, state, ids, valid):
-    return segments.walk(read, fresh, size, 4, jnp.int32, tokens, state, ids if with_ids else None,
+    return segments.walk(read, begin, size, 4, jnp.int32, tokens, state, ids if with_ids else None,
                          valid if with_valid else None)
   return run, segments.new_state(B, size, jnp.full((B,), 99, jnp.int32))   # 99: must never be read
 
@@ -105,7 +110,7 @@ def test_no_gradient_goes_back_beyond_the_segments_that_truncate_allows():
     state = segments.new_state(1, 2, jnp.zeros(1))._replace(
         tail=jnp.zeros((1, 2)), number=jnp.full(1, start, jnp.int32))
     def last(x):
-      hidden, _ = segments.walk(read, lambda: jnp.zeros(1), 2, 1, jnp.float32, x, state,
+      hidden, _ = segments.walk(read, begins_with(lambda: jnp.zeros(1)), 2, 1, jnp.float32, x, state,
                                 truncate=truncate)
       return hidden[0, -1, 0]
     return np.flatnonzero(jax.jit(jax.grad(last))(jnp.ones((1, 12)))[0])
@@ -124,7 +129,7 @@ def test_a_cell_of_nobody_is_passed_over():
     return jnp.where(cell.valid_BC.any(), x_BC, jnp.nan)[..., None], memory_B
   state = segments.new_state(1, 4, jnp.zeros(1))._replace(tail=jnp.zeros((1, 4)))
   x, ids = jnp.arange(1.0, 9)[None], jnp.arange(8)[None]
-  run = lambda x: segments.walk(read, lambda: jnp.zeros(1), 4, 1, jnp.float32, x, state, ids)[0]
+  run = lambda x: segments.walk(read, begins_with(lambda: jnp.zeros(1)), 4, 1, jnp.float32, x, state, ids)[0]
   np.testing.assert_array_equal(jax.jit(run)(x)[0, :, 0], x[0])
   assert np.isfinite(jax.jit(jax.grad(lambda x: run(x).sum()))(x)).all()
 
@@ -138,8 +143,8 @@ def test_the_backward_pass_keeps_no_copy_of_the_parameters_for_each_cell_there_m
       hidden = (memory_BD[:, None] + x_BC[..., None]) @ W
       return hidden, jnp.tanh(hidden[:, -1])
     state = segments.new_state(1, size, jnp.zeros((1, D)))._replace(tail=jnp.zeros((1, size)))
-    fresh = lambda: jnp.zeros((1, D))
-    return segments.walk(read, fresh, size, D, jnp.float32, x, state, ids,
+    begin = begins_with(lambda: jnp.zeros((1, D)))
+    return segments.walk(read, begin, size, D, jnp.float32, x, state, ids,
                          remat=jax.checkpoint_policies.nothing_saveable)[0].sum()
   made = jax.jit(jax.grad(loss)).lower(jnp.ones((D, D)), jnp.ones((1, T)),
                                       jnp.zeros((1, T), int))

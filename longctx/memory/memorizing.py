@@ -5,9 +5,10 @@
   write   the oldest fall out; no gradient enters what is kept
 
 The memory is a ring of slots: token number n stands in slot n mod M, and a write touches the slots it
-fills and no other. A counter says which slots hold a token; no other is ever met. Keys are searched a
-block at a time, as many blocks as are filled, so that scores [C, M] never exist; what is found is scored
-again for the gradient of queries and scale. Numbers a head: C (block + top H), whatever M is.
+fills and no other; in a program that reads too, where the reading is over first (`when_read`). A counter says
+which slots hold a token; no other is ever met. Keys are searched a block at a time, as many blocks as are
+filled, so that scores [C, M] never exist; what is found is scored again for the gradient of queries and scale.
+Numbers a head: C (block + top H), whatever M is.
 
 The memories before segments that follow each other are windows of one array, M tokens and those of the
 segments: all are read with M + S C tokens in memory, not S M.
@@ -65,6 +66,30 @@ def write(state: State, k_BSKH: jax.Array, v_BSKH: jax.Array, valid_BS: jax.Arra
   written = state.written + count_B1[:, 0]
   return State(put(state.k, unit(k_BSKH)), put(state.v, v_BSKH),
                jnp.where(written >= 2 * M, written % M + M, written))
+
+
+def when_read(state: State, out_BCNH: jax.Array) -> State:
+  """The same state, for a write that waits until `out` was read from it: where a compiler sees no order
+  between the two it copies all that is kept, and writes into the copy."""
+  always_B = jnp.isnan(out_BCNH).sum((1, 2, 3)) <= out_BCNH[0].size   # true, and no compiler knows it
+  return state._replace(written=jnp.where(always_B, state.written, 0))
+
+
+def clear(state: State, which_B: jax.Array, block: int = BLOCK) -> State:
+  """0 in all slots of these rows, a block at a time; nothing is touched where there are no such rows."""
+  M = state.k.shape[1]
+  block = min(block, M)
+  which_B = which_B & (state.written >= 0)   # known when `written` is: see when_read
+
+  def one(i, arrays):
+    first = jnp.minimum(i * block, M - block)   # the last block ends with the array
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, block, axis=1)
+    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, axis=1)
+    return tuple(put(x, jnp.where(which_B[:, None, None, None], 0, cut(x))) for x in arrays)
+
+  k, v = jax.lax.fori_loop(0, jnp.where(which_B.any(), -(-M // block), 0), one,
+                           jax.lax.stop_gradient((state.k, state.v)))
+  return state._replace(k=k, v=v)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=('k', 'v', 'filled'),
@@ -140,7 +165,9 @@ def weigh(k_BLKH: jax.Array, v_BLKH: jax.Array, slots_BKQP: jax.Array, there_BKQ
   """What each query makes of the keys found, [B, K, Q, H]."""
   B, K, Q, _ = q_BKQH.shape
   rows, heads = jnp.arange(B)[:, None, None, None], jnp.arange(K)[:, None, None]
-  k, v = (x[rows, slots_BKQP, heads].astype(q_BKQH.dtype) for x in (k_BLKH, v_BLKH))
+  # Slots without a token may hold anything, what a step that failed has left included.
+  k, v = (jnp.where(there_BKQP[..., None], x[rows, slots_BKQP, heads], 0).astype(q_BKQH.dtype)
+          for x in (k_BLKH, v_BLKH))
   scale_KQ1 = jnp.tile(scale_N.reshape(K, -1), (1, Q * K // len(scale_N)))[..., None]
   scores = scale_KQ1 * jnp.einsum('bkqh,bkqph->bkqp', q_BKQH, k)
   scores = jnp.where(there_BKQP, scores, NEG_INF)

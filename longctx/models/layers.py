@@ -9,6 +9,7 @@ B batch  T tokens  N heads  H head dim  D model  F mlp  V vocab
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def of_each(derive: Callable[[jax.Array], jax.Array], key: jax.Array) -> jax.Array:
   """derive(key); of keys [S] that of each of them."""
   return jax.vmap(derive)(key) if key.ndim else derive(key)
+
+
+def rows_where(which_B: jax.Array, yes: Any, no: Any) -> Any:
+  """Row by row one tree or the other."""
+  wide = lambda x: which_B.reshape(-1, *[1] * (x.ndim - 1))
+  return jax.tree.map(lambda a, b: jnp.where(wide(b), a, b), yes, no)
 
 
 @jax.custom_vjp

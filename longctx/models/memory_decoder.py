@@ -25,7 +25,16 @@ from longctx import watch
 from longctx.errors import check
 from longctx.models import schedules, segments
 from longctx.models.decoder_config import REMAT
-from longctx.models.layers import DTYPES, Embedding, RMSNorm, dropout, normal, of_each, param
+from longctx.models.layers import (
+  DTYPES,
+  Embedding,
+  RMSNorm,
+  dropout,
+  normal,
+  of_each,
+  param,
+  rows_where,
+)
 from longctx.models.memories import MEMORIES
 from longctx.models.memories.base import Cell, gate_of
 from longctx.models.memory_config import Config
@@ -67,6 +76,17 @@ class MemoryDecoder(nnx.Module):
       tokens = jnp.broadcast_to(self.tokens.get_value(), (batch_size, *self.tokens.get_value().shape))
     return Memory(tokens, tuple(block.init_memory(batch_size) for block in self.blocks))
 
+  def begin(self, new_B: jax.Array, memory: Memory) -> Memory:
+    """What cells read: the memory, and of new rows what a document begins with."""
+    fresh = self.fresh(len(new_B))
+    return Memory(rows_where(new_B, fresh.tokens, memory.tokens), tuple(
+        block.begin(new_B, *pair) for block, *pair in zip(self.blocks, fresh.layers, memory.layers)))
+
+  def keep(self, kept_B: jax.Array, after: Memory, memory: Memory) -> Memory:
+    """The memory after cells, of those that are kept."""
+    return Memory(rows_where(kept_B, after.tokens, memory.tokens), tuple(
+        block.keep(kept_B, *pair) for block, *pair in zip(self.blocks, after.layers, memory.layers)))
+
   def init_state(self, batch_size: int, capacity: int = 0) -> segments.State:
     """An empty state; `capacity` means nothing to a state that does not grow.
 
@@ -96,8 +116,8 @@ class MemoryDecoder(nnx.Module):
       hidden_BTD, after = self._aligned(tokens_BT, before, segment_ids_BT, dropout_key)
       return hidden_BTD, None if state is None else after
     hidden_BTD, after = segments.walk(
-        self._read(), lambda: self.fresh(B), config.segment, config.embed_dim, DTYPES[config.dtype],
-        tokens_BT, before, segment_ids_BT, valid_BT, truncate=config.truncate, key=dropout_key,
+        self._read(), self.begin, config.segment, config.embed_dim, DTYPES[config.dtype], tokens_BT,
+        before, segment_ids_BT, valid_BT, keep=self.keep, truncate=config.truncate, key=dropout_key,
         remat=REMAT[config.remat])
     return hidden_BTD, None if state is None else after
 
@@ -171,7 +191,7 @@ class MemoryDecoder(nnx.Module):
     check(T % C == 0, f'model.segment={C}: must divide the {T} tokens of an aligned row')
     new_B = segment_ids_BT[:, 0] != state.segment
     number_B = jnp.where(new_B, 0, state.number)
-    memory = segments.rows_where(number_B == 0, self.fresh(B), state.memory)
+    memory = rows_where(number_B == 0, self.fresh(B), state.memory)
     tokens_BSC = tokens_BT.reshape(B, -1, C)
     valid_BSC = (segment_ids_BT == segment_ids_BT[:, :1]).reshape(tokens_BSC.shape)   # padding ends a row
     hidden_BSCD, memory = self.read_segments(tokens_BSC, valid_BSC, number_B, memory, key, every=T // C)
@@ -219,7 +239,7 @@ class MemoryDecoder(nnx.Module):
     self.check_merge(*(int(count) for state in (a, b) for count in state.count))
     # Before its first whole segment a state's memory means nothing.
     none = jax.tree.map(jnp.zeros_like, a.memory)
-    known = [segments.rows_where(state.number > 0, state.memory, none) for state in (a, b)]
+    known = [rows_where(state.number > 0, state.memory, none) for state in (a, b)]
     return a._replace(number=a.number + b.number, segment=jnp.maximum(a.segment, b.segment),
                       memory=jax.tree.map(jnp.add, *known))
 

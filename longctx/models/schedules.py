@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longctx.models.decoder_config import REMAT
-from longctx.models.layers import of_each
+from longctx.models.layers import of_each, rows_where
 from longctx.models.memories.base import Cell
-from longctx.models.segments import detach, rows_where
+from longctx.models.segments import detach
 from longctx.parallel import mesh
 
 AT_ONCE = 16_384   # tokens of a device that fill an accelerator, and hardly its memory

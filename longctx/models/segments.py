@@ -7,7 +7,8 @@ in earlier calls (the state's `tail`) included. `walk` reads the cells one after
 
     hidden_BCD, memory = read(tokens_BC, cell, memory, key)
 
-and keeps the memory of a cell that is whole. So a memory only ever meets whole segments from their first
+and keeps the memory of a cell that is whole: how it does so, and what a document begins with, say `keep` and
+`begin`, since a large memory is written in place. So a memory only ever meets whole segments from their first
 token, and for each of them: whole == any split == token by token; packed == separate; padding is unseen.
 The price is that a call which ends inside a segment reads its begin again.
 
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.models.context import NO_SEGMENT
+from longctx.models.layers import rows_where
 from longctx.models.memories.base import Cell
 
 
@@ -138,18 +140,21 @@ def plan(shape: tuple[int, int], size: int, state: State, segment_ids_BT: jax.Ar
 
 
 Read = Callable[[jax.Array, Cell, Any, jax.Array | None], tuple[jax.Array, Any]]
+Begin = Callable[[jax.Array, Any], Any]
+Keep = Callable[[jax.Array, Any, Any], Any]
 
 
-def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
+def walk(read: Read, begin: Begin, size: int, dim: int, dtype: Any,
          tokens_BT: jax.Array, state: State, segment_ids_BT: jax.Array | None = None,
-         valid_BT: jax.Array | None = None, *, truncate: int = 0, key: jax.Array | None = None,
-         remat: Callable | None = None) -> tuple[jax.Array, State]:
+         valid_BT: jax.Array | None = None, *, keep: Keep = rows_where, truncate: int = 0,
+         key: jax.Array | None = None, remat: Callable | None = None) -> tuple[jax.Array, State]:
   """Hidden states [B, T, D] of the tokens (0 for padding) and the state after them.
 
   Args:
     read: reads one cell of each row; see the head of this file. Rows without one are padding.
-    fresh: gives the memory that a document begins with.
+    begin: of (new_B, memory) the memory that cells read: of new rows what a document begins with.
     size: tokens of a segment.
+    keep: of (whole_B, after, memory) the memory after cells: `after` of whole ones.
     truncate: no gradient goes back through the memory beyond so many segments of a document, counted
       from its begin (truncated backpropagation through time); 0: through all of the call.
     key: of dropout.
@@ -167,10 +172,11 @@ def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
 
   def visit(memory, cells, key):
     """One cell of each row; the memory after it, where it is whole."""
-    before = detach(rows_where(cells.number == 0, fresh(), memory), cells.number, truncate)
-    cell = Cell(slot_C < cells.length[:, None], cells.number)
+    before = detach(begin(cells.number == 0, memory), cells.number, truncate)
+    whole_B = cells.length == size
+    cell = Cell(slot_C < cells.length[:, None], cells.number, kept_B=whole_B)
     hidden_BCD, after = read(tokens_of(cells.first, cells.old), cell, before, key)
-    return hidden_BCD, rows_where(cells.length == size, after, memory)
+    return hidden_BCD, keep(whole_B, after, memory)
 
   kept = functools.partial(jax.checkpoint,
                            policy=remat or jax.checkpoint_policies.everything_saveable)
@@ -208,8 +214,8 @@ def walk(read: Read, fresh: Callable[[], Any], size: int, dim: int, dtype: Any,
   after = State(
       tail=tokens_of(last.first, last.old), count=jnp.where(full_B, 0, last.length),
       number=jnp.where(full_B, last.number + 1, last.number), segment=last.segment, memory=memory)
-  keep = lambda new, old: rows_where(last.none, old, new)
-  return hidden_BTD, State(*(keep(new, old) for new, old in zip(after[:4], state[:4])), memory)
+  moved = lambda new, old: rows_where(last.none, old, new)
+  return hidden_BTD, State(*(moved(new, old) for new, old in zip(after[:4], state[:4])), memory)
 
 
 BUNCH = 64   # islands that one branch may pass over
@@ -248,12 +254,6 @@ def _islands(visit, memory, cells, p, key, sizes) -> jax.Array:
     return x.reshape(count, -1, *x.shape[1:])
   return jax.lax.scan(bunch, jnp.zeros((B, T, dim), dtype),
                       jax.tree.map(in_bunches, (cells, jnp.arange(T))))[0]
-
-
-def rows_where(which_B: jax.Array, yes: Any, no: Any) -> Any:
-  """Row by row one tree or the other."""
-  wide = lambda x: which_B.reshape(-1, *[1] * (x.ndim - 1))
-  return jax.tree.map(lambda a, b: jnp.where(wide(b), a, b), yes, no)
 
 
 def detach(memory: Any, number_B: jax.Array, truncate: int) -> Any:

@@ -18,6 +18,9 @@ long-term memory is a subclass, or a `Store` that the attention's heads read and
     out_BCNH  = store.read(q_BCNH, memory)              q: normed, not turned by positions
     memory    = store.write(memory, k_BSKH, v_BSKH, valid_BS)
 
+`begin` and `keep` say what a cell reads and what stays of what it wrote: chosen row by row, both memories
+being there. A memory too large for that is written in place, nowhere by a cell that is not kept (memorizing.py).
+
 What is written is what falls out of the short-term memory, or, without one, the segment itself. So it is
 for every long-term memory whose class says `falls`: with a window each token is in one of both stores, a
 segment reads what the long-term memory knew before it, and no gradient enters through what the window held.
@@ -53,6 +56,7 @@ from longctx.models.layers import (
   param,
   rotary_angles,
   rotate,
+  rows_where,
 )
 
 
@@ -95,6 +99,7 @@ class Cell(NamedTuple):
   valid_BC: jax.Array    # bool: a token of the row (or of the memory's own) stands here
   number_B: jax.Array    # int32: segments of the document before this one
   parts: int = 1         # cells side by side that a row was cut into
+  kept_B: jax.Array | None = None   # bool: whose memory after it is kept (Block.keep); None: of all
 
 
 class Cost(NamedTuple):
@@ -129,6 +134,11 @@ class Store(nnx.Module):
 
   dependency: ClassVar[str] = 'P1'
   reads: ClassVar[tuple[str, ...]] = ()   # fields of Settings that mean something to it
+
+  def when_read(self, memory: Any, out_BCNH: jax.Array) -> Any:
+    """The memory, to be written once `out` was read from it."""
+    del out_BCNH
+    return memory
 
 
 class Block(nnx.Module):
@@ -179,6 +189,14 @@ class Block(nnx.Module):
   def init_store(self, batch_size: int) -> Any:
     return self.store.init_memory(batch_size) if self.store is not None else ()
 
+  def begin(self, new_B: jax.Array, fresh: Memory, memory: Memory) -> Memory:
+    """What a cell reads: of new rows what a document begins with."""
+    return rows_where(new_B, fresh, memory)
+
+  def keep(self, kept_B: jax.Array, after: Memory, memory: Memory) -> Memory:
+    """The memory after a cell: what it was before where the cell is not kept."""
+    return rows_where(kept_B, after, memory)
+
   def __call__(self, x_BCD: jax.Array, memory: Memory, cell: Cell, key: jax.Array | None
                ) -> tuple[jax.Array, Memory]:
     halves = None if key is None else of_each(jax.random.split, key)
@@ -198,7 +216,9 @@ class Block(nnx.Module):
     out_BCNH = self.attend(q, k, v, memory.past, cell)
     store = memory.store
     if self.store is not None:
-      far_BCNH = self.store.read(q, store).astype(out_BCNH.dtype)
+      far_BCNH = self.store.read(q, store)
+      store = self.store.when_read(store, far_BCNH)
+      far_BCNH = far_BCNH.astype(out_BCNH.dtype)
       g = gate_of(self.gate.get_value(), self.settings.gate).astype(out_BCNH.dtype)[:, None]
       out_BCNH = out_BCNH + g * (far_BCNH - out_BCNH)
       store = self.write(store, k, v, memory.past, cell)

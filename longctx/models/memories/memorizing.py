@@ -22,12 +22,13 @@ B batch  S keys  C slots of a cell  N query heads  K kv heads  H head dim
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from longctx.errors import check, check_choice
 from longctx.memory import memorizing
-from longctx.models.layers import DTYPES, constant, param
-from longctx.models.memories.base import Block, Cost, Settings, Store
+from longctx.models.layers import DTYPES, constant, param, rows_where
+from longctx.models.memories.base import Block, Cell, Cost, Memory, Past, Settings, Store
 
 
 def sizes(settings: Settings) -> tuple[int, int]:
@@ -57,6 +58,10 @@ class MemorizingStore(Store):
       return memory   # what comes after each is known: it is the next window
     return memorizing.write(memory, k_BSKH, v_BSKH, valid_BS)
 
+  def when_read(self, memory: memorizing.State | memorizing.Windows, out_BCNH: jax.Array
+                ) -> memorizing.State | memorizing.Windows:
+    return memorizing.when_read(memory, out_BCNH) if isinstance(memory, memorizing.State) else memory
+
   def before(self, memory: memorizing.State, k_BSCKH: jax.Array, v_BSCKH: jax.Array,
              valid_BSC: jax.Array) -> tuple[memorizing.Windows, memorizing.State]:
     return memorizing.before(memory, k_BSCKH, v_BSCKH, valid_BSC)
@@ -82,3 +87,22 @@ class Memorizing(Block):
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
     super().__init__(settings, store=MemorizingStore, rngs=rngs)
+
+  # A cell that fills no slot touches none, whatever M is: its counter alone says what stands there.
+
+  def begin(self, new_B: jax.Array, fresh: Memory, memory: Memory) -> Memory:
+    store = memory.store._replace(written=jnp.where(new_B, 0, memory.store.written))
+    return Memory(rows_where(new_B, fresh.past, memory.past), store)
+
+  def keep(self, kept_B: jax.Array, after: Memory, memory: Memory) -> Memory:
+    written_B = jnp.where(kept_B, after.store.written, memory.store.written)
+    return Memory(rows_where(kept_B, after.past, memory.past), after.store._replace(written=written_B))
+
+  def write(self, store: memorizing.State | memorizing.Windows, k_BSKH: jax.Array, v_BSKH: jax.Array,
+            past: Past | None, cell: Cell) -> memorizing.State | memorizing.Windows:
+    k, v, valid_BS = (self.falling(x, past, cell) for x in (k_BSKH, v_BSKH, None))
+    if cell.kept_B is not None:
+      # What another document left is cleared once, by the first segment that is kept.
+      store = memorizing.clear(store, cell.kept_B & (cell.number_B == 0))
+      valid_BS &= cell.kept_B[:, None]
+    return self.store.write(store, k, v, valid_BS)
