@@ -41,7 +41,12 @@ CONFIGS = {
     'adds': small(layers=('linear_attention',)),
     'sums': memory(segment=5, long_term='infini', memory_variant='linear'),
     'infini': memory(segment=12, long_term='infini'),   # longer than a chunk
+    'armt': memory(segment=5, long_term='armt', memory_tokens=2, memory_width=4),
+    'rmt': memory(segment=5, long_term='rmt', memory_tokens=2),
+    'titans': memory(segment=6, short_term=4, long_term='titans', memory_variant='mac', memory_tokens=1,
+                     memory_chunk=3),
 }
+MEMORIES = ['infini', 'armt', 'rmt', 'titans']   # of each dependency class, one behind a window
 KINDS = {'lstm': recurrent.Recurrent, 'memory': memory_decoder.MemoryDecoder}
 COUNTS = {'count': 257, 'counts pieces': 400}   # symbols of a toy model
 
@@ -88,7 +93,7 @@ def refused(function, *args, **kwargs):
 TEXT = np.random.default_rng(0).integers(0, 256, 45)
 
 
-@pytest.mark.parametrize('name', ['lstm', 'full', 'count', 'infini'])
+@pytest.mark.parametrize('name', ['lstm', 'full', 'count', *MEMORIES])
 def test_a_text_is_read_alike_however_it_is_cut(name):
   whole = begun(name)
   assert whole.read(TEXT) == 45
@@ -182,7 +187,7 @@ def generated(reader, count, **settings):
   return list(reader.generate(max_new_tokens=count, sampling=Sampling(), **settings))
 
 
-@pytest.mark.parametrize('name', ['lstm', 'full'])
+@pytest.mark.parametrize('name', ['lstm', 'full', *MEMORIES])
 def test_generation_goes_on_from_where_it_stood(name):
   """In one process or two, the same seed draws the same text; another seed or place another."""
   one, two = begun(name), begun(name)

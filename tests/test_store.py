@@ -33,7 +33,12 @@ CONFIGS = {
     'windowed': small(window=(5,), dtype='bfloat16'),
     'full': small(num_layers=1),
     'gated_delta': small(num_layers=1, layers=('gated_delta',)),
+    # A neural memory with its momenta, a convolution's tail, a window, and what waits beside it.
+    'titans': memory_config.Config(vocab_size=VOCAB, num_layers=1, embed_dim=8, num_heads=2, segment=3,
+                                   short_term=2, long_term='titans', memory_variant='mac',
+                                   memory_tokens=1, mlp='none', init_std=0.5, attention='reference'),
 }
+KINDS = {'lstm': recurrent.Recurrent, 'memory': memory_decoder.MemoryDecoder}
 TOYS = {'count': toy_models.CountModel, 'tail': toy_models.TailModel}
 NAMES = [*CONFIGS, *TOYS]
 BEFORE = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 3, 3, 1, 0, 12, 2]])   # two rows
@@ -47,8 +52,7 @@ def made(name):
     model = TOYS[name](VOCAB)
   else:
     config = CONFIGS[name]
-    kind = recurrent.Recurrent if config.name == 'lstm' else decoder.Decoder
-    model = kind(config, rngs=nnx.Rngs(3))
+    model = KINDS.get(config.name, decoder.Decoder)(config, rngs=nnx.Rngs(3))
   return model, nnx.split(model)
 
 
@@ -113,14 +117,16 @@ def test_restored_is_uninterrupted_bit_for_bit(name, key, tmp_path):
   assert not np.array_equal(hidden, uninterrupted(name, row=0)[0])
 
 
-@pytest.mark.parametrize('name', ['lstm', pytest.param('windowed', marks=pytest.mark.slow)])
-def test_another_process_carries_on_bit_for_bit(name, tmp_path):
-  store.save(tmp_path / 'a.lcm', context_of(name))
-  subprocess.run([sys.executable, '-m', 'tests.programs.carry_on', tmp_path / 'a.lcm', name,
-                  tmp_path / 'out.npz'], check=True, cwd=ROOT, timeout=120,
-                 env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-  out = np.load(tmp_path / 'out.npz')
-  same_bits([out[k] for k in out], uninterrupted(name))
+@pytest.mark.parametrize('names', [
+    ['lstm', 'titans'], pytest.param(['windowed'], marks=pytest.mark.slow)], ids=' '.join)
+def test_another_process_carries_on_bit_for_bit(names, tmp_path):
+  for name in names:
+    store.save(tmp_path / f'{name}.lcm', context_of(name))
+  subprocess.run([sys.executable, '-m', 'tests.programs.carry_on', tmp_path, *names], check=True, cwd=ROOT,
+                 timeout=120, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  for name in names:
+    out = np.load(tmp_path / f'{name}.npz')
+    same_bits([out[k] for k in out], uninterrupted(name))
 
 
 def test_every_type_and_shape_of_a_state_comes_back():

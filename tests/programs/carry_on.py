@@ -1,7 +1,7 @@
-"""Carries a saved context on in a process of its own: FILE NAME OUTPUT.
+"""Carries saved contexts on in a process of their own: FOLDER NAME NAME ...
 
-Reads `AFTER` with the model NAME of tests/test_store.py from where FILE stands, and writes the hidden
-states and the state to OUTPUT.npz.
+Reads `AFTER` with the model NAME of tests/test_store.py from where FOLDER/NAME.lcm stands, and writes the
+hidden states and the state to FOLDER/NAME.npz.
 """
 
 import sys
@@ -13,9 +13,10 @@ if __name__ == '__main__':
   import tests.conftest  # noqa: F401  (the settings under which the other process computed)
   from longctx import store
   from tests.test_store import AFTER, call, identity_of, made
-  path, name, output = sys.argv[1:]
-  model, _ = made(name)
-  context = store.load(path, identity_of(name))
-  state = store.state_of(context, model.init_state)
-  hidden, state = call(name)(AFTER, state)
-  np.savez(output, hidden, *jax.tree.leaves(state))
+  folder, *names = sys.argv[1:]
+  for name in names:
+    model, _ = made(name)
+    context = store.load(f'{folder}/{name}.lcm', identity_of(name))
+    state = store.state_of(context, model.init_state)
+    hidden, state = call(name)(AFTER, state)
+    np.savez(f'{folder}/{name}.npz', hidden, *jax.tree.leaves(state))
