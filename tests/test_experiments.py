@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def faults():
   folder = str(ROOT / 'experiments' / '05_faults')
   sys.path.insert(0, folder)
   try:
-    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in ('faults', 'run', 'stall')})
+    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in ('faults', 'run', 'stall', 'faulty')})
   finally:
     sys.path.remove(folder)
     for name in ('faults', 'run', 'children', 'stall', 'faulty'):
@@ -118,7 +119,10 @@ def faults():
 def test_the_plan_of_faults_has_every_kind_and_its_table_counts_them(faults):
   plan, table = faults.faults.plan, faults.faults.table
   plans = [plan(i, 4, 36) for i in faults.run.TIERS['cpu']['trials']]
-  assert len(plans) == 112 and all(sum(p['kind'] == kind for p in plans) == 8 for kind in faults.faults.KINDS)
+  assert len(plans) == 120 and all(sum(p['kind'] == kind for p in plans) == 8 for kind in faults.faults.KINDS)
+  turn = ['term', 'kill', 'stop', 'hang', 'cut', 'missing', 'flip', 'resize', 'disk', 'bucket', 'nan', 'spike', 'rollback',
+          'divergence']
+  assert [p['kind'] for p in plans] == 8 * turn + 8 * ['restart']   # results are known by number and kind
   assert {p['process'] for p in plans} == {0, 1, 2, 3} and all(faults.faults.EVERY < p['step'] <= 24 for p in plans)
   rows = [dict(plans[1], kept=True, seconds=s, recovered=2 * s, reached=37, resumed_at=30, lost=0, same=True)
           for s in (3.0, 9.0, 4.0)]
@@ -158,6 +162,39 @@ def test_what_a_fault_has_changed_is_seen(faults, tmp_path):
   assert lost(key('rollback'), tmp_path, straight, 3) == 0 and lost(key('rollback'), tmp_path, straight, 2) == 1
   stand(12, 13)
   assert lost(key('kill'), tmp_path, straight, 0) > 0
+
+
+OUTAGE = """
+import os, sys, time
+import faulty
+faulty.SECONDS = 1.0
+folder = sys.argv[1]
+sys.argv[1] = f'--config.data.cache_dir=file://{folder}/tokens'
+os.mkdir(f'{folder}/w')
+faulty.restart(faulty.Fault(1, 3, f'{folder}/began'), f'{folder}/w')
+def asked(times):
+  said = ''
+  for _ in range(times):
+    try:
+      os.listdir(f'{folder}/w')
+      said += '.'
+    except OSError as e:
+      said += str(e.errno)
+  return said
+print(asked(4))
+open(f'{folder}/began.killed', 'w').close()
+faulty.restart(faulty.Fault(1, 3, f'{folder}/began'), f'{folder}/w')
+print(os.path.exists(f'{folder}/began'), asked(4), os.path.exists(f'{folder}/began'))
+time.sleep(1.1)
+print(asked(2))
+"""
+
+
+def test_a_start_that_cannot_reach_its_files(tmp_path):
+  """From the third on, for a while, and not before something was killed."""
+  done = subprocess.run([sys.executable, '-c', OUTAGE, tmp_path], capture_output=True, text=True, timeout=60,
+                        env=os.environ | {'PYTHONPATH': str(ROOT / 'experiments' / '05_faults')})
+  assert done.stdout.splitlines() == ['....', 'False ..55 True', '..'], done.stderr
 
 
 def test_what_a_save_costs_by_hand(faults):

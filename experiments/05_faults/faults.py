@@ -38,9 +38,13 @@ KINDS = {
     'spike': 'a batch of another kind, at which the loss leaps: the same',
     'rollback': 'two bad batches: back to the checkpoint before, past the data since',
     'divergence': 'a bit of a parameter in one process: parameter and process are named, status 1',
+    'restart': f'as `kill`, and started again no process reaches workdir and tokens for {faulty.SECONDS:g} seconds: '
+               'tried again, once',
 }
+LATER = ('restart',)   # kinds that have their trials behind those of the others, which are recorded by number
+FIRST = 112            # of these
 DAMAGE = ('cut', 'missing', 'flip')
-LAUNCHED = ('kill', 'hang')               # started again by launch/local.sh
+LAUNCHED = ('kill', 'restart', 'hang')               # started again by launch/local.sh
 SKIPS = ('nan', 'spike', 'rollback')      # what follows is another run than without the fault
 GOES_ON = ('disk', 'bucket', *SKIPS)      # the run that meets it comes to its end
 AGAIN = 'launch: restart 1 of 3'          # what the launcher says
@@ -49,7 +53,8 @@ AGAIN = 'launch: restart 1 of 3'          # what the launcher says
 def plan(number: int, count: int, steps: int) -> dict:
   """Which fault the trial of this number has: the kinds in turn, the rest at random."""
   chance = random.Random(number)
-  return dict(trial=number, kind=list(KINDS)[number % len(KINDS)], process=chance.randrange(count),
+  kinds = LATER if number >= FIRST else [kind for kind in KINDS if kind not in LATER]
+  return dict(trial=number, kind=kinds[number % len(kinds)], process=chance.randrange(count),
               step=chance.randrange(EVERY + 4, steps - 2 * EVERY), processes=count, steps=steps)
 
 
@@ -140,7 +145,9 @@ def provoke(key: dict, base: Path, expected: list[dict]) -> dict:
 def fault_of(key: dict, folder: Path) -> str:
   """faulty.py's argument; '' where the fault comes from outside."""
   known = key['kind'] in faulty.KINDS
-  return f'{key["kind"]}:{key["process"]}:{key["step"]}:{mark(folder)}' if known else ''
+  # restart: one of the first fifteen files, which are those of the lock, the config, checkpoints and tokens.
+  at = key['step'] - EVERY - 3 if key['kind'] == 'restart' else key['step']
+  return f'{key["kind"]}:{key["process"]}:{at}:{mark(folder)}' if known else ''
 
 
 def mark(folder: Path) -> Path:
@@ -155,21 +162,24 @@ def began_at(run: Run, folder: Path) -> float:
 
 def launched(key: dict, folder: Path, arguments: list[str]) -> dict:
   """The launcher's processes, one of which is lost, or hangs."""
-  victim = key['process']
+  victim, killed = key['process'], key['kind'] != 'hang'
   with Launched(folder, key['processes'], arguments, fault_of(key, folder)) as run:
-    if key['kind'] == 'kill':
+    if killed:
       run.wait_for('step', lambda: max([0, *run.steps()]) >= key['step'])
       reached, began = max(run.steps()), time.time()
+      Path(f'{mark(folder)}.killed').touch()
       run.kill(victim, signal.SIGKILL)
     else:
       reached, began = key['step'], began_at(run, folder)
     left = run.wait_for('restart', lambda: AGAIN in run.said())
     on = run.wait_for('first step', lambda: bool(run.steps(AGAIN)))
-    others = [run.said(i) for i in range(key['processes']) if i != victim]
-    told = f'process {victim} is lost' if key['kind'] == 'kill' else 'nothing has moved in process'
+    all_said = [run.said(i) for i in range(key['processes'])]
+    told = f'process {victim} is lost' if killed else 'nothing has moved in process'
+    patient = key['kind'] != 'restart' or any('tried again in' in text for text in all_said)
     return dict(codes=run.wait(), finished=run.wait() == [0], reached=reached,
                 resumed_at=resumed_at(run.said()), seconds=round(left - began, 1), recovered=round(on - began, 1),
-                said=all(told in text for text in others) and run.said().count('launch: restart') == 1)
+                said=all(told in text for i, text in enumerate(all_said) if i != victim) and patient
+                and run.said().count('launch: restart') == 1)
 
 
 def goes_on(key: dict, folder: Path, arguments: list[str]) -> dict:

@@ -6,6 +6,7 @@ Without --fault nothing does; either way every program is kept once it is compil
     disk            from the first save of step STEP or later on PROCESS has no room in the workdir, for SECONDS
     bucket          from that save on no process can reach the workdir or the tokens, for SECONDS
     divergence      after step STEP a bit of one parameter is another one in PROCESS
+    restart         started where there is FILE.killed: as bucket, but from the STEP-th file on that a process asks for
     hang            after step STEP PROCESS does not go on, and the others wait for it in a collective
 
 FILE then has the time at which it began. Where FILE is there already, nothing goes wrong.
@@ -13,6 +14,7 @@ FILE then has the time at which it began. Where FILE is there already, nothing g
 
 import contextlib
 import errno
+import itertools
 import os
 import sys
 import time
@@ -78,10 +80,15 @@ class Fault:
       return save(checkpoints, step, *args, **kwargs)
     checkpoint.Checkpoints.save = begun
 
-  def refuse(self, code: int, folders: tuple[str, ...], reads: bool) -> None:
-    """Files below `folders` cannot be written, or also not be read, once it has begun."""
+  def refuse(self, code: int, folders: tuple[str, ...], reads: bool, at_file: int = 0) -> None:
+    """Files below `folders` cannot be written, or also not be read, once it has begun.
+
+    `at_file`: it begins as so many have been asked for in this process, or in another one.
+    """
+    asked = itertools.count(1)
     def look(event: str, arguments: tuple) -> None:
-      if self.since is None or time.monotonic() > self.since + SECONDS:
+      over = self.since is not None and time.monotonic() > self.since + SECONDS
+      if over or (self.since is None and not at_file):
         return
       if not (event in WRITES or event == 'open' or (reads and event in READS)):
         return
@@ -90,6 +97,9 @@ class Fault:
         return
       if event == 'open' and not reads and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
         return
+      if self.since is None and next(asked) < at_file and not os.path.exists(self.file):
+        return
+      self.begin()
       raise OSError(code, os.strerror(code))
     sys.addaudithook(look)
 
@@ -116,10 +126,18 @@ def disk(fault: Fault, workdir: str) -> None:
   fault.refuse(errno.ENOSPC, (workdir,), reads=False)
 
 
+def tokens() -> str:
+  return next(flag.partition('file://')[2] for flag in sys.argv if flag.startswith('--config.data.cache_dir='))
+
+
 def bucket(fault: Fault, workdir: str) -> None:
-  tokens = next(flag.partition('file://')[2] for flag in sys.argv if flag.startswith('--config.data.cache_dir='))
   fault.at_save(everywhere=True)
-  fault.refuse(errno.EIO, (workdir, tokens), reads=True)
+  fault.refuse(errno.EIO, (workdir, tokens()), reads=True)
+
+
+def restart(fault: Fault, workdir: str) -> None:
+  if os.path.exists(f'{fault.file}.killed'):
+    fault.refuse(errno.EIO, (workdir, tokens()), reads=True, at_file=fault.step)
 
 
 def divergence(fault: Fault, workdir: str) -> None:
@@ -165,7 +183,8 @@ def keep_programs() -> None:
   main.set_compilation_cache = keep
 
 
-KINDS = dict(nan=nan, rollback=rollback, spike=spike, disk=disk, bucket=bucket, divergence=divergence, hang=hang)
+KINDS = dict(nan=nan, rollback=rollback, spike=spike, disk=disk, bucket=bucket, divergence=divergence, hang=hang,
+             restart=restart)
 
 
 if __name__ == '__main__':
