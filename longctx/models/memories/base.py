@@ -27,7 +27,9 @@ segment reads what the long-term memory knew before it, and no gradient enters t
 Sources: Transformer-XL arXiv:1901.02860; the gate of a store: Memorizing Transformer arXiv:2203.08913,
 Infini-attention arXiv:2404.07143.
 Differs: pre-norm, RMSNorm, gated MLP; rotary positions are the default, the paper's relative bias is
-model.position='relative'.
+model.position='relative', with u and v of each layer where the official default shares them; a window is as
+wide as Transformer-XL's, short_term + i tokens before token i of a segment, also for memories published with a
+sliding window, the same for every token.
 Held by: tests/test_models.py and tests/test_memory_laws.py (all laws).
 
 B batch  C slots of a cell  F, K tokens that a memory adds before and after a segment's  M short_term

@@ -18,7 +18,8 @@ it falls out: published with one, they are what passes a segment on while the wi
 Can begin as the plain layer: no; the published start has the states' part of the projection open.
 Class P2: a segment's states are no affine map of those before it.
 Source: arXiv:2203.07852; google-research/meliad.
-Differs: rope for T5's biases; queries and keys have the length 1 with a learned scale only where
+Differs: rope for T5's biases; token i of a segment sees short_term + i tokens before it, where the paper's
+window slides and is the same for all; queries and keys have the length 1 with a learned scale only where
 model.qk_norm says so (RMS norms, shared by tokens and states), else 1/sqrt(H); states attend to their
 own segment's tokens, not to the window before it too; the gates' z is a plain projection (meliad), with
 the paper's tanh for 'lstm'.

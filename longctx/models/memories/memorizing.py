@@ -12,10 +12,10 @@ before it is written, so no token finds itself.
 What a layer keeps depends on its own input alone: class P0, all segments of a row look up at once in one
 array of M + T tokens. Read one by one, training keeps a copy of the memory for each segment of a call.
 Source: arXiv:2203.08913; google-research/meliad; the mathematics: longctx/memory/memorizing.py.
-Differs: the scale and the length 1 are of the memory's queries and keys alone (the local ones have
-model.qk_norm); with kv heads shared by groups of query heads, a group shares a memory; with
-short_term > 0 what falls out of it is written (the paper writes a segment at once), so that no token is
-in both.
+Differs: local attention has rotary positions (or Transformer-XL's) where the paper has T5's bias; the scale
+and the length 1 are of the memory's queries and keys alone (the local ones have model.qk_norm); with kv heads
+shared by groups of query heads, a group shares a memory; with short_term > 0 what falls out of it is written
+(the paper writes a segment at once), so that no token is in both.
 Held by: tests/test_models.py, tests/test_memorizing.py.
 
 B batch  S keys  C slots of a cell  N query heads  K kv heads  H head dim

@@ -30,11 +30,13 @@ Source: Behrouz et al. 2025, arXiv:2501.00663, sections 3 and 4. Where it gives 
 tokens, depth 2, width 4 and a rate over H as in the public code lucidrains/titans-pytorch, but for long chunks.
 Differs: mal adds up what the memory and the attention say, M(x) + Attn([P; x + M(x)]), where the paper's
 output is the attention's, Attn(M([P; x])); g (the norms' weights are said to be learned, not what they begin
-at, and in mac y is what the memory learns, so that its size is another matter); published with a window, mag
-and mal learn a token as it is read, so that window and memory both hold it; the memory does not read P (what
-it begins with is learned); heads; outputs of the memory are projected; the convolution stands before silu, as
-in Gated DeltaNet; alpha begins near 0.007 (a bias: without, half of a memory is gone a token later); the last
-matrix begins at 0: nothing learned, nothing said.
+at, and in mac y is what the memory learns, so that its size is another matter); mag and mal are published with
+a window that slides, the same for every token, beside a memory that learns each token as it is read, so that
+both hold it. That cannot be set: without short_term token i of a segment sees P and x_0 .. x_i of the segment
+alone; with it, short_term + i tokens before it, and the memory learns what falls out and is read by weights a
+segment old. The memory does not read P (what it begins with is learned); heads; outputs of the memory are
+projected; the convolution stands before silu, as in Gated DeltaNet; alpha begins near 0.007 (a bias: without,
+half of a memory is gone a token later); the last matrix begins at 0: nothing learned, nothing said.
 Held by: tests/test_models.py, tests/test_titans_layers.py, tests/test_titans.py.
 
 B batch  C slots of a cell  P persistent tokens  N heads  H head dim  D model  W taps  E channels
