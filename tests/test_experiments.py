@@ -104,6 +104,35 @@ def test_memories(tmp_path):
 
 
 @pytest.fixture(scope='module')
+def passkey():
+  """experiments/03_memories/passkey.py."""
+  folder = str(ROOT / 'experiments' / '03_memories')
+  sys.path.insert(0, folder)
+  try:
+    yield importlib.import_module('passkey')
+  finally:
+    sys.path.remove(folder)
+    for name in ('passkey', 'models'):
+      sys.modules.pop(name, None)
+
+
+def test_memory_that_jumps_up_and_down_does_not_grow(passkey):
+  for low_at in range(20):
+    sizes = [425 if i % 20 == low_at or i % 7 == 0 else 462 for i in range(200)]
+    assert passkey.growth(sizes) == dict(resident_early=462, growth=0, growth_samples=200)
+  assert passkey.growth([50] + [100] * 9 + [101] * 10)['growth'] == 0.01
+
+
+def test_the_table_of_passkeys_is_that_of_the_results(passkey):
+  text = (ROOT / 'experiments' / '03_memories' / 'README.md').read_text()
+  rows = passkey.shared.read(ROOT / 'experiments' / '03_memories' / 'results' / 'passkey.jsonl')
+  assert passkey.table(rows).split('\n\n')[1] in text
+  for row in rows:
+    if row['growth_samples'] == len(row['curve']):   # of old lines
+      assert row['growth'] == passkey.growth(row['curve'])['growth'] <= 0.0001   # as the text says
+
+
+@pytest.fixture(scope='module')
 def faults():
   """What experiments/05_faults has, by the names of its files."""
   folder = str(ROOT / 'experiments' / '05_faults')
