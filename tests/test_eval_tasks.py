@@ -316,7 +316,7 @@ def test_progress_tells_the_time_left(tmp_path, capsys, monkeypatch):
   out = capsys.readouterr().out.splitlines()
   assert out[0].startswith('parity at 64, example 4: 40 % of all tokens, ') and out[0].endswith(' left')
   evaluate(Constant(Bytes(), b''), tmp_path, samples=20)
-  assert capsys.readouterr().out.startswith('carries on: 640 of 1,280 tokens were answered before\n')
+  assert capsys.readouterr().out.startswith('carries on: 640 of 1,280 tokens were read before\n')
 
 
 @pytest.mark.parametrize('settings, message', [

@@ -179,7 +179,7 @@ def test_sums_do_not_lose_small_terms():
                                 *[np.ones((1, 1000), bool)] * 2, *[np.zeros((1, 1000), int)] * 2)
   for _ in range(1000):
     sums.add(segment, np.full((1, 1000), 0.1, np.float32), np.ones(1))
-  np.testing.assert_allclose(sums.nats[0], 1e6 * float(np.float32(0.1)), rtol=1e-9)
+  np.testing.assert_allclose(sums.table[0, 0], 1e6 * float(np.float32(0.1)), rtol=1e-9)
 
 
 def test_one_trace_for_all_batches_modes_and_evaluations():
