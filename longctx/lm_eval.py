@@ -17,7 +17,8 @@ workdir. --model_args takes
 and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make text
 to a length in tokens (RULER's) count with the checkpoint's tokenizer, unless --metadata names one, and
 take their lengths there: --tasks niah_single_1 --metadata '{"max_seq_lengths": [1024]}'. Of RULER's,
-niah_single_1, niah_multikey_2, niah_multikey_3, ruler_cwe and ruler_fwe run without a network.
+niah_single_1, niah_multikey_2, niah_multikey_3, ruler_cwe and ruler_fwe run without a network. Lengths at
+which lm_eval would make no example of ruler_vt, ruler_cwe or ruler_fwe, for ever, are refused.
 
 The second writes tasks of this library as files that lm_eval runs on anybody's model: a data set
 for each length, which is counted in the tokens of --tokenizer.
@@ -46,10 +47,11 @@ INSTALL = "pip install 'lm_eval>=0.4.13,<0.5'"
 MODEL = 'longctx'
 KNOWN = ('workdir', 'checkpoint', 'use_ema', 'seq', 'segment', 'max_length', 'max_gen_toks',
          'truncate')
-# Of lm_eval's RULER, what is made of no text that is fetched; ruler_vt too, but see given_tokenizer.
+# Of lm_eval's RULER, what is made of no text that is fetched; ruler_vt too, but see harness_ruler.py.
 OFFLINE = ('niah_single_1', 'niah_multikey_2', 'niah_multikey_3', 'ruler_cwe', 'ruler_fwe')
 # Where lm_eval itself checks what its user gave; a ValueError from elsewhere is a fault.
-CHECKS = (os.path.join('config', 'evaluate_config.py'), os.path.join('api', 'registry.py'))
+CHECKS = (os.path.join('config', 'evaluate_config.py'), os.path.join('api', 'registry.py'),
+          os.path.join('ruler', 'prepare_niah.py'), os.path.join('ruler', 'qa_utils.py'))
 
 
 def check_installed() -> None:
@@ -125,14 +127,16 @@ def run(words: list[str]) -> None:
     args = parser.parse_args()
   if args.command != 'run':
     return parser.execute(args)
-  check_flags(args)
-  if args.model == MODEL:
+  told = told_by(args)
+  check_flags(told)
+  if told['model'] == MODEL:
     check_devices()
     set_compilation_cache('')
     import jax
     args.device = jax.devices()[0].device_kind   # for the results, where lm_eval would say cuda:0
+  from longctx.evaluation import harness_ruler
   try:
-    with given_tokenizer(args):
+    with given_tokenizer(args, told), harness_ruler.guard():
       parser.execute(args)
   except FloatingPointError as e:
     raise ConfigError(str(e)) from e
@@ -161,32 +165,40 @@ def _command_line(words: list[str]) -> Iterator[None]:
     sys.argv = before
 
 
-def check_flags(args: Any) -> None:
+def told_by(args: Any) -> dict[str, Any]:
+  """What lm_eval goes by: its flags, and where they say nothing its --config file."""
+  from lm_eval.config.evaluate_config import EvaluatorConfig
+  from lm_eval.utils import simple_parse_args_string
+  try:
+    told = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
+  except (OSError, TypeError, ValueError) as e:
+    raise ConfigError(f'--config={args.config}: {" ".join(str(e).split())}; give a YAML file of names and values') from e
+  told = told | {name: value for name, value in vars(args).items() if value or value == 0}
+  for name in ('model_args', 'metadata'):
+    value = told.get(name) or {}
+    told[name] = simple_parse_args_string(value) if isinstance(value, str) else value
+  return told
+
+
+def check_flags(told: dict[str, Any]) -> None:
   """What lm_eval would fill in, or take and do nothing with."""
-  check(bool(args.model or args.config),
-        f'--model: missing; give --model {MODEL} --model_args workdir=W')
-  check(bool(args.tasks or args.config),
-        '--tasks: missing; python -m longctx.lm_eval ls tasks tells them')
-  check(args.model != MODEL or args.device is None,
-        f'--device={args.device}: does nothing with --model {MODEL}; set JAX_PLATFORMS')
+  check(bool(told.get('model')), f'--model: missing; give --model {MODEL} --model_args workdir=W')
+  check(bool(told.get('tasks')), '--tasks: missing; python -m longctx.lm_eval ls tasks tells them')
+  check(told['model'] != MODEL or told.get('device') is None,
+        f'--device={told.get("device")}: does nothing with --model {MODEL}; set JAX_PLATFORMS')
 
 
 @contextlib.contextmanager
-def given_tokenizer(args: Any) -> Iterator[None]:
+def given_tokenizer(args: Any, told: dict[str, Any]) -> Iterator[None]:
   """Tells tasks that count tokens of the checkpoint's tokenizer, as Hugging Face's files."""
-  metadata, workdir = args.metadata or {}, str((args.model_args or {}).get('workdir', ''))
-  if args.model != MODEL or not workdir or {'tokenizer', 'pretrained', 'model'} & set(metadata):
+  metadata, workdir = told['metadata'], str(told['model_args'].get('workdir', ''))
+  if told['model'] != MODEL or not workdir or {'tokenizer', 'pretrained', 'model'} & set(metadata):
     yield
     return
   from longctx.data import tokenizer
-  from longctx.data.tasks import ruler_compat
   from longctx.evaluation import harness_tasks
   from longctx.training import workdir as workdir_lib
   own = tokenizer.load_tokenizer(workdir_lib.load_config(workdir).data.tokenizer)
-  endless = sorted({'ruler', 'ruler_vt'} & set(args.tasks.split(',') if isinstance(args.tasks, str) else args.tasks or ()))
-  check(not endless or 5 * len(own.encode(ruler_compat.NOISE.encode())) <= 400, f'--tasks {",".join(endless)}: lm_eval fits the worked '
-        "example of ruler_vt into 500 tokens, and never ends where this model's tokenizer needs more; write longctx's own: "
-        '--export=DIR --tasks=ruler_vt')
   with tempfile.TemporaryDirectory() as folder:
     if harness_tasks.write_tokenizer(own, folder):
       args.metadata = dict(metadata, tokenizer=folder)

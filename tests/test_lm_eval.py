@@ -26,7 +26,7 @@ from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes, SentencePiece, train_sentencepiece
 from longctx.errors import ConfigError
-from longctx.evaluation import harness_tasks, perplexity
+from longctx.evaluation import harness_ruler, harness_tasks, perplexity
 from longctx.evaluation.harness import Harness
 from longctx.evaluation.subject import Constant, ModelSubject, Oracle, Scored
 from longctx.training import workdir
@@ -500,6 +500,14 @@ def test_a_task_of_ruler_whose_text_cannot_be_fetched_says_which_can_do_without(
   assert all(name in said and name in face.__doc__ for name in face.OFFLINE)
 
 
+@pytest.mark.slow
+def test_a_length_that_lm_eval_itself_refuses_ends_in_one_line(tmp_path, monkeypatch, offline, capsys):
+  args = put(monkeypatch, tmp_path, Constant(Bytes(), b''))
+  assert face.main(['longctx.lm_eval', '--model', 'longctx', '--tasks=niah_single_1', '--include_path', RULER, args,
+                    '--metadata={"max_seq_lengths": [64]}']) == 2
+  assert 'longctx: lm_eval: Could not generate any sample for haystack' in capsys.readouterr().err
+
+
 # Exported tasks.
 
 NO_BYTES = {'ruler_compat_vt': 'its example of 500 tokens has no room in bytes'}
@@ -552,14 +560,109 @@ def test_every_task_can_be_exported(everything, name):
   assert doc['prompt'].encode() == made.prompt and doc['question'] == made.question
 
 
-@pytest.mark.parametrize('tasks', ['ruler', ['niah_single_1', 'ruler_vt']])
-def test_a_task_that_would_never_end_is_refused(monkeypatch, tasks):
-  monkeypatch.setattr(workdir, 'load_config', lambda folder: types.SimpleNamespace(
-      data=types.SimpleNamespace(tokenizer='bytes')))
-  args = types.SimpleNamespace(model='longctx', model_args=dict(workdir='w'), metadata=None, tasks=tasks)
-  with (pytest.raises(ConfigError, match=r'^--tasks ruler(_vt)?: lm_eval fits .* --export=DIR --tasks=ruler_vt'),
-        face.given_tokenizer(args)):
-    pass
+class MadeError(Exception):
+  """A task was about to be made."""
+
+
+def asked(tmp_path, monkeypatch, capsys, *words):
+  """What is said of tasks that lm_eval would make next; '' where it was about to."""
+  def download(self, dataset_kwargs=None, **kwargs):
+    raise MadeError(self.config.task)
+  monkeypatch.setattr('lm_eval.api.task.ConfigurableTask.download', download)
+  args = put(monkeypatch, tmp_path, Constant(Bytes(), b''))
+  words = ['longctx.lm_eval', '--include_path', RULER, *(args if word == 'M' else word for word in words)]
+  capsys.readouterr()
+  try:
+    assert face.main(words) == 2
+  except MadeError:
+    return ''
+  said, = [line for line in capsys.readouterr().err.splitlines() if line.startswith('longctx: ')]
+  return said
+
+
+def at(*lengths):
+  return f'--metadata={json.dumps(dict(max_seq_lengths=lengths))}'
+
+
+BOTH = ['--model', 'longctx', 'M']
+CWE = r'ruler_cwe (\d+) to 4095 or at least (\d+)'
+
+
+@pytest.mark.parametrize('words, said', [
+    (['--tasks=ruler_vt', at(9999)], 'ruler_vt none;'),   # in bytes its worked example has no room, whatever the length
+    (['--tasks=ruler_v?', at(9999)], 'ruler_vt none;'),
+    (['--tasks=ruler_*', at(300, 2500, 9999)], rf"^max_seq_lengths=\[300, 2500, 9999\]: .*: {CWE}, ruler_fwe at least 364, "
+     r'ruler_vt none; .*--tasks=ruler_cwe,ruler_fwe,ruler_vt$'),
+    (['--tasks=ruler', at(2500)], 'of: ruler_vt none; .*--tasks=ruler_vt$'),                       # a group
+    (['--tasks=longcxt', at(2500)], 'of: ruler_vt none;'),                                         # a tag
+    (['--tasks=niah_single_1,ruler_cwe', at(512)], rf'of: {CWE};'),
+    (['--tasks=ruler_cwe'], rf'^max_seq_lengths=\[4096\]: .*of: {CWE};'),                          # lm_eval's own
+    (['--tasks=ruler_fwe', at(363)], 'of: ruler_fwe at least 364;'),
+    ([f'--tasks={RULER}/cw*.yaml', at(100)], rf'of: {CWE};'),                                      # files
+    (['--tasks=ruler_fwe', '--metadata=max_seq_lengths=99'], '=99: must be a list of whole numbers, such as')])
+def test_lengths_at_which_lm_eval_would_make_examples_for_ever_are_refused(words, said, tmp_path, monkeypatch, offline, capsys):
+  found = asked(tmp_path, monkeypatch, capsys, *BOTH, *words)
+  assert re.search(said, found.removeprefix('longctx: --tasks: ')), found
+  if (spans := re.search(CWE, found)):
+    assert 1900 < int(spans[1]) < 2300 and 6600 < int(spans[2]) < 8000
+
+
+@pytest.mark.parametrize('words', [['niah_single_1', at(64)], ['ruler_cwe', at(2500, 4095, 8000)], ['ruler_fwe', at(364)],
+                                   ['ruler_[cf]we', at(2500)]])
+def test_other_lengths_and_tasks_are_not_refused(words, tmp_path, monkeypatch, offline, capsys):
+  assert asked(tmp_path, monkeypatch, capsys, *BOTH, f'--tasks={words[0]}', *words[1:]) == ''
+
+
+@pytest.mark.parametrize('tasks, more', [('[ruler_fwe]', {}), ('ruler_f*', {}), ('[mine]', {}), ('[niah_single_1]', dict(tasks=1))])
+def test_tasks_of_a_config_file_are_refused_likewise(tasks, more, tmp_path, monkeypatch, offline, capsys):
+  """A task of another name, whose text the same generator makes, too; flags go before the file."""
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'mine.yaml').write_text(f'include: {RULER}/fwe.yaml\ntask: mine\n')
+  (tmp_path / 'config.yaml').write_text(
+      f'model: longctx\nmodel_args: {{workdir: {tmp_path}/w}}\ntasks: {tasks}\n'
+      f'include_path: [{RULER}, {tmp_path}/mine]\nmetadata: {{max_seq_lengths: [99]}}\n')
+  words = [f'--config={tmp_path}/config.yaml', *(['--tasks=ruler_fwe'] if more else [])]
+  monkeypatch.setattr(sys.modules[__name__], 'RULER', f'{tmp_path}/mine') if 'mine' in tasks else None
+  found = asked(tmp_path, monkeypatch, capsys, *words)
+  assert f'{"mine" if "mine" in tasks else "ruler_fwe"} at least 364;' in found and '[99]' in found
+
+
+def test_a_config_file_that_is_none_is_named(tmp_path, monkeypatch, capsys):
+  assert f'--config={tmp_path}/none.yaml: Config file not found: ' in asked(
+      tmp_path, monkeypatch, capsys, f'--config={tmp_path}/none.yaml')
+
+
+# Of a generator: its call, with a tokenizer and a length; letters of a token; a part of the least length that has no end.
+CALLS = {'vt': ('vt_utils.get_dataset(tok, {})', 4, 0.9),   # in bytes it has none
+         'cwe': ('cwe_utils.sys_word_pair_random(20, {}, tok)', 1, 0.1),
+         'fwe': ('fwe_utils.sys_kwext(tok, {}, num_samples=5)', 1, 0.9)}
+
+
+def generated(task, length, seconds):
+  """Answers of the examples that lm_eval makes; None where it does not end in time."""
+  call, letters, _ = CALLS[task]
+  program = (f'import json, types; from lm_eval.tasks.ruler import {task}_utils\n'
+             f'tok = lambda text: types.SimpleNamespace(input_ids=range(-(-len(text) // {letters})))\n'
+             f'print("begun", flush=True)\nfound = {call.format(length)}\n'
+             'print("\\n" + json.dumps([one["outputs"] for one in found]))')
+  try:
+    one = subprocess.run([sys.executable, '-c', program], capture_output=True, timeout=seconds, check=False)
+  except subprocess.TimeoutExpired as e:
+    return None if b'begun' in e.stdout else e.stderr
+  assert one.returncode == 0, one.stderr
+  return json.loads(one.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', CALLS)
+def test_the_least_lengths_are_those_of_lm_evals_own_generators(task, offline):
+  """At the least each example has answers, and somewhat below there is no end."""
+  _, letters, endless = CALLS[task]
+  of, = [of for name, of in harness_ruler.SPANS.values() if name == f'ruler_{task}']
+  (least, _), *_ = of(lambda text: -(-len(text) // letters))
+  found = generated(task, least, 120)
+  assert found and all(found)
+  assert generated(task, int(endless * least), 60) is None
 
 
 def test_the_tokenizer_that_tasks_count_with_has_our_tokens(tmp_path):
