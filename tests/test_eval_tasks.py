@@ -17,10 +17,10 @@ from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
-from longctx.evaluation import course, report, tasks
+from longctx.evaluation import course, records, report, tasks
 from longctx.evaluation.subject import Constant, Oracle
 from longctx.training import workdir
-from tests import test_tasks
+from tests import test_task_questions, test_tasks
 from tests.test_task_ruler_compat import by_hand
 
 ABOUT = dict(checkpoint='c', model='m', tokenizer='bytes', step=3)
@@ -111,6 +111,46 @@ def test_scores_of_ruler_stand_beside_the_published_ones(tmp_path, capsys):
       model=dict(name='decoder'), data=dict(length=1024, tokenizer='bytes'))))
   page = report.render(str(tmp_path)).decode()
   assert 'published: GPT-4-1106-preview at 4096</th>' in page and 'wAvg. (inc) 100.0' in page
+
+
+def test_a_score_in_text_that_is_made_up_is_marked_and_one_in_text_given_has_no_floor_of_it(tmp_path, capsys):
+  """Where the published task has a text of its own; what was read stands in each line, and below the tables."""
+  (tmp_path / 'squad.json').write_text(json.dumps(test_task_questions.SQUAD))
+  (tmp_path / 'essay').write_text('Here is a sentence. And another one. ' * 20)
+  said, words = {}, {}
+  for which, given in (('own', {}), ('noise', dict(haystack='noise')),
+                       ('given', dict(haystack=f'{tmp_path}/essay', paragraphs=f'{tmp_path}/squad.json'))):
+    folder = tmp_path / which
+    folder.mkdir()
+    evaluate(Constant(Bytes(), b' 1'), folder, tasks=('ruler_niah_single_2', 'ruler_qa_1', 'ruler_vt', 'passkey'),
+             lengths=(2048,), samples=1, controls=False, **given)
+    said[which], words[which] = (folder / 'tasks.md').read_text(), {line['task']: line['text'] for line in lines_of(folder)}
+    assert capsys.readouterr().out.endswith(said[which])
+    (folder / 'config.json').write_text(json.dumps(dict(model=dict(name='decoder'), data=dict(length=2048, tokenizer='bytes'))))
+    page = html.unescape(report.render(str(folder)).decode())
+    for note in re.findall('^(?:-syn|Text given|Published): .*$', said[which], re.MULTILINE):
+      assert note in page
+    assert ('ruler_qa_1-syn</td>' in page) == (which != 'given')
+  assert '| ruler_qa_1-syn | 2,048 | 0.0 | 0.0 to 79.3 | 4.5 | 1 |' in said['own']
+  assert '| ruler_qa_1 | 2,048 | 0.0 | 0.0 to 79.3 | - | 1 |' in said['given']
+  assert '-syn: made-up text stands in for what the published task has. ruler_niah_single_2: random words in place of Paul ' \
+         "Graham's essays; ruler_qa_1: invented documents in place of SQuAD's.\n" in said['own']
+  assert f"Text given: ruler_niah_single_2, passkey: '{tmp_path}/essay'; ruler_qa_1: '{tmp_path}/squad.json'.\n" in said['given']
+  assert '-syn' not in said['given'] and 'ruler_vt-syn' not in said['own'] and 'Text given' not in said['own']
+  # Beside the published scores too.
+  assert '| ruler_niah_single_2-syn | 0.0 | 100.0 |' in said['own'] and '| mean of 3, 2 -syn | 0.0 |' in said['own']
+  assert 'Tasks marked -syn were put here in other text, made up' in said['own']
+  assert '| ruler_niah_single_2-syn | 0.0 |' in said['noise'] and 'Text given: passkey: random words.' in said['noise']
+  assert words['own'] == dict(ruler_niah_single_2="random words in place of Paul Graham's essays", ruler_vt='',
+                              ruler_qa_1="invented documents in place of SQuAD's", passkey='one sentence over and over')
+  assert words['given'] == dict(ruler_niah_single_2=f"'{tmp_path}/essay'", ruler_qa_1=f"'{tmp_path}/squad.json'",
+                                ruler_vt='', passkey=f"'{tmp_path}/essay'")
+
+
+def test_lines_of_before_their_text_was_told_are_marked_by_what_they_read(tmp_path):
+  old = dict(key='k', task='babilong_qa1', length=9, index=0, score=1.0, too_long=False, haystack='')
+  assert [c.name for c in records.cells([old, old | dict(length=10, haystack='/books')])] == ['babilong_qa1-syn', 'babilong_qa1']
+  assert [c.name for c in records.cells([old | dict(task='of_old')])] == ['of_old']
 
 
 def test_who_says_one_thing_scores_the_floor(tmp_path):

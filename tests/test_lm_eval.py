@@ -555,6 +555,9 @@ def everything(tmp_path_factory):
 def test_every_task_can_be_exported(everything, name):
   folder, names, scores = everything
   assert f'longctx_{name}_4096' in names and scores[f'{name}_4096'] == [1, 0]
+  about = (folder / f'{name}_4096.yaml').read_text()
+  if name == 'ruler_qa_1':
+    assert '"text": "invented documents in place of SQuAD\'s", "floor": 0.04' in about
   doc = json.loads((folder / f'{name}_4096.jsonl').read_text())
   made = example.example(name, TASKS[name], Bytes(), length=4096, index=0)
   assert doc['prompt'].encode() == made.prompt and doc['question'] == made.question

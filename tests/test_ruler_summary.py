@@ -3,6 +3,7 @@ scores beside published ones."""
 
 import pytest
 
+from longctx.data.tasks.table import Text
 from longctx.errors import ConfigError
 from longctx.evaluation import ruler_published
 from longctx.evaluation.records import Cell, Interval
@@ -82,7 +83,13 @@ def test_thirteen_tasks_are_summed_up_beside_the_published_models():
   assert row == ['GPT-4-1106-preview', '-', '96.6', '96.3', '95.2', '93.2', '87.0', '81.2']
   assert among.rows[1][0].startswith('Llama2') and among.rows[1][1:] == ['-', '85.6', *'-----']
   assert len(among.rows) == 1 + len(ruler_published.MEANS) and 'NVIDIA/RULER at c3f5e3b' in among.notes[0]
-  assert 'this one' in among.markdown()
+  assert 'this one' in among.markdown() and '-syn' not in among.markdown() + table.markdown()
+  made_up = [c._replace(text=Text('x in place of y', False, True)) if c.task.endswith(('vt', 'qa_1')) else c for c in found]
+  table, among = compared(made_up)
+  assert [row[0] for row in table.rows][8:] == [
+      'ruler_vt-syn', 'ruler_cwe', 'ruler_fwe', 'ruler_qa_1-syn', 'ruler_qa_2', 'mean of 13, 2 -syn']
+  assert among.rows[0][0] == 'this one, 2 -syn'
+  assert all('Tasks marked -syn were put here in other text' in one.notes[0] for one in (table, among))
 
 
 # As published, of all models but Llama2 (7B), which has one length and none.

@@ -17,7 +17,7 @@ from typing import Any
 
 from longctx.data.tasks import babilong_metric, scoring
 from longctx.data.tasks.example import Example, depth_of, example
-from longctx.data.tasks.table import TASKS, unread
+from longctx.data.tasks.table import TASKS, floor, text_of, unread
 from longctx.data.tokenizer import SPACE, Bytes, SentencePiece, Tokenizer
 from longctx.errors import ConfigError, check_choice
 from longctx.evaluation import exported
@@ -75,7 +75,7 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
                    seed=seed, depths=depths,
                    **{source: value if source in TASKS[name].reads else ''
                       for source, value in sources.items()},
-                   floor=TASKS[name].floor, source=TASKS[name].source)
+                   text=text_of(name, sources).words, floor=floor(name, sources), source=TASKS[name].source)
       _write(pathlib.Path(folder), name, length, lines, about)
   except OSError as e:
     raise ConfigError(f'--export={folder}: cannot be written: {e.strerror}; give another '

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from longctx.data.tasks.table import SYNTHETIC, TASKS, Text, text_of
 from longctx.errors import ConfigError
 from longctx.files import atomic_write, sync_folder
 
@@ -58,6 +59,12 @@ class Cell(NamedTuple):
   logprob: float | None       # mean log-probability of the right answers, natural; None: not asked
   count: int                  # examples that were asked
   too_long: int               # and those that were not, being longer than the model takes
+  text: Text = Text('', False, False)   # that the examples are made of
+
+  @property
+  def name(self) -> str:
+    """The task's, with a mark where its text is a stand-in."""
+    return self.task + SYNTHETIC * self.text.synthetic
 
 
 def cells(lines: Iterable[dict]) -> list[Cell]:
@@ -71,7 +78,8 @@ def cells(lines: Iterable[dict]) -> list[Cell]:
     of = lambda field, asked=asked: [line[field] for line in asked if line.get(field) is not None]
     mean = lambda values: math.fsum(values) / len(values) if values else None
     made.append(Cell(task, length, interval(of('score')) if asked else None, mean(of('control_score')),
-                     mean(of('answer_logprob')), len(asked), len(group) - len(asked)))
+                     mean(of('answer_logprob')), len(asked), len(group) - len(asked),
+                     *([text_of(task, group[-1])] if task in TASKS else [])))
   return made
 
 
@@ -85,10 +93,25 @@ def markdown(columns: Sequence[str], rules: Sequence[str], rows: Sequence[Sequen
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (columns, rules, *rows))
 
 
-def table(found: Sequence[Cell], floors: dict[str, float]) -> str:
-  """Markdown, in percent; the columns of what was asked of no cell are left out."""
+def footnotes(found: Sequence[Cell]) -> list[str]:
+  """What the mark means, and what the text was that was given."""
+  def of(chosen: Sequence[Cell]) -> str:
+    tasks: dict[str, list[str]] = {}
+    for c in chosen:
+      if c.task not in tasks.setdefault(c.text.words, []):
+        tasks[c.text.words].append(c.task)
+    return '; '.join(f'{", ".join(names)}: {words}' for words, names in tasks.items())
+
+  made_up = of([c for c in found if c.text.synthetic])
+  given = of([c for c in found if c.text.given and not c.text.synthetic])
+  return ([f'{SYNTHETIC}: made-up text stands in for what the published task has. {made_up}.'] * bool(made_up)
+          + [f'Text given: {given}.'] * bool(given))
+
+
+def table(found: Sequence[Cell], floors: Mapping[str, float | None]) -> str:
+  """Markdown, in percent; the columns of what was asked of no cell are left out. `floors`: None is not known."""
   columns = [
-      ('task', '---', lambda c: c.task),
+      ('task', '---', lambda c: c.name),
       ('length', '---:', lambda c: f'{c.length:,}'),
       ('score, %', '---:', lambda c: percent(c.score and c.score.mean)),
       ('95 % interval', '---', lambda c: '-' if c.score is None else

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, example
-from longctx.data.tasks.table import TASKS
+from longctx.data.tasks.table import TASKS, floor
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
 from longctx.draw import accuracy, curve, heatmap, position
 from longctx.errors import ConfigError, check
@@ -154,10 +154,10 @@ def _about(config: dict, lines: Sequence[dict], held_out: dict | None) -> str:
 
 def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
   cells = records.cells(lines)
-  known = {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS}
+  known = _floors(lines)
   columns = ['task', 'length', 'score, %', '95 % interval', 'guessing', 'without context', 'n']
   columns.append('too long')
-  rows = [[c.task, f'{c.length:,}', records.percent(c.score and c.score.mean),
+  rows = [[c.name, f'{c.length:,}', records.percent(c.score and c.score.mean),
            '-' if c.score is None else f'{records.percent(c.score.low)} to {records.percent(c.score.high)}',
            records.percent(known.get(c.task)), records.percent(c.control), f'{c.count:,}', f'{c.too_long:,}']
           for c in cells]
@@ -170,6 +170,7 @@ def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
       'examples that were not put, being longer than the model takes.',
       soft=True,
     ),
+    *(page.paragraph(note, soft=True) for note in records.footnotes(cells)),
   ]
   for beside in ruler_summary.compared(cells):
     parts += [f'<h3>{page.text(beside.title)}</h3>', page.table(beside.columns, beside.rows),
@@ -186,6 +187,11 @@ def _tasks(config: dict, lines: list[dict], others: int) -> list[str]:
   return parts
 
 
+def _floors(lines: Sequence[dict]) -> dict[str, float | None]:
+  """Of each task the score of guessing, with the text that it read."""
+  return {line['task']: floor(line['task'], line) for line in lines if line['task'] in TASKS}
+
+
 class Drawing(NamedTuple):
   """A figure that is not drawn yet."""
 
@@ -197,9 +203,7 @@ class Drawing(NamedTuple):
 def drawings(config: dict, lines: list[dict]) -> list[Drawing]:
   """The figures of tasks: score by length, and by depth where there are needles."""
   cells, found = records.cells(lines), []
-  curves = _lines(
-    cells, {task: TASKS[task].floor for task in {c.task for c in cells} if task in TASKS}
-  )
+  curves = _lines(cells, _floors(lines))
   names = list(curves)
   for number, at in enumerate(range(0, len(names), LINES)):
     some = {name: curves[name] for name in names[at:at + LINES]}
@@ -220,7 +224,7 @@ def drawings(config: dict, lines: list[dict]) -> list[Drawing]:
   return found
 
 
-def _lines(cells: Sequence[records.Cell], floors: dict[str, float]) -> dict[str, accuracy.Line]:
+def _lines(cells: Sequence[records.Cell], floors: dict[str, float | None]) -> dict[str, accuracy.Line]:
   points: dict[str, list[accuracy.Point]] = {}
   for c in cells:
     if c.score is not None:

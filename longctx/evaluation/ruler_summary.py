@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from longctx.data.tasks.table import TASKS
+from longctx.data.tasks.table import SYNTHETIC, TASKS
 from longctx.errors import check, check_range
 from longctx.evaluation import records, ruler_published
 
@@ -24,10 +24,10 @@ THRESHOLD = 85.6
 FAMILIES = ('ruler_compat_', 'ruler_', 'lra_')   # begins of names; a task is of the first that fits
 NUM_TASKS = 13
 FORMS = {
-    'ruler_': "Published: of NVIDIA's form. Here needles stand in synthetic text unless eval.haystack names a "
-              'text, and documents are invented unless eval.paragraphs names SQuAD and HotpotQA.',
+    'ruler_': "Published: of NVIDIA's form.",
     'ruler_compat_': "Published: of the same form, byte for byte but for the tokenizer's tokens.",
     'lra_': 'Published: of models trained on the task.'}
+STAND_INS = f'Tasks marked {SYNTHETIC} were put here in other text, made up: their scores are not of the same questions.'
 
 
 def _scores(scores_by_length: Mapping[int, float]) -> list[float]:
@@ -85,7 +85,7 @@ def compared(found: Sequence[records.Cell]) -> list[Compared]:
       beside, means = _beside(family, names, found)
       tables.append(beside)
       if family == 'ruler_' and len(names) == NUM_TASKS and means:
-        tables.append(_among_published(means))
+        tables.append(_among_published(means, _marked(names, found)))
   return tables
 
 
@@ -93,14 +93,20 @@ def _family(name: str) -> str | None:
   return next((family for family in FAMILIES if name.startswith(family)), None) if name in TASKS else None
 
 
-def _among_published(scores: Mapping[int, float]) -> Compared:
+def _marked(names: Sequence[str], found: Sequence[records.Cell]) -> str:
+  """How many of the tasks have made-up text where the published ones have another; '' for none."""
+  count = len({c.task for c in found if c.task in names and c.text.synthetic})
+  return f', {count} {SYNTHETIC}' if count else ''
+
+
+def _among_published(scores: Mapping[int, float], marked: str) -> Compared:
   """The mean of all tasks, by length, and what others have."""
   lengths = sorted({*scores, *ruler_published.LENGTHS})
   row = lambda name, means: [name, *(f'{means[n]:.1f}' if n in means else '-' for n in lengths)]
   rows = [row(name, dict(zip(ruler_published.LENGTHS, means))) for name, means in ruler_published.MEANS.items()]
   return Compared(f'RULER: mean of the {NUM_TASKS} tasks, %, by length, and published', [
-      'model', *(f'{length:,}' for length in lengths)], [row('this one', scores), *rows], [
-          f"Of the README of NVIDIA/RULER at c3f5e3b. {FORMS['ruler_']}"])
+      'model', *(f'{length:,}' for length in lengths)], [row(f'this one{marked}', scores), *rows], [
+          f"Of the README of NVIDIA/RULER at c3f5e3b. {' '.join([FORMS['ruler_'], *([STAND_INS] if marked else [])])}"])
 
 
 def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> tuple[Compared, dict[int, float]]:
@@ -115,10 +121,11 @@ def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> tup
     each = [value(name, column) for name in names]
     means[column] = None if None in each else sum(each) / len(each)
   said = lambda x: '-' if x is None else f'{x:.1f}'
-  rows = [[name, *(said(value(name, column)) for column in columns)] for name in names]
-  rows.append([f'mean of {len(names)}', *(said(means[column]) for column in columns)])
+  named, marked = {c.task: c.name for c in found}, _marked(names, found)
+  rows = [[named[name], *(said(value(name, column)) for column in columns)] for name in names]
+  rows.append([f'mean of {len(names)}{marked}', *(said(means[column]) for column in columns)])
   scores = {length: means[length] for length in lengths if means[length] is not None}
-  notes = [FORMS[family], *(_summary(scores, len(names)) if family != 'lra_' else [])]
+  notes = [' '.join([FORMS[family], *([STAND_INS] if marked else [])]), *(_summary(scores, len(names)) if family != 'lra_' else [])]
   return Compared(f'{family}*: score, %, by length, and published', [
       'task', *(f'{length:,}' for length in lengths), *(f'published: {model}' for model in models)], rows, notes), scores
 

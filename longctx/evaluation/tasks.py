@@ -17,7 +17,7 @@ import numpy as np
 
 from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
-from longctx.data.tasks.table import TASKS, unread
+from longctx.data.tasks.table import TASKS, floor, text_of, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
 from longctx.evaluation import course, records, ruler_summary
 from longctx.evaluation.subject import Subject, prompt_tokens
@@ -129,8 +129,8 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   wanted = [one for one in maker.identities() if main]
   found = records.cells(kept.lines[one] for one in wanted)
   if main:
-    text = '\n\n'.join([records.table(found, {name: TASKS[name].floor for name in config.tasks}),
-                        *(one.markdown() for one in ruler_summary.compared(found))])
+    text = '\n\n'.join([records.table(found, {name: floor(name, config.sources()) for name in config.tasks}),
+                        *records.footnotes(found), *(one.markdown() for one in ruler_summary.compared(found))])
     print(text, flush=True)
     kept.write_table(text + '\n')
   return found
@@ -239,7 +239,7 @@ def _line(config: Config, one: Asked, **answer: Any) -> dict:
   """What an example was, and how it was answered."""
   return dict(task=one.task, length=one.length, index=one.index, seed=config.seed,
               **{source: value if source in TASKS[one.task].reads else ''
-                 for source, value in config.sources().items()},
+                 for source, value in config.sources().items()}, text=text_of(one.task, config.sources()).words,
               depth_asked=one.depth, depth=one.made.depth,
               prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
               new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)

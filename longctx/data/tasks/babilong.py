@@ -5,7 +5,8 @@
 The facts keep their order; each stands between two sentences of the background, evenly anywhere,
 several in one place too. The prompt is BABILong's: instruction, examples, how to answer, <context>,
 question; in our words, with two examples of the same kind of story, and with "Answer:" begun.
-Background: `eval.haystack`, BABILong's is books; by itself one sentence over and over. Differs:
+Background: `eval.haystack`, BABILong's is books; by itself one sentence over and over (results are
+marked -syn). Differs:
 stories are drawn from a seed (babilong_people, babilong_relations) and short enough for any length
 that is not refused; lengths are exact; asked for a depth, the first fact that the answer needs
 stands there, and the others evenly before and after it.
@@ -135,7 +136,7 @@ FLOORS = {
 TASKS = {
     f'babilong_qa{number}': Task(
         make=functools.partial(babilong, number=number), score=score, floor=FLOORS[number],
-        reads=('haystack',),
+        reads=('haystack',), instead_of=dict(haystack='books'),
         source='BABILong, arXiv:2406.10149, on bAbI, arXiv:1502.05698; stories and prompt our own')
     for number in sorted(STORIES)
 }

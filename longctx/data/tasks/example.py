@@ -75,12 +75,16 @@ class Task:
       too short.
     score: (what a model wrote, its example) -> 0 to 1.
     floor: the mean score of guessing: of one who has read the rules and not the context, and says
-      what is most often right; where examples have info['choices'], of one who says any of these.
+      what is most often right; where examples have info['choices'], of one who says any of these. With
+      text of others it may be another: see table.floor.
     source: paper and section, or the file whose generator this follows.
     published: 'model at length' -> score in percent, where there is a number to compare with.
     exact: whether lengths are met exactly; else they are bounds, as in the benchmark that is
       repeated, and do not count the separator.
     reads: which of SOURCES it reads, where they are given; it cannot do without 'files'.
+    own: of these, what its own text is, where none is given; '': one sentence over and over.
+    instead_of: of these, whose text the published task has, for which made-up text stands in.
+    floor_without: of these, those whose text must be the task's own for the floor to be that of guessing.
   """
 
   make: Callable[[Draw], Example]
@@ -90,6 +94,9 @@ class Task:
   published: Mapping[str, float] = dataclasses.field(default_factory=dict)
   exact: bool = True
   reads: tuple[str, ...] = ()
+  own: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  instead_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  floor_without: tuple[str, ...] = ()
 
 
 def generator(*names: Any) -> np.random.Generator:

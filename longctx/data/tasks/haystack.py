@@ -42,7 +42,7 @@ WORDS = COMMON.split()
 SENTENCE_END = re.compile(
     '(?:[.!?]|…|؟|।)(?:["\')\\]]|»|”|’)*\\s+|(?:。|！|？)(?:」|』|”|’|）)*\\s*'.encode())
 WORD_END = re.compile(rb'\s+')
-NAMES = ('repeated', 'noise')   # all else is a glob
+NAMES = {'repeated': 'one sentence over and over', 'noise': 'random words'}   # all else is a glob
 STRETCH = 1000   # bytes without a sentence's end, after which a word's end will do
 
 

@@ -139,7 +139,7 @@ TASKS = {
     'json_kv': Task(make=json_kv, score=scoring.match_all, floor=2.0 ** -122,
                     source='Liu et al. 2023, arXiv:2307.03172'),
     'corpus_in_context': Task(make=corpus_in_context, score=scoring.first_number, floor=1 / 900_000,
-                              reads=('haystack',),
+                              reads=('haystack',), own=dict(haystack='invented documents'),
                               source='after Lee et al. 2024 (LOFT), arXiv:2406.13121; documents '
                                      'are our own'),
 }

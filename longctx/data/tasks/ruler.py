@@ -20,8 +20,8 @@ The prompts, the number of needles, the budgets of new tokens and the scores are
   * A prompt is filled by a cut through its last line, word or document; there it is up to a line
     shorter.
   * A key and a value that are asked for stand in their own needle alone.
-  * The essay is made of random words ("synthetic" in `info`) unless eval.haystack names a text of
-    any size; there it is Paul Graham's, which has no licence.
+  * The essay is made of random words ("synthetic" in `info`, -syn in results) unless eval.haystack
+    names a text of any size; there it is Paul Graham's, which has no licence.
   * vt's worked example has five lines of noise; there as many as 500 tokens hold, in bytes none.
   * Answers may take more tokens than there where their right continuation does.
 Answers of several parts are learned in the order of the text, or of the question where it names
@@ -192,7 +192,8 @@ def _task(name: str) -> Task:
   return Task(
       make=lambda draw: NEEDLES[name](draw, f'ruler_{name}'), score=scoring.match_all,
       floor=FLOORS.get(name, 1 / 9e6), published=ruler_prompts.published(name),
-      reads=('haystack',) if name in ESSAYS else (),
+      **(dict(reads=('haystack',), own=dict(haystack='random words'),
+              instead_of=dict(haystack="Paul Graham's essays")) if name in ESSAYS else {}),
       source='NVIDIA/RULER, scripts/data/synthetic/niah.py, balanced')
 
 

@@ -4,9 +4,9 @@
     ruler_qa_2   two documents are needed (there: HotpotQA's, distractor setting)
 
 With eval.paragraphs the documents and questions are those of SQuAD or HotpotQA files; an example
-takes the next question in an order drawn from the seed. Without, they are SYNTHETIC ("documents" in
-`info` says which): towns that do not exist, a fact of one; and people born in them, a fact of the
-town where one was born. Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and no document is
+takes the next question in an order drawn from the seed, and what guessing scores is not known. Without,
+they are SYNTHETIC (results are marked -syn, "documents" in `info` says which): towns that do not exist,
+a fact of one; and people born in them, a fact of the town where one was born. Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and no document is
 there twice before all were there once, the answer's own never twice; for qa_2 those that the answer
 needs are known (`needles`) and stand apart.
 Held by: tests/test_tasks.py,
@@ -101,7 +101,8 @@ def _task(name: str, kind: str, hops: int) -> Task:
   make: Callable[[Draw], Example] = lambda draw: (
       from_files(draw, name, kind) if draw.paragraphs else synthetic(draw, name, hops))
   return Task(
-      make=make, score=scoring.match_part, reads=('paragraphs',),
+      make=make, score=scoring.match_part, reads=('paragraphs',), own=dict(paragraphs='invented documents'),
+      instead_of=dict(paragraphs=f"{kind}'s"), floor_without=('paragraphs',),
       floor=float(np.mean([1 / number for _, number in FACTS.values()])),   # a guess
       source=f'NVIDIA/RULER, scripts/data/synthetic/qa.py, balanced; {kind} where eval.paragraphs '
       'names it, else synthetic, of which the floor is',

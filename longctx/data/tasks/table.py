@@ -1,11 +1,16 @@
-"""Every task that a config may name, by its name; and whether these read what they are given."""
+"""Every task that a config may name, by its name; what these read of what they are given, and what without.
+
+Held by: tests/test_tasks.py, tests/test_eval_tasks.py, tests/test_task_sources.py.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from longctx.data.tasks import (
     associations,
     babilong,
     coreference,
+    haystack,
     listops,
     lra,
     needles,
@@ -43,3 +48,35 @@ def unread(names: Sequence[str], given: Mapping[str, str], setting: str) -> list
     if without:
       told.append(f'{label}: not read by {", ".join(without)}, whose text is their own')
   return told
+
+
+class Text(NamedTuple):
+  """What a task's examples are made of."""
+
+  words: str         # '' where it reads nothing that could be given
+  given: bool        # by its user
+  synthetic: bool    # made up, where the published task has a text of its own
+
+
+SYNTHETIC = '-syn'   # behind the name of a task whose text is
+
+
+def text_of(name: str, given: Mapping[str, str]) -> Text:
+  """Args: given: of SOURCES, as a config or a line of tasks.jsonl has them."""
+  task = TASKS[name]
+  for source in task.reads:
+    if source == 'files':   # the benchmark's own
+      continue
+    value = given.get(source, '')
+    if value and (source != 'haystack' or value not in haystack.NAMES):
+      return Text(repr(value), True, False)
+    words = task.own.get(source, haystack.NAMES['repeated']) if not value else haystack.NAMES[value]
+    instead = task.instead_of.get(source)
+    return Text(f'{words} in place of {instead}' if instead else words, bool(value), bool(instead))
+  return Text('', False, False)
+
+
+def floor(name: str, given: Mapping[str, str]) -> float | None:
+  """The score of guessing, with the texts given; None where it is not known."""
+  task = TASKS[name]
+  return None if any(given.get(source) for source in task.floor_without) else task.floor
