@@ -222,8 +222,8 @@ def define_export_flags() -> flags.FlagValues:
   text('tokenizer', '', "What counts the tokens: 'bytes', or the path of a SentencePiece .model "
        'file.')
   whole('seed', 0, 'The same seed makes the same examples.')
-  whole('depths', 0, 'Where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly '
-        'drawn.')
+  whole('depths', 0, 'Where needles stand, of tasks that place any: so many depths from 0 to 1 in turn; '
+        '0: anywhere, evenly drawn.')
   text('haystack', '', "What needles are hidden in: '' is each task's own, 'repeated', 'noise', or "
        'a glob of text files.')
   text('paragraphs', '', "What is asked about: '' is invented documents; or a glob of SQuAD or "

@@ -65,6 +65,14 @@ def test_the_command_has_the_texts_that_were_read():
   assert again.of_tasks(named, [given('passkey', '')])['eval.haystack'] == ''
 
 
+def test_the_command_has_the_depths_of_tasks_that_place_needles():
+  lines = [line(eval__depths=2) | dict(depths=2), line(task='parity'), line(task='mqar') | dict(depths=2)]
+  assert again.of_tasks(RUN, lines)['eval.depths'] == 2
+  assert 'eval.depths' not in again.of_tasks(RUN | dict(eval=RUN['eval'] | dict(depths=2)), lines)
+  assert 'eval.depths' not in again.of_tasks(RUN, lines[1:2])
+  assert again.of_tasks(RUN, [line(eval__depths=2) | dict(depths=0)])['eval.depths'] == 0
+
+
 def test_held_out_text_is_read_where_the_run_names_tasks():
   assert again.of_held_out(RUN, {}) == {}
   named = RUN | dict(eval=RUN['eval'] | dict(tasks=['s3']))

@@ -17,7 +17,7 @@ from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
-from longctx.evaluation import course, records, report, tasks
+from longctx.evaluation import again, course, records, report, tasks
 from longctx.evaluation.subject import Constant, Oracle
 from longctx.training import workdir
 from tests import test_task_questions, test_tasks
@@ -260,7 +260,7 @@ def test_killed_and_started_again_is_one_run(tmp_path, calls):
   assert more.seen == 2 * 4   # samples may grow
 
 
-@pytest.mark.parametrize('change', [dict(seed=1), dict(depths=2), dict(controls=False), dict(answers=True),
+@pytest.mark.parametrize('change', [dict(seed=1), dict(controls=False), dict(answers=True),
                                     dict(about=ABOUT | dict(checkpoint='d')),
                                     dict(about=ABOUT | dict(model='n'))], ids=str)
 def test_another_evaluation_counts_its_own_lines_alone(tmp_path, change):
@@ -309,6 +309,33 @@ def test_another_haystack_asks_those_alone_who_read_it(tmp_path):
   other = Counted(Constant(Bytes(), b''))
   evaluate(other, tmp_path, seed=1, **settings)
   assert other.seen == 8
+
+
+def test_depths_are_of_tasks_that_place_a_needle_alone(tmp_path, capsys):
+  with pytest.raises(ConfigError, match=r'^eval\.depths=2: is taken by none of parity, s3; leave it out, or name a task that takes '
+                                        r'it: passkey, niah, '):
+    tasks.Config(tasks=('parity', 's3'), depths=2)
+  tasks.Config(depths=2)   # nothing is put
+  settings = dict(tasks=('parity', 'passkey'), lengths=(320,), samples=4, controls=False, about=ABOUT | dict(overrides={}))
+  found = evaluate(Constant(Bytes(), b''), tmp_path, **settings)
+  old = lines_of(tmp_path)
+  capsys.readouterr()
+  asked = Counted(Constant(Bytes(), b''))
+  evaluate(asked, tmp_path, depths=2, **settings)
+  said, new = capsys.readouterr().out, lines_of(tmp_path)[8:]
+  assert said.startswith('eval.depths=2: not taken by parity, where no needle is placed\n')
+  assert asked.seen == 4 and {line['task'] for line in new} == {'passkey'}   # parity's prompts are the same
+  assert [line['depth_asked'] for line in new] == [0, 1, 0, 1] and {line['depths'] for line in new} == {2}
+  assert all(line['depth_asked'] is None and 'depths' not in line for line in old if line['task'] == 'parity')
+  # The report has what one command asks, and names it.
+  counted, others = report.newest(lines_of(tmp_path))
+  assert counted == [*old[:4], *new] and others == 4
+  config = dict(eval=dict(tasks=['parity', 'passkey'], lengths=[320], samples=4, depths=0, haystack=''))
+  assert again.of_tasks(config, counted) == {'eval.depths': 2}
+  # Whose depths were drawn before this was told apart is asked by the same key.
+  assert evaluate(Counted(Constant(Bytes(), b''), 0), tmp_path, **settings) == found
+  before = tasks._hash([ABOUT[name] for name in ('checkpoint', 'model', 'tokenizer')] + [0, 0, False, False])
+  assert {line['settings'] for line in (*old, *new)} == {before}
 
 
 def test_what_was_counted_as_too_long_is_asked_where_that_is_an_error(tmp_path):
@@ -498,5 +525,5 @@ def test_what_changes_an_answer_is_of_its_key_and_nothing_else(trained, override
     _, config = command_line.parse_with_config(main.define_flags, ['main', *RUN, "--config.eval.tasks=('passkey',)", *more])
     a = assembly.assemble(config)
     about = examine.about(a, config, str(trained), 2)
-    return tasks.settings_key(a.parts.eval, about)
+    return tasks.task_keys(a.parts.eval, tasks.settings_key(a.parts.eval, about), dict(passkey={}))
   assert (key() == key(override)) == same

@@ -383,6 +383,8 @@ def test_results_are_those_of_our_own_scorers(tmp_path, checkpoint):
      '--lengths=1k: must be whole numbers'),
     (['--export=D', '--tasks=mqar', '--lengths=512', '--tokenizer=bytes', '--haystack=noise'],
      "--haystack='noise': is read by none of mqar; leave it out"),
+    (['--export=D', '--tasks=parity', '--lengths=512', '--tokenizer=bytes', '--depths=2'],
+     '--depths=2: is taken by none of parity; leave it out'),
     (['--export=D', '--sample=3'], '--sample: unknown flag (did you mean "samples"?)'),
     (['--export=/dev/null/x', '--tasks=passkey', '--lengths=512', '--samples=1',
       '--tokenizer=bytes'],

@@ -241,6 +241,7 @@ def test_the_oracle_scores_a_hundred_and_who_always_says_one_label_his_share(nam
       dict(checkpoint=checkpoint, model='m', tokenizer='bytes'), lengths=(1300,))[0].score.mean
   made = [draw(name, files, 1300, index=i) for i in range(draw(name, files, 1300).info['fit'])]
   assert put(Oracle(tokenizer.Bytes(), made), 'oracle') == 1
+  assert not TASKS[name].placed and draw(name, files, 1300, depth=0.9) == made[0]
   labels = lra.KINDS[name].labels
   shares = [put(Constant(tokenizer.Bytes(), f' {label}'.encode()), label) for label in labels]
   assert shares == [pytest.approx(sum(one.references[0] == label for one in made) / len(made)) for label in labels]

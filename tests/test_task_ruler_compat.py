@@ -129,6 +129,7 @@ def test_where_the_published_loop_never_ends_an_error_says_so():
 def test_what_the_published_form_has_not_is_refused():
   with pytest.raises(ConfigError, match=r'depth=0.5: .* ruler_vt takes any'):
     draw('ruler_compat_vt', 0, depth=0.5)
+  assert not any(task.placed for name, task in TASKS.items() if 'compat' in name)   # so that none is asked for
   with pytest.raises(ConfigError, match='must be a number'):
     draw('ruler_compat_vt', 0, seed=('train', 1))
 

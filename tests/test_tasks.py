@@ -170,7 +170,9 @@ SPREAD = {'mqar': 'four pairs', 'segment_recall': 'four pairs', 'segment_rewrite
 @pytest.mark.parametrize('name', NAMES)
 def test_depths_are_uniform_and_where_they_were_asked_for(name):
   found = [one.depth for one in many(name)]
-  if found[0] is None:
+  assert (found[0] is not None) == TASKS[name].placed
+  if not TASKS[name].placed:   # nor is anything else at the depth
+    assert draw(name, long(name), depth=0.0) == draw(name, long(name), depth=1.0)
     return
   if name not in NOT_UNIFORM:
     found, grid = np.sort(found), np.arange(MANY + 1) / MANY

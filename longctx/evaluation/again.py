@@ -52,9 +52,9 @@ def of_tasks(config: dict, lines: Sequence[dict]) -> dict[str, Any]:
                samples=max(own['samples'], 1 + max(line['index'] for line in lines)))
   for line in lines:   # the newest last; one that asked no task that reads a text may not have named it
     reads = TASKS[line['task']].reads if line['task'] in TASKS else ()
-    given = {source: line.get(source, '') for source in reads}
+    given = {source: line.get(source, '') for source in reads} | ({'depths': line['depths']} if 'depths' in line else {})
     every |= given
-    own |= {source: asked.get(f'eval.{source}', '') for source in given}
+    own |= {name: asked.get(f'eval.{name}', 0 if name == 'depths' else '') for name in given}
   flags |= {f'eval.{name}': value for name, value in every.items() if value != own[name]}
   if any(line['too_long'] for line in lines):
     flags['eval.too_long'] = 'count'

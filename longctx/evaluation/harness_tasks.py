@@ -60,19 +60,19 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
   """
   for name in names:
     check_choice('--tasks', name, TASKS)
-  for told in unread(names, sources, '--{}'):
+  for told in unread(names, dict(sources, depths=depths), '--{}'):
     print(told, file=sys.stderr)
   made = {   # all before any is written: a length may be too short, or an example no text
       (name, length): [
           _line(name, index, example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
-                                     depth=depth_of(index, depths), **sources))
+                                     depth=depth_of(TASKS[name], index, depths), **sources))
           for index in range(samples)]
       for name in names for length in lengths}
   try:
     _write_python(pathlib.Path(folder))
     for (name, length), lines in made.items():
       about = dict(version=1.0, length=length, tokenizer_fingerprint=tokenizer.fingerprint,
-                   seed=seed, depths=depths,
+                   seed=seed, depths=depths if TASKS[name].placed else 0,
                    **{source: value if source in TASKS[name].reads else ''
                       for source, value in sources.items()},
                    text=text_of(name, sources).words, floor=floor(name, sources), source=TASKS[name].source)

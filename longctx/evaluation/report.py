@@ -113,8 +113,8 @@ def lines_of(folder: str, name: str) -> list[dict]:
 def newest(lines: Sequence[dict]) -> tuple[list[dict], int]:
   """(the lines of the evaluation that was written last, how many there are of others).
 
-  It has the settings of the last line, and of each task the lines of one key: the newest whose text is that
-  of the tasks taken before, so that one command asks them all.
+  It has the settings of the last line, and of each task the lines of one key: the newest whose text and depths
+  are those of the tasks taken before, so that one command asks them all.
   """
   keys, texts, seen = {}, {}, set()
   for line in reversed(lines):
@@ -124,7 +124,7 @@ def newest(lines: Sequence[dict]) -> tuple[list[dict], int]:
     seen.add((task, key))
     # Of a folder each task reads files of its own: its path is what they share.
     digests = {source: of for source, of in (line.get('digests') or {}).items() if source != 'files'}
-    reads = sources.read_by(task, line, digests)
+    reads = sources.read_by(task, line, digests) | ({'depths': line['depths']} if 'depths' in line else {})
     if all(texts.get(source, text) == text for source, text in reads.items()):
       keys[task] = key
       texts |= reads

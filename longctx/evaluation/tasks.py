@@ -32,7 +32,7 @@ class Config:
   tasks: tuple[str, ...] = ()  # names of data/tasks/table.py; (): --mode=eval reads held-out text instead
   lengths: tuple[int, ...] = ()  # tokens, the answer's too; (): data.length
   samples: int = 100  # examples of each task and length
-  depths: int = 0  # where needles stand: so many depths from 0 to 1 in turn; 0: anywhere, evenly drawn
+  depths: int = 0  # where needles stand, of tasks that place any: so many depths from 0 to 1 in turn; 0: anywhere, evenly drawn
   seed: int = 0
   haystack: str = ''  # what needles are hidden in, see data/tasks/haystack.py; '': the task's own text
   paragraphs: str = ''  # SQuAD or HotpotQA files by a glob, for ruler_qa_*; '': invented ones
@@ -56,14 +56,14 @@ class Config:
     check(self.depths <= self.samples, f'eval.depths={self.depths}: must be at most eval.samples='
           f'{self.samples}, or some depths have no example')
     check_choice('eval.too_long', self.too_long, ('error', 'count'))
-    self.unread()   # refuses what no task reads
+    self.unread()   # refuses what no task has a use for
 
   def sources(self) -> dict[str, str]:
     return {source: getattr(self, source) for source in SOURCES}
 
   def unread(self) -> list[str]:
-    """Which of the sources given some tasks do not read."""
-    return unread(self.tasks, self.sources(), 'eval.{}') if self.tasks else []
+    """Which of the sources given some tasks do not read, and whether some have no depth."""
+    return unread(self.tasks, dict(self.sources(), depths=self.depths), 'eval.{}') if self.tasks else []
 
 
 def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> None:
@@ -76,16 +76,18 @@ def check_lengths(config: Config, lengths: tuple[int, ...], max_length: int) -> 
 
 def settings_key(config: Config, about: Mapping[str, Any]) -> str:
   """The hash of all that an answer depends on, whatever the task; the example itself and rounding aside."""
-  return _hash([about['checkpoint'], about['model'], about['tokenizer'], config.seed, config.depths,
+  return _hash([about['checkpoint'], about['model'], about['tokenizer'], config.seed, 0,   # once eval.depths
                 config.controls, config.answers])
 
 
 def task_keys(config: Config, settings: str, digests: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-  """Of each task the hash of the settings and of what it reads: another haystack asks nobody else again.
+  """Of each task the hash of the settings, of what it reads and of its depths: others ask nobody else again.
 
   Files count by what they hold (`digests`, see data/tasks/sources.py) and not by their paths.
   """
-  return {name: _hash([settings, sources.read_by(name, config.sources(), digests[name])]) for name in config.tasks}
+  depths = {name: [config.depths] if config.depths and TASKS[name].placed else [] for name in config.tasks}
+  return {name: _hash([settings, sources.read_by(name, config.sources(), digests[name]), *depths[name]])
+          for name in config.tasks}
 
 
 def _hash(parts: Any) -> str:
@@ -167,7 +169,7 @@ class _Maker:
 
   def make(self, task: str, length: int, index: int) -> Asked:
     c = self.config
-    depth = depth_of(index, c.depths)
+    depth = depth_of(TASKS[task], index, c.depths)
     made = example(task, TASKS[task], self.tokenizer, length=length, index=index, seed=c.seed,
                    depth=depth, **c.sources())
     return Asked(task, length, index, depth, made, prompt_tokens(self.tokenizer, made.prompt))
@@ -240,6 +242,6 @@ def _line(config: Config, one: Asked, **answer: Any) -> dict:
   return dict(task=one.task, length=one.length, index=one.index, seed=config.seed,
               **{source: value if source in TASKS[one.task].reads else ''
                  for source, value in config.sources().items()}, text=text_of(one.task, config.sources()).words,
-              depth_asked=one.depth, depth=one.made.depth,
+              **({'depths': config.depths} if TASKS[one.task].placed else {}), depth_asked=one.depth, depth=one.made.depth,
               prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
               new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)

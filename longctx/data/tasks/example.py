@@ -84,6 +84,7 @@ class Task:
     reads: which of SOURCES it reads, where they are given; it cannot do without 'files'.
     own: of these, what its own text is, where none is given; '': one sentence over and over.
     instead_of: of these, whose text the published task has, for which made-up text stands in.
+    placed: whether the first needle stands at the depth that is asked for; else there is none to place.
     floor_without: of these, those whose text must be the task's own for the floor to be that of guessing.
   """
 
@@ -96,6 +97,7 @@ class Task:
   reads: tuple[str, ...] = ()
   own: Mapping[str, str] = dataclasses.field(default_factory=dict)
   instead_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  placed: bool = True
   floor_without: tuple[str, ...] = ()
 
 
@@ -105,8 +107,10 @@ def generator(*names: Any) -> np.random.Generator:
   return np.random.Generator(np.random.Philox(key=int.from_bytes(key, 'little')))
 
 
-def depth_of(index: int, depths: int) -> float | None:
+def depth_of(task: Task, index: int, depths: int) -> float | None:
   """Where the needle of example `index` is asked for: `depths` places from 0 to 1 in turn; 0: anywhere."""
+  if not task.placed:
+    return None
   if depths < 2:
     return 0.5 if depths else None
   return float(np.linspace(0, 1, depths)[index % depths])

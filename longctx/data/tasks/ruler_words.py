@@ -113,12 +113,12 @@ def fwe(draw: Draw) -> Example:
 
 TASKS = {
     'ruler_cwe': Task(
-        make=cwe, score=scoring.match_all,
+        make=cwe, score=scoring.match_all, placed=False,
         floor=COMMON / len(words.vocabulary()),   # ten words of the list
         source='NVIDIA/RULER, scripts/data/synthetic/common_words_extraction.py, balanced',
         published=ruler_prompts.published('cwe')),
     'ruler_fwe': Task(
-        make=fwe, score=scoring.match_all, floor=3 / 26**LETTERS,
+        make=fwe, score=scoring.match_all, placed=False, floor=3 / 26**LETTERS,
         source='NVIDIA/RULER, scripts/data/synthetic/freq_words_extraction.py, balanced',
         published=ruler_prompts.published('fwe')),
 }

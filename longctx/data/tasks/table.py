@@ -4,7 +4,7 @@ Held by: tests/test_tasks.py, tests/test_eval_tasks.py, tests/test_task_sources.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longctx.data.tasks import (
     associations,
@@ -28,25 +28,27 @@ TASKS: dict[str, Task] = {
     **ruler.TASKS, **ruler_compat.TASKS}
 
 
-def unread(names: Sequence[str], given: Mapping[str, str], setting: str) -> list[str]:
-  """A sentence for each source that some of the tasks have no use for; ConfigError where all have none.
+def unread(names: Sequence[str], given: Mapping[str, Any], setting: str) -> list[str]:
+  """A sentence for each thing given that some of the tasks have no use for; ConfigError where all have none.
 
   Args:
     names: of tasks.
-    given: of SOURCES, those that are not here or '' were not given.
-    setting: what the user knows a source by, such as 'eval.{}'.
+    given: of SOURCES and 'depths', those that are not here, '' or 0 were not given.
+    setting: what the user knows one by, such as 'eval.{}'.
   """
   told = []
-  for source in SOURCES:
-    if not (value := given.get(source)):
+  for what in (*SOURCES, 'depths'):
+    if not (value := given.get(what)):
       continue
-    label = f'{setting.format(source)}={value!r}'
-    without = [name for name in names if source not in TASKS[name].reads]
-    able = [name for name, task in TASKS.items() if source in task.reads]
-    check(len(without) < len(names), f'{label}: is read by none of {", ".join(names)}; leave it out, or '
-          f'name a task that reads it: {", ".join(able)}')
+    label = f'{setting.format(what)}={value!r}'
+    able = [name for name, task in TASKS.items() if (task.placed if what == 'depths' else what in task.reads)]
+    without = [name for name in names if name not in able]
+    read = 'taken' if what == 'depths' else 'read'
+    check(len(without) < len(names), f'{label}: is {read} by none of {", ".join(names)}; leave it out, or '
+          f'name a task that {"takes" if what == "depths" else "reads"} it: {", ".join(able)}')
     if without:
-      told.append(f'{label}: not read by {", ".join(without)}, whose text is their own')
+      why = 'where no needle is placed' if what == 'depths' else 'whose text is their own'
+      told.append(f'{label}: not {read} by {", ".join(without)}, {why}')
   return told
 
 
