@@ -1,6 +1,6 @@
 """Writes experiments/*/colab.ipynb, one for each experiment below: `python experiments/notebooks.py`.
 
-A notebook installs longctx where it is not there yet (on Colab), runs its experiment's command at the tier
+A notebook installs longctx on Colab, around the jax that is there, runs its experiment's command at the tier
 that is chosen, and shows the tables and figures. It writes into a folder of its own, so that committed results
 stay as they are.
 Held by: tests/test_notebooks.py (as committed == as written here; each runs from a clean kernel).
@@ -8,6 +8,7 @@ Held by: tests/test_notebooks.py (as committed == as written here; each runs fro
 
 import json
 import os
+import re
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REPOSITORY = 'longctx/longctx'   # owner/name on GitHub: where notebooks are opened and cloned from
@@ -24,20 +25,36 @@ NOTEBOOKS = {
 BOOKS = ('04_arena',)
 
 INSTALL = """\
+import importlib.metadata
 import os
 import subprocess
 import sys
+import tempfile
 
-if 'google.colab' in sys.modules and not os.path.isdir('/content/longctx'):
-  subprocess.run(['git', 'clone', '--depth=1', 'https://github.com/{repository}', '/content/longctx'], check=True)
-  # jax stays as the runtime has it: it fits the accelerator.
-  subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '-r', '/content/longctx/requirements.txt'],
-                 check=True)
+
+def install():
+  from packaging.specifiers import SpecifierSet
+  # jax and its plugins stay as the runtime has them, whatever asks for others: they fit the accelerator.
+  has = {{(found.metadata['Name'] or '').replace('_', '-'): found.version for found in importlib.metadata.distributions()}}
+  kept = {{name: has[name] for name in has if name in ('jax', 'jaxlib', 'libtpu') or name.startswith('jax-')}}
+  if 'jax' in kept and not SpecifierSet('{jax}').contains(kept['jax'], prereleases=True):
+    raise RuntimeError(f'jax=={{kept["jax"]}}: longctx needs jax{jax}; choose a runtime that has it, or install it with its '
+                       "plugin (!pip install 'jax[cuda12]{jax}' for a GPU, jax[tpu] for a TPU, jax for neither), "
+                       'restart the session and run this again')
+  if not os.path.isdir('/content/longctx'):
+    subprocess.run(['git', 'clone', '--depth=1', 'https://github.com/{repository}', '/content/longctx'], check=True)
+  constraints = os.path.join(tempfile.mkdtemp(), 'kept.txt')
+  with open(constraints, 'w') as file:
+    file.writelines(f'{{name}}=={{version}}\\n' for name, version in kept.items())
+  subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '-r', '/content/longctx/requirements.txt',
+                  '-c', constraints], check=True)
+
+
+if 'google.colab' in sys.modules:
+  install()
 here = '/content/longctx/experiments/{folder}' if 'google.colab' in sys.modules else os.getcwd()"""
 
 TIER = """\
-import tempfile
-
 tier = 'smoke'  #@param {tiers}
 out = None      # a folder to keep the results in; None: a temporary one
 out = out or tempfile.mkdtemp()"""
@@ -73,6 +90,13 @@ TIERS = {'01_cost_of_attention': ['smoke', 'cpu'], '02_recurrences': ['smoke', '
          '03_memories': ['smoke', 'hour', 'cpu'], '04_arena': ['smoke', 'cpu', 'gpu']}
 
 
+def versions(package: str) -> str:
+  """What requirements.txt asks of a package, such as '>=1,<2'."""
+  with open(os.path.join(ROOT, 'requirements.txt'), encoding='utf-8') as file:
+    found, = (line.split('#')[0].strip().removeprefix(package) for line in file if re.match(rf'{package}[<>=]', line))
+  return found
+
+
 def title(folder: str) -> str:
   with open(os.path.join(ROOT, 'experiments', folder, 'README.md'), encoding='utf-8') as file:
     return file.readline().strip('# \n')
@@ -85,7 +109,7 @@ def notebook(folder: str) -> dict:
   with_books = GIVEN_BOOKS if folder in BOOKS else ''
   cells = [('markdown', f'# {title(folder)}\n\n{badge}\n\nThe questions, predictions and committed results: '
                         f'[README](README.md). `smoke` only shows that it runs; `cpu` takes hours on two cores.'),
-           ('code', INSTALL.format(repository=REPOSITORY, folder=folder)),
+           ('code', INSTALL.format(repository=REPOSITORY, folder=folder, jax=versions('jax'))),
            ('code', TIER.format(tiers=json.dumps(TIERS[folder])) + with_books), ('code', RUN)]
   for name, arguments in NOTEBOOKS[folder]:
     given = [*map(repr, arguments), *["*([f'--books={books}'] if books else [])"] * (folder in BOOKS)]
