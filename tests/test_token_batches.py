@@ -24,6 +24,22 @@ def test_every_key_of_mqar_is_asked_once_and_answered_by_its_value():
     assert max(value_of) < 128 <= min(value_of.values())
 
 
+def test_noise_of_mqar_holds_as_many_keys_as_is_said():
+  """Read token by token: a key in the noise, and a question behind one of its own."""
+  rows, behind, tokens, targets = 0, 0, *draw('mqar', rows=2000)
+  for row, answers in zip(tokens.tolist(), targets.tolist()):
+    keys, strays, found = set(row[0:16:2]), set(), 0
+    for token, answer in zip(row[16:], answers[16:]):
+      if answer != UNSCORED:
+        found += token in strays
+      elif token in keys:
+        strays.add(token)
+    rows, behind = rows + bool(strays), behind + found
+  # Of 40 tokens of noise each is one of 8 keys among 256 symbols: 1 - (1 - 8 / 256) ** 40 = 0.719
+  assert abs(rows / 2000 - 0.72) < 0.03 and abs(behind / 16000 - 0.042) < 0.006
+  assert '72 %' in token_batches.mqar.__doc__ and '4.2 %' in token_batches.mqar.__doc__
+
+
 def test_questions_of_mqar_follow_the_power_law():
   """Slot n is asked in proportion to 1/n nearly: the first far more often than the last."""
   _, targets = draw('mqar', rows=4000)

@@ -43,7 +43,12 @@ class Task(NamedTuple):
 
 def mqar(rng: np.random.Generator, rows: int, length: int, *, pairs: int, vocab_size: int,
          alpha: float = 0.01) -> Batch:
-  """`pairs` keys with values, then each key once more, near ones likelier (power law `alpha`)."""
+  """`pairs` keys with values, then each key once more, near ones likelier (power law `alpha`).
+
+  Noise is of any symbol, as by default in Zoology's generator, and so may be a key, with a symbol behind it that
+  is not its value: in 72 % of the rows of TASKS, and 4.2 % of all questions come behind such a false pair of their
+  own key. Zoology's figure 2 is without; experiments/04_arena puts blanks in the place of noise.
+  """
   half, slots = vocab_size // 2, (length - 2 * pairs) // 2
   check(pairs < half and slots >= pairs, f'mqar: length={length}, vocab_size={vocab_size}: must have '
         f'room for {pairs} pairs twice, and more than twice as many symbols')
