@@ -1,6 +1,7 @@
 """Tasks put to subjects, through the whole pipeline: who knows scores 100, who says one thing the floor."""
 
 import dataclasses
+import functools
 import html
 import json
 import math
@@ -63,16 +64,40 @@ def case(name):
   return (by_hand(), 2048) if name in COMPAT else (Bytes(), test_tasks.short(name))
 
 
+@functools.cache
+def put(name):
+  """The first examples of a task."""
+  tok, length = case(name)
+  return [example.example(name, TASKS[name], tok, length=length, index=i) for i in range(PUT)]
+
+
 @pytest.mark.parametrize('name', [*test_tasks.NAMES, *COMPAT])
 def test_of_every_task_the_oracle_scores_a_hundred(name, tmp_path):
-  tok, length = case(name)
-  oracle = Oracle(tok, [example.example(name, TASKS[name], tok, length=length, index=i) for i in range(PUT)])
+  tok, length, made = *case(name), put(name)
+  oracle = Oracle(tok, made)
   one, = evaluate(oracle, tmp_path, tasks=(name,), lengths=(length,), samples=PUT)
   assert (one.score.mean, one.control, one.count) == (1, 0, PUT)
   # Shown the first two alone, it knows no more.
-  known = Oracle(tok, [example.example(name, TASKS[name], tok, length=length, index=i) for i in range(2)])
-  half, = evaluate(known, tmp_path, dict(ABOUT, checkpoint='half'), tasks=(name,), lengths=(length,), samples=PUT)
+  half, = evaluate(Oracle(tok, made[:2]), tmp_path, dict(ABOUT, checkpoint='half'), tasks=(name,), lengths=(length,), samples=PUT)
   assert half.score.mean == 0.5
+  # One who knows the questions without their contexts, and nothing else: the last answer, where they are alike.
+  alone = {one.without_context: one.target.decode() for one in made}
+  control, = evaluate(Oracle(tok, [dataclasses.replace(one, prompt=one.without_context) for one in made]), tmp_path,
+                      dict(ABOUT, checkpoint='alone'), tasks=(name,), lengths=(length,), samples=PUT)
+  assert control.score.mean == 0
+  assert control.control == pytest.approx(np.mean([TASKS[name].score(alone[one.without_context], one) for one in made]))
+  assert control.control >= 1 / PUT
+
+
+@pytest.mark.parametrize('name', [*test_tasks.NAMES, *COMPAT])
+def test_of_every_task_one_examples_answer_is_right_for_those_it_answers_alone(name, tmp_path):
+  tok, length, made = *case(name), put(name)
+  evaluate(Constant(tok, made[0].target), tmp_path, tasks=(name,), lengths=(length,), samples=PUT)
+  lines = lines_of(tmp_path)
+  right = [one.references == made[0].references for one in made]
+  assert right[0] and [line['score'] == 1 for line in lines] == right
+  # An answer is cut to what its own example allows; of answers alike none is cut.
+  assert [line['control_score'] == 1 for line in lines] == right
 
 
 @pytest.mark.parametrize('name', [*test_tasks.NAMES, *COMPAT])
