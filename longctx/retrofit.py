@@ -2,13 +2,15 @@
 
 `run.init_from` names the workdir of a run. Every parameter of the new model that has a name and a shape
 of the old one's begins with its values; the rest begin as the config draws them. With a gate that is closed
-at first (model.gate='tanh'), or a memory that begins empty, the new model is then the old one: as long as
-a row is within one segment its logits are equal, and beyond it is the old model with a window.
+at first (model.gate='tanh'), or a memory that says nothing at first (ARMT), the new model is then the old one:
+as long as a row is within one segment its logits are equal, and beyond it is the old model with a window.
+There is such a gate where heads read a memory (infini, memorizing) and where a memory is added to attention
+(block_recurrent; behind a window ttt, memory_caching, and titans as 'memory').
 
 Refused: a setting of both models that differs and changes what the parameters mean (all but FREE);
 and a new gate of model.gate='sigmoid', which is half open at first and takes half of what attention
-says away. Memories that are heard from the first token on (Block.identity is False) are a choice:
-the line that says what began as in the old run says so.
+says away. Memories that are heard from the first token on (Block.identity is False: compressive, rmt, other Titans,
+and those that are added without a gate) are a choice: the line that says what began as in the old run says so.
 Held by: tests/test_retrofit.py.
 """
 
@@ -87,12 +89,13 @@ def differences(old: Any, new: Any) -> list[str]:
 
 def heard_at_first(config: Any, fresh: Collection[str]) -> str:
   """The memory that cannot begin as if it were not there, if `fresh` parameters are of one; or ''."""
+  fresh = [name for name in fresh if name.split('/')[0] in ('blocks', 'tokens')]
   if not fresh or not hasattr(config, 'long_term'):
     return ''
   gates = [name for name in fresh if name.split('/')[-1] == 'gate']
   check(not gates or config.gate == 'tanh', f'model.gate={config.gate!r}: a new gate of it is half '
         "open at first, and halves what attention says; set model.gate='tanh', which begins closed")
-  return '' if all(MEMORIES[kind].identity for kind in config.kinds()) else config.long_term
+  return '' if all(MEMORIES[kind].identity(config.settings()) for kind in config.kinds()) else config.long_term
 
 
 def _name(path: tuple) -> str:

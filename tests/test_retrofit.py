@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 from longctx import assembly, retrofit, train
 from longctx.configuration import base
 from longctx.errors import ConfigError
-from longctx.models import decoder
+from longctx.models import decoder, memory_decoder
 from longctx.models import memory_config as memory
 from longctx.models.memories import MEMORIES
 from tests.compilation import quick_compilation  # noqa: F401
@@ -62,7 +64,13 @@ CLOSED = {
     'memorizing': dict(long_term='memorizing', gate='tanh', memory_size=64, memory_layers=(1,)),
     'armt': dict(long_term='armt', memory_tokens=2, memory_width=4),
     'two stores': dict(long_term='infini', gate='tanh', memory_variant='linear', short_term=8),
+    # Its 'fixed' gate would keep half of a state a segment.
+    'block_recurrent': dict(long_term='block_recurrent', gate='tanh', memory_variant='lstm', memory_tokens=2),
+    'ttt': dict(long_term='ttt', gate='tanh', short_term=8),
+    'memory_caching': dict(long_term='memory_caching', gate='tanh', memory_size=64, short_term=8),
+    'titans': dict(long_term='titans', gate='tanh', memory_variant='memory', short_term=8),
 }
+ADDED = [name for name in CLOSED if name in ('block_recurrent', 'ttt', 'memory_caching', 'titans')]
 
 
 def begun(plain, **model):
@@ -92,11 +100,15 @@ def test_a_memory_begins_as_the_model_it_is_added_to(name, plain):
   whole = jax.jit(after)(params, TOKENS)
   for start in range(0, 3 * WINDOW, WINDOW):
     np.testing.assert_allclose(whole[:, start:start + WINDOW], before(TOKENS[:, start:start + WINDOW]), atol=1e-5)
-  # And it can open: the gate's gradient is not that of a saturated sigmoid.
-  if name in ('infini', 'memorizing'):
-    loss = lambda params: jnp.square(after(params, TOKENS)[:, WINDOW:]).mean()
-    grads = jax.jit(jax.grad(loss))(params)
-    assert np.abs(grads['blocks'][1]['gate'].get_value()).max() > 1e-7
+  if 'gate' in CLOSED[name]:
+    can_open(after, params)
+
+
+def can_open(after, params):
+  """The gate's gradient is not 0, as a saturated sigmoid's, or that of what says nothing, would be."""
+  loss = lambda params: jnp.square(after(params, TOKENS)[:, WINDOW:]).mean()
+  grads = jax.jit(jax.grad(loss))(params)
+  assert np.abs(grads['blocks'][1]['gate'].get_value()).max() > 1e-7
 
 
 def opened(params):
@@ -108,7 +120,7 @@ def opened(params):
 
 
 @pytest.mark.parametrize('name, segment', [
-    (name, segment) if (name, segment) in (('two stores', 1), ('transformer_xl', 4)) else
+    (name, segment) if (name, segment) in (('two stores', 1), ('transformer_xl', 4), ('ttt', 4)) else
     pytest.param(name, segment, marks=pytest.mark.slow) for name in CLOSED for segment in (1, 4)])
 def test_it_begins_as_the_windowed_model_it_is_added_to_over_many_segments(name, segment, plain):
   """Token i of a segment sees short_term + i before it: with segments of one token all see a window, however
@@ -127,22 +139,63 @@ def test_it_begins_as_the_windowed_model_it_is_added_to_over_many_segments(name,
   else:
     np.testing.assert_allclose(found[:, :WINDOW], expected[:, :WINDOW], atol=1e-5)
     assert (np.abs(found - expected).max((0, 2)) > 1e-4)[WINDOW:].all()
+    if 'gate' in CLOSED[name]:
+      can_open(after, params)
 
 
-def test_every_memory_says_whether_it_can_begin_so_and_those_that_can_are_held_to_it():
-  promised = {name for name, kind in MEMORIES.items() if kind.identity}
-  assert promised == {config.get('long_term', 'none') for config in CLOSED.values()}
+def says_that_it_begins_so(name, **settings):
+  return MEMORIES[name].identity(memory.Config(long_term=name, segment=6, **settings).settings())
 
 
-HEARD = sorted(name for name, kind in MEMORIES.items() if not kind.identity)
+def test_every_memory_says_whether_it_begins_so_and_those_that_do_are_held_to_it():
+  for config in CLOSED.values():
+    assert says_that_it_begins_so(**{'name': 'none'} | {
+        {'long_term': 'name'}.get(field, field): value for field, value in config.items()})
+  never = set(MEMORIES) - {config.get('long_term', 'none') for config in CLOSED.values()}
+  assert never == {'compressive', 'rmt'}
+
+
+HEARD = sorted(set(MEMORIES) - {'none', 'armt'})
 
 
 @pytest.mark.parametrize('name', HEARD)
 def test_a_memory_that_is_heard_at_first_is_named(name):
+  """Of the default gate, which is half open, or none."""
   settings = dict(short_term=6) if name == 'compressive' else {}
+  assert not says_that_it_begins_so(name, **settings)
   config = memory.Config(long_term=name, segment=6, **settings)
   assert retrofit.heard_at_first(config, ['blocks/0/new']) == name
   assert retrofit.heard_at_first(config, []) == ''   # that run had it too
+
+
+@pytest.mark.parametrize('name', ADDED)
+def test_what_is_added_to_attention_has_a_gate_only_where_it_is_asked_for(name):
+  """Of one number a layer that has the memory, which the count knows; what else there is stays."""
+  def parameters(gate):
+    config = memory.Config(**CLOSED[name] | dict(
+        gate=gate, vocab_size=9, num_layers=3, embed_dim=16, num_heads=2, segment=8, memory_layers=(0, 2)))
+    params = nnx.state(nnx.eval_shape(lambda: memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0))))
+    found = {'/'.join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(params)}
+    assert sum(map(math.prod, found.values())) == config.resolved(9).num_parameters()
+    return found
+
+  gates = {f'blocks/{i}/gate': (1,) for i in (0, 2)}
+  assert parameters('tanh') == parameters('sigmoid') | gates
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(long_term='rmt'), "model.gate='tanh': is not read with model.long_term='rmt', but with infini, memorizing, "
+     "block_recurrent, memory_caching, titans, ttt; set model.gate='sigmoid'"),
+    (dict(long_term='ttt'), "model.gate='tanh': is not read by model.long_term='ttt', which stands in the place of "
+     "attention without model.short_term, so that nothing would be left; set model.short_term, or 'sigmoid'"),
+    (dict(long_term='memory_caching'), "model.gate='tanh': is not read by model.long_term='memory_caching'"),
+    (dict(long_term='titans', memory_variant='memory'), "is not read by model.memory_variant='memory'"),
+    (dict(long_term='titans', short_term=8), "model.gate='tanh': is read with model.memory_variant='memory' alone, "
+     "not 'mag', where attention is scaled"),
+])
+def test_a_gate_with_nothing_to_shut_is_refused(settings, message):
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    memory.Config(segment=8, gate='tanh', **settings)
 
 
 def test_a_run_that_begins_with_such_a_memory_says_so(plain):
@@ -257,7 +310,7 @@ def without_a_memory(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in CLOSED if 'gate' in CLOSED[name]])
+@pytest.mark.parametrize('name', [name for name in CLOSED if 'gate' in CLOSED[name] and name not in ADDED])
 def test_a_memory_that_was_added_is_what_knows(name, without_a_memory, tmp_path):
   """Its gate opens at a rate of its own; what is out of the window is then answered from the memory alone."""
   folder, files = without_a_memory

@@ -46,7 +46,8 @@ class Config:
   memory_chunk: int = 0
   memory_rate: float = 0.0
   memory_top: int = 0
-  gate: str = 'sigmoid'         # of a memory read by heads: sigmoid | tanh (closed at first)
+  gate: str = 'sigmoid'         # of a memory read by heads: sigmoid | tanh (closed at first); of one that is
+                                #   added to attention: none | tanh
   schedule: str = 'auto'        # of whole rows: auto | sequential | parallel | wavefront
   truncate: int = 0             # segments that gradients go back through; 0: all of a call
   position: str = 'rope'        # rope | relative (Transformer-XL's) | none
@@ -117,7 +118,7 @@ class Config:
             f'model.long_term={self.long_term!r}, but with {readers or "no memory"}')
     gated = [m for m, kind in MEMORIES.items() if 'gate' in kind.reads]
     check(self.gate == 'sigmoid' or self.long_term in gated, f'model.gate={self.gate!r}: is not read '
-          f'with model.long_term={self.long_term!r}, but with {", ".join(gated)}')
+          f"with model.long_term={self.long_term!r}, but with {', '.join(gated)}; set model.gate='sigmoid'")
 
   def widths(self) -> dict[str, int]:
     """The sizes that 0 leaves to be derived."""

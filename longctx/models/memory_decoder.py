@@ -122,9 +122,9 @@ class MemoryDecoder(nnx.Module):
     return hidden_BTD, None if state is None else after
 
   def gates(self) -> dict[int, jax.Array]:
-    """How much of what its store says enters each head, by layer; of layers whose store has such a gate."""
+    """How much of what its memory says enters each head, or the layer, by layer; of those that have a gate."""
     return {i: gate_of(block.gate.get_value(), self.config.gate)
-            for i, block in enumerate(self.blocks) if block.store is not None}
+            for i, block in enumerate(self.blocks) if block.gate is not None}
 
   # One cell.
 

@@ -74,7 +74,7 @@ def train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config:
   """The state after one batch, and scalars: loss (nats per token), grad_norm, good (finite and no
   spike: the update was made), bad_in_a_row, skipped, tokens (targets), keys (of each window of the
   model: what a query with a target sees on average), gates (of memories that have one, as the loss met
-  them: by layer the mean and the largest |gate| of its heads), and grad_squares (one sum of squares a
+  them: by layer the mean and the largest |gate| of its heads, or its one), and grad_squares (one sum of squares a
   parameter, to name the first that is not finite). `aligned`: the model is told that documents begin
   rows (data.align). `spike_sigmas` is read where the state has `recent`.
   """

@@ -24,8 +24,10 @@ being there. A memory too large for that is written in place, nowhere by a cell 
 What is written is what falls out of the short-term memory, or, without one, the segment itself. So it is
 for every long-term memory whose class says `falls`: with a window each token is in one of both stores, a
 segment reads what the long-term memory knew before it, and no gradient enters through what the window held.
+A memory that is added to attention (its class reads `gate`, and it is no store) has a gate too where
+model.gate='tanh': a number g of the layer, y = Attn(x) + tanh(g) M(x), 0 at first. As published it has none.
 Sources: Transformer-XL arXiv:1901.02860; the gate of a store: Memorizing Transformer arXiv:2203.08913,
-Infini-attention arXiv:2404.07143.
+Infini-attention arXiv:2404.07143; of what is added: Flamingo arXiv:2204.14198.
 Differs: pre-norm, RMSNorm, gated MLP; rotary positions are the default, the paper's relative bias is
 model.position='relative', with u and v of each layer where the official default shares them; a window is as
 wide as Transformer-XL's, short_term + i tokens before token i of a segment, also for memories published with a
@@ -84,7 +86,7 @@ class Settings:
   out_std: float = 0.02        # of the projections back into the residual
   dtype: str = 'float32'       # of the arithmetic, and of hidden states that are kept
   attention: str = 'auto'
-  gate: str = 'sigmoid'        # of what a store says: sigmoid | tanh (0 at first: nothing)
+  gate: str = 'sigmoid'        # of what a store says: sigmoid | tanh (0 at first: nothing); what is added: tanh or none
   variant: str = ''            # these are the memory's own; '' and 0: as published
   tokens: int = 0
   size: int = 0
@@ -148,7 +150,6 @@ class Block(nnx.Module):
 
   dependency: ClassVar[str] = 'P0'
   reads: ClassVar[tuple[str, ...]] = ()
-  identity: ClassVar[bool] = True    # whether it can begin as the plain transformer's layer
   falls: ClassVar[bool] = True       # with short_term, is written what falls out; else each segment
   deals: ClassVar[bool] = True       # some of the memories of `before` may be taken without the others
 
@@ -157,6 +158,11 @@ class Block(nnx.Module):
     """How many tokens of its own the memory has before and after those of each segment."""
     del settings
     return 0, 0
+
+  @classmethod
+  def identity(cls, settings: Settings) -> bool:
+    """Whether it begins as the plain transformer's layer: with its gate shut, or saying nothing at first."""
+    return settings.gate == 'tanh' or 'gate' not in cls.reads
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:
@@ -177,7 +183,9 @@ class Block(nnx.Module):
     self.relative = relative_bias(s, rngs) if s.position == 'relative' else None
     self.store = store(s, rngs=rngs) if store else None
     # Named `gate`: the optimiser gives gates a rate of their own (optimizer.gate_rate).
-    self.gate = param(rngs, constant(0.0), (s.num_heads,), ('heads',)) if store else None
+    one = 'gate' in self.reads and s.gate == 'tanh'
+    self.gate = (param(rngs, constant(0.0), (s.num_heads,), ('heads',)) if store else
+                 param(rngs, constant(0.0), (1,), (None,)) if one else None)
 
   def init_memory(self, batch_size: int) -> Memory:
     """What a document begins with."""
@@ -225,6 +233,12 @@ class Block(nnx.Module):
       out_BCNH = out_BCNH + g * (far_BCNH - out_BCNH)
       store = self.write(store, k, v, memory.past, cell)
     return self.mixer.merged(out_BCNH), Memory(self.remember(x_BCD, memory.past, cell), store)
+
+  def let_in(self, said_BCD: jax.Array) -> jax.Array:
+    """What is added to attention, of what the memory says."""
+    if self.gate is None:
+      return said_BCD
+    return gate_of(self.gate.get_value(), self.settings.gate).astype(said_BCD.dtype) * said_BCD
 
   def before(self, x_BSCD: jax.Array, memory: Memory, valid_BSC: jax.Array
              ) -> tuple[Memory, Memory]:
@@ -348,7 +362,7 @@ def attention_mask(past: Past | None, cell: Cell) -> Intervals:
 
 
 def gate_of(gate_N: jax.Array, kind: str) -> jax.Array:
-  """How much of what a store says enters each head, float32."""
+  """How much of what a memory says enters each head, or the layer, float32."""
   return jax.nn.sigmoid(gate_N) if kind == 'sigmoid' else jnp.tanh(gate_N)
 
 

@@ -15,7 +15,8 @@ states; gradients go through the states of all segments of a call (model.truncat
 The paper has one such layer of 12, the tenth: model.memory_layers=(9,), and with it a window of the
 segment's length: model.short_term. That window is why states hear each segment when it is read, not when
 it falls out: published with one, they are what passes a segment on while the window still holds it.
-Can begin as the plain layer: no; the published start has the states' part of the projection open.
+Can begin as the plain layer: with model.gate='tanh', which shuts the states' part of the projection at first
+(models/memories/base.py); the published start has it open.
 Class P2: a segment's states are no affine map of those before it.
 Source: arXiv:2203.07852; google-research/meliad.
 Differs: rope for T5's biases; token i of a segment sees short_term + i tokens before it, where the paper's
@@ -50,8 +51,7 @@ class BlockRecurrent(Block):
   """Memory.store is the states, [B, M, D] float32."""
 
   dependency = 'P2'
-  reads = ('variant', 'tokens')
-  identity = False
+  reads = ('variant', 'tokens', 'gate')
   falls = False
 
   @classmethod
@@ -63,7 +63,8 @@ class BlockRecurrent(Block):
     of_token = 2 * s.dim * heads
     biases = s.dim * (maps + (maps == 1))
     along = M / s.segment * (2.0 * of_state + 4.0 * heads * (M + s.segment))
-    return Cost(parameters=of_state + of_token + biases + (2 * M + 1) * s.dim, matrices=of_token,
+    gate = int(s.gate == 'tanh')
+    return Cost(parameters=of_state + of_token + biases + (2 * M + 1) * s.dim + gate, matrices=of_token,
                 flops=4.0 * heads * M + along, state=M * s.dim)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
@@ -106,7 +107,7 @@ class BlockRecurrent(Block):
     state_k, state_v = normed(mixer.k_norm, split(in_BMD, w_kv[:, 0])), split(in_BMD, w_kv[:, 1])
     q_BCNH = normed(mixer.q_norm, split(self.mixer_norm(x_BCD), self.w_q_to_states.get_value()))
     far_BCNH = attend(q_BCNH, state_k, state_v, None, s.attention)
-    y_BCD = mixer.merged(near_BCNH) + projected(far_BCNH, self.w_out_of_states.get_value())
+    y_BCD = mixer.merged(near_BCNH) + self.let_in(projected(far_BCNH, self.w_out_of_states.get_value()))
 
     to_states, to_tokens = (normed(mixer.q_norm, split(in_BMD, w_q[:, i])) for i in range(2))
     C = x_BCD.shape[1]

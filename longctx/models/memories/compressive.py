@@ -51,7 +51,10 @@ class Compressive(Block):
 
   dependency = 'P0'
   reads = ('variant', 'size', 'rate')
-  identity = False
+
+  @classmethod
+  def identity(cls, settings: Settings) -> bool:
+    return False
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:

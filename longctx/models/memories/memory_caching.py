@@ -12,7 +12,8 @@ memory_width: of a mixer's keys, or of the mixer where it has none (0: as publis
 
 With short_term there is attention beside it, over the window and the segment; what falls out of the window,
 a segment's length at a time, makes a memory, and the cached memories alone are read:
-y = Attn(x) + rmsnorm(what the cached memories say) W_out.
+y = Attn(x) + rmsnorm(what the cached memories say) W_out. So it can begin as the plain layer: with
+model.gate='tanh', which shuts what is added (models/memories/base.py), and not by the gates of its own.
 
 Source: arXiv:2602.24281; the mathematics: longctx/memory/caching.py.
 Differs: the paper's other backbones are deep memories, which are not wrapped, nor are the cells of
@@ -70,8 +71,7 @@ class MemoryCaching(Block):
 
   dependency = 'P1'
   deals = False   # one line of states for all segments
-  reads = ('variant', 'size', 'width', 'top')
-  identity = False
+  reads = ('variant', 'size', 'width', 'top', 'gate')
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:
@@ -100,7 +100,7 @@ class MemoryCaching(Block):
              decay.flops(N, N, H, H, by_channel=False, form='chunked', chunk=0))
     cached = slots * (kept + said + D) if gated else kept
     gate = D * D if gated else 0
-    return Cost(parameters=parameters + gate, matrices=matrices + gate, flops=own + 2.0 * cached,
+    return Cost(parameters=parameters + gate + int(s.gate == 'tanh'), matrices=matrices + gate, flops=own + 2.0 * cached,
                 state=slots * (kept + D) + 1 + tail, attends=s.short_term > 0)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
@@ -137,7 +137,7 @@ class MemoryCaching(Block):
     far_BCD = self.hear(x_BCD, cell.valid_BC, last(cache.tail, past), cache, apart=True).y
     old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
     cache = self.push(cache, self.hear(old_BCD, valid_BC, cache.tail, None), old_BCD, valid_BC)
-    return near_BCD + far_BCD, Memory(self.remember(x_BCD, past, cell), cache)
+    return near_BCD + self.let_in(far_BCD), Memory(self.remember(x_BCD, past, cell), cache)
 
   def push(self, cache: caching.State | caching.Windows, heard: Heard, x_BCD: jax.Array,
            valid_BC: jax.Array) -> caching.State | caching.Windows:

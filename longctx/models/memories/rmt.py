@@ -10,6 +10,7 @@ layers are plain. short_term: its keys stand before the read tokens. What memory
 segment they stand in, by all layers on its way up; so it is published with Transformer-XL's window too, and
 there is no writing of what falls out of one.
 memory_tokens: m (0: 10).
+Can begin as the plain transformer: no. All tokens of a segment attend to the read tokens as to each other.
 Source: Bulatov et al. 2022, arXiv:2207.06881, decoder; carried after the last norm as in the authors'
 code for GPT-2.
 Differs: rotary positions count the memory's tokens like others, and the write tokens stand behind a
@@ -25,8 +26,11 @@ TOKENS = 10
 class RMT(Block):
   dependency = 'P3'
   reads = ('tokens',)
-  identity = False
   falls = False
+
+  @classmethod
+  def identity(cls, settings: Settings) -> bool:
+    return False
 
   @staticmethod
   def extra_tokens(settings: Settings) -> tuple[int, int]:

@@ -17,7 +17,8 @@ inputs of the convolution are part of the memory.
 With short_term attention sees the window too, and the memory learns a token when it falls out of it: in mag
 and mal what the window kept of it (x, and x'), in mac its y, which waits beside the window. All that a
 segment reads, it reads by the weights before it. 'memory' then has attention of its own beside it:
-out = Attn(x) + M_before(x), without P.
+out = Attn(x) + M_before(x), without P, and can begin as the plain layer: with model.gate='tanh', which shuts what is
+added (models/memories/base.py). The other forms cannot: what attention makes is scaled by the memory, or made of it.
 
 memory_variant: '' is mag; memory_tokens: P (0: 4); memory_depth: matrices (0: 2); memory_width: between
 them (0: 4 a head's); memory_chunk: tokens (0: 64, or the segment if shorter);
@@ -85,6 +86,8 @@ def check_no_attention(settings: Settings, name: str) -> None:
   """A memory in the place of attention has nothing that these would change, but for a window's."""
   if settings.short_term:
     return
+  check(settings.gate == 'sigmoid', f'model.gate={settings.gate!r}: is not read by {name}, which stands in the place '
+        "of attention without model.short_term, so that nothing would be left; set model.short_term, or 'sigmoid'")
   check(not settings.qk_norm, f'model.qk_norm={settings.qk_norm}: is not read by {name}, which has no '
         'attention without model.short_term')
   check(settings.position != 'relative', f"model.position='relative': is not read by {name}, which has "
@@ -208,8 +211,7 @@ def weights(settings: Settings) -> int:
 
 class Titans(Block):
   dependency = 'P2'
-  reads = ('variant', 'tokens', 'width', 'depth', 'chunk', 'rate')
-  identity = False
+  reads = ('variant', 'tokens', 'width', 'depth', 'chunk', 'rate', 'gate')
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:
@@ -219,6 +221,9 @@ class Titans(Block):
     check(depth > 1 or not s.width, f'model.memory_width={s.width}: is not read with '
           'model.memory_depth=1, which has no hidden layer; leave it out')
     attends, persistent = s.variant != 'memory' or s.short_term > 0, s.variant != 'memory'
+    check(s.gate == 'sigmoid' or not persistent, f"model.gate={s.gate!r}: is read with model.memory_variant='memory' "
+          f'alone, not {s.variant or VARIANTS[0]!r}, where attention is scaled by the memory or reads it, and is not '
+          "added to; set model.gate='sigmoid'")
     if not persistent:
       check_no_attention(s, "model.memory_variant='memory'")
       check(not s.tokens, f'model.memory_tokens={s.tokens}: is not read with '
@@ -227,7 +232,7 @@ class Titans(Block):
     channels = N * H
     flops = 2.0 * TAPS * 3 * channels + N * titans.flops(H, width, depth, chunk,
                                                          apart=s.short_term > 0)
-    parameters, state = NeuralMemory.parameters(s), 2 * N * weights(s)
+    parameters, state = NeuralMemory.parameters(s) + int(s.gate == 'tanh'), 2 * N * weights(s)
     if s.short_term:
       flops += 2 * N * weights(s)
     if persistent:
@@ -296,7 +301,7 @@ class Titans(Block):
       if self.variant == 'mal':
         x_BCD += said
       seen = self.look(x_BCD, past, cell)
-      out = self.gated(self.seen_norm(seen), said) if self.variant == 'mag' else said + seen
+      out = self.gated(self.seen_norm(seen), said) if self.variant == 'mag' else self.let_in(said) + seen
       old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
       learned_BCD = norm(old_BCD)
     store = self.memory.learn(learned_BCD, store, valid_BC)

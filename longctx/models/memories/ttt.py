@@ -5,6 +5,7 @@
 
 With short_term there is attention beside it, over the window and the segment, and the model learns a token
 when it falls out of the window: y = Attn(x) + LN(M_before(q)) W_out, M_before as it was before the segment.
+So it can begin as the plain layer: with model.gate='tanh', which shuts what is added (models/memories/base.py).
 
 memory_chunk: tokens of a mini-batch (0: 16, or the segment if shorter); memory_rate: rate (0: 1).
 What a document begins with, W and b of each head, is learned.
@@ -30,8 +31,7 @@ MINIBATCH = 16
 
 class TTT(Block):
   dependency = 'P2'
-  reads = ('chunk', 'rate')
-  identity = False
+  reads = ('chunk', 'rate', 'gate')
 
   @classmethod
   def cost(cls, settings: Settings) -> Cost:
@@ -40,7 +40,8 @@ class TTT(Block):
     D, N, H = s.dim, s.num_heads, s.head_dim
     matrices, state = D * N * (4 * H + 1), N * H * (H + 1)
     flops = N * ttt.flops(H, chunk_of(s, MINIBATCH), apart=s.short_term > 0)
-    return Cost(parameters=matrices + N + 4 * N * H + state, matrices=matrices, flops=flops,
+    gate = int(s.gate == 'tanh')
+    return Cost(parameters=matrices + N + 4 * N * H + state + gate, matrices=matrices, flops=flops,
                 state=state, attends=s.short_term > 0)
 
   def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
@@ -80,7 +81,7 @@ class TTT(Block):
     old_BCD, valid_BC = self.leaving(x_BCD, past, cell)
     tokens = self.tokens(self.mixer_norm(old_BCD), valid_BC)._replace(q=None)
     _, store = ttt.segment(store, tokens, norm, self.chunk)
-    return near_BCD + self.output(y_BNCH, u_BCD), Memory(self.remember(x_BCD, past, cell), store)
+    return near_BCD + self.let_in(self.output(y_BNCH, u_BCD)), Memory(self.remember(x_BCD, past, cell), store)
 
   def tokens(self, u_BCD: jax.Array, valid_BC: jax.Array) -> ttt.Tokens:
     B, C, D = u_BCD.shape
