@@ -310,13 +310,15 @@ def without_a_memory(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in CLOSED if 'gate' in CLOSED[name] and name not in ADDED])
+@pytest.mark.parametrize('name', [name for name in CLOSED if 'gate' in CLOSED[name]])
 def test_a_memory_that_was_added_is_what_knows(name, without_a_memory, tmp_path):
   """Its gate opens at a rate of its own; what is out of the window is then answered from the memory alone."""
   folder, files = without_a_memory
   config = of_letters(base('memory'), files, folder)
   config.data.update(dict(form='segments', align=True))
   config.model.update(dict(segment=SEGMENT) | CLOSED[name])
+  if name == 'memory_caching':
+    config.model.memory_size = LENGTH // SEGMENT   # states, each of a segment
   config.optimizer.gate_rate = 30.0
   config.run.update(dict(init_from=str(folder / 'plain'), num_steps=300))
   train.run(config, str(tmp_path / 'w'))
@@ -342,7 +344,8 @@ def test_a_memory_that_was_added_is_what_knows(name, without_a_memory, tmp_path)
   assert nats(loaded, lambda x: jnp.roll(x, SIGNS, axis=0)) > 0.9 * guess   # of a text with another letter
   gates = [block.gate.get_value() for block in nnx.merge(loaded.graphdef, loaded.params).blocks
            if block.gate is not None]
-  assert gates and all(np.abs(np.tanh(gate)).max() > 0.2 for gate in gates)   # 0 before
+  opened = [np.abs(np.tanh(gate)).max() > 0.2 for gate in gates]   # 0 before
+  assert any(opened) if name in ADDED else opened and all(opened)   # of what is added one layer may be enough
 
 
 @pytest.mark.parametrize('changes,message', [

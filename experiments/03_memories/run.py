@@ -38,13 +38,13 @@ TIERS = {
         seeds=(0,), rates=(3e-3,), recall_only_best=True, recall=('infini',), recall_tasks=('segment_rewrite',),
         recall_steps=2, recall_pairs=(8,), passkey=('transformer_xl',), passkey_rates=(3e-3,),
         passkey_steps=2, passkey_curriculum=(1,), passkey_segments=64, books=('rmt',),
-        books_debug=True, books_steps=6, forms=((4, 16, 32, 2),), inner_chunks=50),
+        books_debug=True, books_steps=6, forms=((4, 16, 32, 2),), forms_alone=((4, 16, 32, 1),), inner_chunks=50),
     'cpu': dict(
         seeds=(0, 1), rates=(3e-3, 1e-3, 1e-2), recall=models.RECALL, recall_tasks=recall.TIMES,
         recall_steps=600, recall_pairs=recall.TESTED, passkey=models.PASSKEY,
         passkey_rates=(3e-3, 1e-3), passkey_steps=1000, passkey_curriculum=passkey.CURRICULUM,
         passkey_segments=16_384, books=models.BOOKS, books_debug=False, books_steps=400,
-        recall_only_best=True, forms=forms.SHAPES, inner_chunks=1000),
+        recall_only_best=True, forms=forms.SHAPES, forms_alone=forms.ALONE, inner_chunks=1000),
 }
 TIERS['gpu'] = TIERS['cpu'] | dict(seeds=(0, 1, 2), recall_only_best=False)
 TIERS['hour'] = TIERS['cpu'] | dict(
