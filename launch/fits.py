@@ -45,7 +45,7 @@ def command(mode: str, topology: str, model: str, length: int, **mesh: int) -> l
   changes = {f'model.{name}': value for name, value in MODELS[model].items()}
   changes |= {'model.max_length': length, 'data.length': length}
   changes |= {f'mesh.{name}': value for name, value in (mesh or dict(seq=chips_of(topology))).items()}
-  changes |= {'data.batch_size': mesh.get('data', 1)}
+  changes |= {f'{section}.batch_size': mesh.get('data', 1) for section in ('data', 'perplexity', 'eval')}
   return ['-m', 'longctx.main', f'--config={CONFIG}', f'--mode={mode}', f'--topology={topology}',
           *(f'--config.{name}={value}' for name, value in changes.items())]
 

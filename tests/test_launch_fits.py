@@ -123,6 +123,7 @@ def test_a_row_is_cut_alike_on_more_chips(monkeypatch):
   _, _, *arguments = fits.command('compile', 'v5p:8x8x8', '8B', 2**17, data=32, seq=16)
   found = parts(command_line.parse_with_config(main.define_flags, ['main', *arguments])[1])
   assert (found.mesh.data, found.mesh.seq, found.data.batch_size, found.data.length) == (32, 16, 32, 2**17)
+  assert found.perplexity.batch_size == found.eval.batch_size == 32   # they are dealt over mesh.data too
 
 
 def test_what_does_not_fit_is_said(monkeypatch):
