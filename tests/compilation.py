@@ -1,6 +1,6 @@
 """Quick compilation, for tests whose programs are many and small: hardly optimised, and kept.
 
-A module asks for it with `pytestmark = pytest.mark.usefixtures('quick_compilation')` and the
+A module asks for the former with `pytestmark = pytest.mark.usefixtures('quick_compilation')` and the
 fixture's import.
 """
 

@@ -10,6 +10,9 @@ import os
 import jax
 import pytest
 
+from longctx.errors import ConfigError
+from longctx.parallel import aot
+
 # Eight devices share two cores, or fewer where other work goes on: XLA ends a process whose devices wait
 # longer than this for each other, 40 seconds unless told.
 # A program a kernel, made the older way, compiles in half the time.
@@ -36,6 +39,19 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture
+def tpu_devices(monkeypatch):
+  """The devices of a slice that is not here, by its name; the test is skipped where the compiler is not installed."""
+  jax.devices()   # they have read their flags
+  monkeypatch.delenv('XLA_FLAGS', raising=False)   # libtpu ends the process for one of CPUs that it does not know
+  def devices(topology):
+    try:
+      return aot.topology_devices(topology)
+    except ConfigError as e:
+      pytest.skip(str(e))
+  return devices
 
 
 @pytest.fixture

@@ -26,16 +26,16 @@ def exchanges(compiled, layout) -> Counter:
 
 
 @functools.cache
-def feed_forward(length: int, block: int):
+def feed_forward(length: int, block: int, data: int = 1, layout: str = 'sequence_fsdp'):
   """Value and gradient of the layer, parameters and tokens cut over 8 devices."""
-  layout = mesh.make_layout(mesh.Config(seq=8, layout='sequence_fsdp'))
+  layout = mesh.make_layout(mesh.Config(data=data, seq=8 // data, layout=layout))
   graphdef, params = nnx.split(nnx.eval_shape(
       lambda: layers.MLP(D, F, 'swiglu', 0.5, 0.5, block=block, rngs=nnx.Rngs(0))), nnx.Param)
   leaves, tree = jax.tree.flatten(params)
   cuts = jax.tree.leaves(layout.params_sharding(params))
   params = jax.tree.unflatten(tree, [
       jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut) for x, cut in zip(leaves, cuts)])
-  x = shape(layout, (1, length, D), jnp.float32, 'batch', 'length', None)
+  x = shape(layout, (data, length, D), jnp.float32, 'batch', 'length', None)
   def loss(params, x):
     return (nnx.merge(graphdef, params)(x) ** 2).sum()
   run = jax.jit(mesh.under(layout, jax.grad(loss, (0, 1))),
@@ -50,6 +50,18 @@ def test_blocks_gather_the_weights_once_and_no_tokens():
   assert gathered == 3   # gate, input and output, for all blocks of both passes
   # Gradients, summed once; a TPU's compiler makes a reduce-scatter of it.
   assert found == {('all-reduce', 'seq', 2 * 3 * D * F * 4 * 7 // 8): 1}
+
+
+@pytest.mark.parametrize('layout, first, parts', [('sequence_fsdp', 'seq', 4), ('sequence', 'data', 2)])
+def test_gradients_are_summed_over_the_axis_that_cuts_them_first(layout, first, parts):
+  """And a part of the sum over the other: a sum over both at once would be of all that is kept, whole."""
+  found = exchanges(*feed_forward(T, 64, 8 // 4, layout))
+  of = lambda axis: {size: n for (kind, over, size), n in found.items() if (kind, over) == ('all-reduce', axis)}
+  whole, part = 3 * D * F * 4, 3 * D * F * 4 // parts
+  assert of(first) == {2 * whole * (parts - 1) // parts: 1}
+  other, others = ('data', 2) if first == 'seq' else ('seq', 4)
+  assert of(other) == {2 * part * (others - 1) // others: 1}
+  assert not of('data+seq')
 
 
 def test_memory_of_blocks_grows_with_the_layers_input_alone():

@@ -200,6 +200,36 @@ def test_fused_and_wrapped_exchanges_count_once():
   assert [x.exposed for x in hlo_exchanges.exchanges(hlo.parse(late), MESH)] == [True, True]
 
 
+# TPU: each of four keeps a quarter of the sum.
+SCATTERED = """HloModule scattered, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1.clone (a: f32[8,16]) -> f32[2,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %all-reduce.5 = f32[8,16]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %partition-id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all-reduce.5, %partition-id, %zero), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[2,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %fusion = f32[2,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1.clone, metadata={op_name="jit(f)/sum"}
+}
+"""
+
+
+def test_a_fused_reduce_scatter_is_one():
+  found = hlo_exchanges.exchanges(hlo.parse(SCATTERED), dict(data=2, seq=4, model=1))
+  assert [(x.kind, x.axis, x.group, x.bytes, x.exposed, x.where) for x in found] == [
+      ('reduce-scatter', 'seq', 4, 8 * 16 * 4 * 3 // 4, True, 'jit(f)/sum')]
+
+
 @pytest.mark.parametrize('written, groups', [
     ('replica_groups={{0,2},{1,3}}', [[0, 2], [1, 3]]),
     ('replica_groups={}', [[0, 1, 2, 3, 4, 5, 6, 7]]),

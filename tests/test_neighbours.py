@@ -50,13 +50,38 @@ def test_a_mesh_of_one_ring_goes_round_the_chips():
   assert {d.id for d in layout.mesh.devices.flat} == set(range(16))
 
 
+@pytest.mark.parametrize('sizes, data, seq', [((4, 4, 1), 2, 8), ((8, 8, 1), 4, 16), ((4, 4, 4), 4, 16), ((4, 8, 8), 4, 64)])
+def test_every_ring_of_a_mesh_goes_round_chips_of_its_own(sizes, data, seq):
+  """And the chips that share a place in their rings are equally far apart."""
+  layout = mesh.make_layout(mesh.Config(data=data, seq=seq, layout='sequence'), chips(sizes))
+  rings = [[d.coords for d in ring] for ring in layout.mesh.devices[:, :, 0]]
+  assert len({point for ring in rings for point in ring}) == data * seq
+  for ring in rings:
+    assert all(linked(a, b) for a, b in zip(ring, ring[1:] + ring[:1]))
+    assert len({tuple(p - q for p, q in zip(a, b)) for a, b in zip(ring, rings[0])}) == 1
+
+
+def test_a_host_reads_rings_that_follow_each_other():
+  of = lambda sizes, host: [dataclasses.replace(d, process_index=host(*d.coords)) for d in chips(sizes)]
+  halves = of((4, 2, 1), lambda x, y, z: x // 2)
+  found = neighbours.in_cycles(halves, 2)
+  assert [d.process_index for d in found] == [0] * 4 + [1] * 4
+  assert all(linked(a.coords, b.coords) for a, b in itertools.pairwise(found[:4]))
+  # Four rings of two: the second host would read the second and the third, which is no half of the rows.
+  across = of((8, 1, 1), lambda x, y, z: (x + 2) // 4)
+  assert neighbours.in_cycles(across, 4) == across
+  layout = mesh.make_layout(mesh.Config(data=2, seq=4, layout='sequence'), halves)
+  assert [d.process_index for d in layout.mesh.devices[:, 0, 0]] == [0, 1]
+
+
 def test_other_meshes_and_devices_keep_their_order():
   devices = chips((4, 4, 1))
-  layout = mesh.make_layout(mesh.Config(data=2, seq=8, layout='sequence'), devices)
+  layout = mesh.make_layout(mesh.Config(data=2, seq=4, model=2, layout='sequence'), devices)
   assert [d.id for d in layout.mesh.devices.flat] == list(range(16))
   broken = devices[:-1]   # no grid
-  assert neighbours.in_a_cycle(broken) == broken
+  assert neighbours.in_cycles(broken, 1) == broken
+  assert neighbours.in_cycles(chips((3, 3, 1)), 3) == chips((3, 3, 1))   # rows of three are no cycle
   twins = [Chip(0, (0, 0, 0)), Chip(1, (0, 0, 0))]
-  assert neighbours.in_a_cycle(twins) == twins
+  assert neighbours.in_cycles(twins, 1) == twins
   stand_ins = aot.stand_ins(aot.check_topology('v5e:2x2')[0], 4)
-  assert neighbours.in_a_cycle(stand_ins) == stand_ins
+  assert neighbours.in_cycles(stand_ins, 1) == stand_ins

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from longctx import assembly, configuration, main, plan, train
-from longctx.errors import ConfigError
 from longctx.parallel import aot, chips
 
 MIB = 2**20
@@ -81,12 +80,8 @@ def test_the_plan_of_every_layout_is_within_a_tenth_of_the_program(devices, fiel
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_tpu_slice_is_within_a_tenth_of_the_program():
-  try:
-    devices = aot.topology_devices('v5e:2x2')
-  except ConfigError as e:
-    pytest.skip(str(e))
-  check_prediction(devices, dict(
+def test_the_plan_of_a_tpu_slice_is_within_a_tenth_of_the_program(tpu_devices):
+  check_prediction(tpu_devices('v5e:2x2'), dict(
       data__length=65536, data__batch_size=1, model__num_layers=4, model__embed_dim=2048,
       model__num_heads=16, model__num_kv_heads=4, model__mlp_dim=7168, model__vocab_size=1024,
       model__dtype='bfloat16', model__remat='full', mesh__layout='sequence_fsdp', mesh__seq=4,

@@ -10,23 +10,18 @@ import pytest
 
 from longctx.attention import attention
 from longctx.attention.intervals import Intervals
-from longctx.errors import ConfigError
 from longctx.parallel import aot, hlo, hlo_exchanges, mesh
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS = 8, 2, 128, 4096   # tokens of a chip
 
 
-def compiled_exchanges(topology: str, order: str, backward: bool) -> list:
-  try:
-    devices = aot.topology_devices(topology)
-  except ConfigError as e:
-    pytest.skip(str(e))
-  layout = mesh.make_layout(mesh.Config(data=1, seq=len(devices), layout='sequence', order=order),
-                            devices)
-  length = TOKENS * len(devices)
+def compiled_exchanges(devices: list, rings: int, order: str, backward: bool) -> list:
+  chips = len(devices) // rings
+  layout = mesh.make_layout(mesh.Config(data=rings, seq=chips, layout='sequence', order=order), devices)
+  length = TOKENS * chips
   cut = layout.sharding('batch', 'length', 'heads', None)
-  row = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=layout.sharding('batch', 'length'))
-  qkv = [jax.ShapeDtypeStruct((1, length, heads, HEAD_DIM), jnp.bfloat16, sharding=cut)
+  row = jax.ShapeDtypeStruct((rings, length), jnp.int32, sharding=layout.sharding('batch', 'length'))
+  qkv = [jax.ShapeDtypeStruct((rings, length, heads, HEAD_DIM), jnp.bfloat16, sharding=cut)
          for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
   def attend(q, k, v, start, index):   # the mask is data: packed documents, windows, any order
@@ -42,11 +37,12 @@ def compiled_exchanges(topology: str, order: str, backward: bool) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2', 'v6e:2x4', 'v5e:8x8'])
-def test_every_transfer_is_hidden(topology):
-  """n chips: n - 1 sends of (k, v, index) forward; as many more, and of (dk, dv), backward."""
-  hops = aot.check_topology(topology)[1] - 1
-  forward, both = (compiled_exchanges(topology, 'zigzag', backward) for backward in (False, True))
+@pytest.mark.parametrize('topology, rings', [
+    ('v5e:2x4', 1), ('v5p:2x2x2', 1), ('v6e:2x4', 1), ('v5e:8x8', 1), ('v5e:4x4', 2), ('v5p:2x2x4', 2)])
+def test_every_transfer_is_hidden(topology, rings, tpu_devices):
+  """n chips of a ring: n - 1 sends of (k, v, index) forward; as many more, and of (dk, dv), backward."""
+  hops = aot.check_topology(topology)[1] // rings - 1
+  forward, both = (compiled_exchanges(tpu_devices(topology), rings, 'zigzag', backward) for backward in (False, True))
   sends = lambda found: sum(x.times for x in found if x.kind == 'collective-permute')
   assert sends(forward) == 3 * hops
   assert sends(both) == (3 + 3 + 2) * hops

@@ -72,8 +72,7 @@ def _backward(activation, block, residuals, dy_XBRTD):
   zeros = lambda w: jnp.zeros((X, R, *w.shape), jnp.float32)
   dx_XBRTD, *dweights = _walk(
       visit, (jnp.zeros_like(x_XBRTD), tuple(map(zeros, w_ins)), zeros(w_out_FD)), T, block)
-  # Summed over devices to the parts that each keeps.
-  total = lambda dw, w, *dims: mesh.constrain(dw.sum((0, 1)).astype(w.dtype), *dims)
+  total = lambda dw, w, *dims: mesh.summed(dw, *dims).astype(w.dtype)
   dw_ins, dw_out = dweights
   return (dx_XBRTD, tuple(total(dw, w, 'embed', 'mlp') for dw, w in zip(dw_ins, weights[0])),
           total(dw_out, weights[1], 'mlp', 'embed'))

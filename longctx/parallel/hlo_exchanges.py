@@ -71,7 +71,11 @@ def _begins(program, names, x):
   if x.opcode != 'fusion':
     return []
   # TPU: the exchange begins in one fusion, goes on inside others that compute, ends in a third.
-  inner = by_name(program.computations[x.called()[0]])
+  called = x.called()[0]
+  inner = by_name(program.computations[called])
+  if called.startswith('all-reduce-scatter'):   # TPU: its reduce-scatter, a sum of which each keeps a part
+    return [(inner, y._replace(opcode='reduce-scatter', attributes=f'{y.attributes} {x.attributes}'), None)
+            for y in inner.values() if y.opcode == 'all-reduce']
   chained = lambda body: {_chain(body[operand]) for y in body.values()
                           if y.target == 'AsyncCollectiveDone' for operand in y.operands
                           if operand in body and body[operand].opcode in COLLECTIVES}

@@ -190,8 +190,8 @@ def make_layout(config: Config, devices: list | None = None) -> Layout:
   check(product == len(devices),
         f'mesh.data={config.data} x mesh.seq={config.seq} x mesh.model={config.model}: '
         f'{product} places for {len(devices)} device(s); the product must be equal to it')
-  if config.seq == product:
-    devices = neighbours.in_a_cycle(devices)
+  if config.seq > 1 and config.model == 1:
+    devices = neighbours.in_cycles(devices, data)
   mesh = Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
   ulysses = {'ulysses': config.seq, 'hybrid': config.ulysses}.get(config.strategy, 1)
   return Layout(mesh, RULES[config.layout], strategy=config.strategy, ulysses=ulysses,
@@ -254,6 +254,21 @@ def gathered(x: jax.Array, kept: tuple[str | None, ...], used: tuple[str | None,
 
 gathered.defvjp(lambda x, kept, used: (constrain(x, *used), None),
                 lambda kept, used, _, gradient: (constrain(gradient, *kept),))
+
+
+def summed(x_XR: jax.Array, *dims: str | None) -> jax.Array:
+  """The sum of a parameter's gradients [X, R, ...], one of each shard of batch and length, cut as the parameter is.
+
+  First over the axis that the parameter is cut over, each device keeping a part, and then that part over the
+  other: of a sum over both at once a compiler makes one of whole gradients, and cuts them afterwards.
+  """
+  layout = current()
+  cut = [dim for dim in ('batch', 'length') if layout and layout.rules[dim] in map(layout.rules.get, dims)]
+  if cut == ['batch']:
+    return constrain(constrain(x_XR.sum(0), 'length', *dims).sum(0), *dims)
+  if cut == ['length']:
+    return constrain(constrain(x_XR.sum(1), 'batch', *dims).sum(0), *dims)
+  return constrain(x_XR.sum((0, 1)), *dims)
 
 
 def compiler_options(layout: Layout) -> dict[str, str] | None:

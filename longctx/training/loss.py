@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from longctx.errors import check, check_range
+from longctx.parallel import mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def _forward(options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT):
   out, (dhidden_XBRTD, dembedding_XRDV) = _walk(
       options, hidden_XBRTD, embedding_VD, targets_XBRT, weights_XBRT, grad=True)
   # The barrier keeps XLA from merging this transpose into the product (see _chunk).
-  dembedding_DV = jax.lax.optimization_barrier(dembedding_XRDV.sum((0, 1)))
+  dembedding_DV = jax.lax.optimization_barrier(mesh.summed(dembedding_XRDV, 'embed', 'vocab'))
   dembedding_VD = dembedding_DV.T.astype(embedding_VD.dtype)
   return out, (dhidden_XBRTD, dembedding_VD)
 
