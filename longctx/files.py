@@ -22,7 +22,7 @@ T = TypeVar('T')
 # Errors of a moment: a file that cannot be reached now is neither gone nor damaged.
 PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
            errno.ECONNRESET, errno.ENOTCONN, errno.EHOSTUNREACH)
-PAUSES = (1, 2, 4, 8, 16, 32)   # seconds before it is tried again
+PAUSES = (1, 2, 4, 8, 16, 32, 60)   # seconds before it is tried again
 
 
 def again(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -187,9 +187,10 @@ class Trainer:
     while True:
       self.checkpoints.wait()
       self.tell_failures()
-      if processes.of_first(self.checkpoints.has(at) or time.monotonic() + delay > deadline):
+      left = deadline - time.monotonic()
+      if processes.of_first(self.checkpoints.has(at) or left <= 0):
         return
-      time.sleep(delay)
+      time.sleep(max(0.0, min(delay, left)))   # once more at the very end
       delay *= 2
       self.save(at, state, found)
 

@@ -139,7 +139,7 @@ def test_is_tried_again(w, slept, fail, place):
 def test_and_then_ends_the_run_with_a_status_that_is_restarted(w, slept, fail, place):
   thing, name, path, do, _ = (PLACES | QUIET)[place]
   fail(thing, name, errno.EIO, 1000, path)
-  with pytest.raises(RunError, match=r': cannot be reached \(Input/output error\), tried for 63 s; once it can, the same '
+  with pytest.raises(RunError, match=r': cannot be reached \(Input/output error\), tried for 123 s; once it can, the same '
                      'command carries on$') as e:
     do(w)
   assert slept == list(files.PAUSES) and '\n' not in str(e.value)
@@ -183,7 +183,7 @@ def test_a_handle_that_is_stale_is_opened_anew(w, slept, monkeypatch):
 def test_many_open_files_have_a_remedy(slept):
   def call():
     raise OSError(errno.EMFILE, 'Too many open files')
-  with pytest.raises(RunError, match=r'tried for 63 s; let the process open more files \(ulimit -n\); once it can'):
+  with pytest.raises(RunError, match=r'tried for 123 s; let the process open more files \(ulimit -n\); once it can'):
     files.patiently('w', call)
 
 
@@ -203,7 +203,7 @@ def test_what_one_process_cannot_reach_ends_all_alike(monkeypatch):
 
 
 def test_of_many_files_that_cannot_be_read_one_is_enough(tmp_path, monkeypatch):
-  """Each is tried for a minute."""
+  """Each is tried for two minutes."""
   (tmp_path / manifest.NAME).write_text(json.dumps({'files': {str(i): [1, ''] for i in range(60)}}))
   looked = []
   def look(folder, name, expected):

@@ -80,6 +80,7 @@ def test_the_plan_of_every_layout_is_within_a_tenth_of_the_program(devices, fiel
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('optimized')
 def test_the_plan_of_a_tpu_slice_is_within_a_tenth_of_the_program(tpu_devices):
   check_prediction(tpu_devices('v5e:2x2'), dict(
       data__length=65536, data__batch_size=1, model__num_layers=4, model__embed_dim=2048,

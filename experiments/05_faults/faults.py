@@ -40,20 +40,21 @@ KINDS = {
     'divergence': 'a bit of a parameter in one process: parameter and process are named, status 1',
     'restart': f'as `kill`, and started again no process reaches workdir and tokens for {faulty.SECONDS:g} seconds: '
                'tried again, once',
+    'minute': f'as `bucket`, for {faulty.MINUTE:g} seconds, the run\'s last save among them',
 }
-LATER = ('restart',)   # kinds that have their trials behind those of the others, which are recorded by number
-FIRST = 112            # of these
+# The first trial of kinds that came behind the others, which are recorded by number.
+LATER = {'restart': 112, 'minute': 120}
 DAMAGE = ('cut', 'missing', 'flip')
 LAUNCHED = ('kill', 'restart', 'hang')               # started again by launch/local.sh
 SKIPS = ('nan', 'spike', 'rollback')      # what follows is another run than without the fault
-GOES_ON = ('disk', 'bucket', *SKIPS)      # the run that meets it comes to its end
+GOES_ON = ('disk', 'bucket', 'minute', *SKIPS)      # the run that meets it comes to its end
 AGAIN = 'launch: restart 1 of 3'          # what the launcher says
 
 
 def plan(number: int, count: int, steps: int) -> dict:
   """Which fault the trial of this number has: the kinds in turn, the rest at random."""
   chance = random.Random(number)
-  kinds = LATER if number >= FIRST else [kind for kind in KINDS if kind not in LATER]
+  kinds = [kind for kind, first in LATER.items() if number >= first][-1:] or [k for k in KINDS if k not in LATER]
   return dict(trial=number, kind=kinds[number % len(kinds)], process=chance.randrange(count),
               step=chance.randrange(EVERY + 4, steps - 2 * EVERY), processes=count, steps=steps)
 
@@ -63,7 +64,7 @@ def flags(steps: int, base: Path, kind: str = '') -> list[str]:
       mesh_layout='data', data_batch_size=8, data_cache_dir=f'file://{base}/tokens', perplexity_max_tokens=512,
       run_num_steps=steps, run_log_every=1, run_checkpoint_every=EVERY, run_check_hosts_every=3,
       run_spike_sigmas=6, run_spike_window=16, run_rollback_after=2, run_compilation_cache=base / 'xla',
-      run_watchdog_seconds=10 if kind in ('stop', 'hang') else 60)
+      run_watchdog_seconds=10 if kind in ('stop', 'hang') else 600 if kind == 'minute' else 60)
   return ['--config=configs/quickstart.py:debug',
           *(f'--config.{name.replace("_", ".", 1)}={value}' for name, value in settings.items())]
 
@@ -189,7 +190,7 @@ def goes_on(key: dict, folder: Path, arguments: list[str]) -> dict:
     began = began_at(run, folder)
     back = r'^back to step (\d+): 2 bad steps in a row'
     on = run.wait_for('going on', dict(
-        disk=lambda: max([0, *checkpoints(folder)]) >= step, bucket=lambda: max([0, *checkpoints(folder)]) >= step,
+        **dict.fromkeys(('disk', 'bucket', 'minute'), lambda: max([0, *checkpoints(folder)]) >= step),
         rollback=lambda: re.search(back, run.said(), re.MULTILINE) and bool(run.steps('back to step')),
         ).get(kind, lambda: max([0, *run.steps()]) > step))
     codes, said = run.wait(), run.said()

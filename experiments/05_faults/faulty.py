@@ -5,6 +5,7 @@ Without --fault nothing does; either way every program is kept once it is compil
     spike           the targets of step STEP's batch are a byte that no text has, in every process
     disk            from the first save of step STEP or later on PROCESS has no room in the workdir, for SECONDS
     bucket          from that save on no process can reach the workdir or the tokens, for SECONDS
+    minute          as bucket, for MINUTE
     divergence      after step STEP a bit of one parameter is another one in PROCESS
     restart         started where there is FILE.killed: as bucket, but from the STEP-th file on that a process asks for
     hang            after step STEP PROCESS does not go on, and the others wait for it in a collective
@@ -24,7 +25,7 @@ from collections.abc import Callable
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-SECONDS = 5.0
+SECONDS, MINUTE = 5.0, 60.0
 # What Python says before it touches a file (C++ writes only below folders that Python has made).
 READS = ('os.listdir', 'os.scandir')
 WRITES = ('os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.truncate')
@@ -80,14 +81,15 @@ class Fault:
       return save(checkpoints, step, *args, **kwargs)
     checkpoint.Checkpoints.save = begun
 
-  def refuse(self, code: int, folders: tuple[str, ...], reads: bool, at_file: int = 0) -> None:
+  def refuse(self, code: int, folders: tuple[str, ...], reads: bool, at_file: int = 0,
+             seconds: float = SECONDS) -> None:
     """Files below `folders` cannot be written, or also not be read, once it has begun.
 
     `at_file`: it begins as so many have been asked for in this process, or in another one.
     """
     asked = itertools.count(1)
     def look(event: str, arguments: tuple) -> None:
-      over = self.since is not None and time.monotonic() > self.since + SECONDS
+      over = self.since is not None and time.monotonic() > self.since + seconds
       if over or (self.since is None and not at_file):
         return
       if not (event in WRITES or event == 'open' or (reads and event in READS)):
@@ -130,9 +132,13 @@ def tokens() -> str:
   return next(flag.partition('file://')[2] for flag in sys.argv if flag.startswith('--config.data.cache_dir='))
 
 
-def bucket(fault: Fault, workdir: str) -> None:
+def bucket(fault: Fault, workdir: str, seconds: float = SECONDS) -> None:
   fault.at_save(everywhere=True)
-  fault.refuse(errno.EIO, (workdir, tokens()), reads=True)
+  fault.refuse(errno.EIO, (workdir, tokens()), reads=True, seconds=seconds)
+
+
+def minute(fault: Fault, workdir: str) -> None:
+  bucket(fault, workdir, MINUTE)
 
 
 def restart(fault: Fault, workdir: str) -> None:
@@ -183,7 +189,7 @@ def keep_programs() -> None:
   main.set_compilation_cache = keep
 
 
-KINDS = dict(nan=nan, rollback=rollback, spike=spike, disk=disk, bucket=bucket, divergence=divergence, hang=hang,
+KINDS = dict(nan=nan, rollback=rollback, spike=spike, disk=disk, bucket=bucket, minute=minute, divergence=divergence, hang=hang,
              restart=restart)
 
 
