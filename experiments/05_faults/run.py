@@ -1,7 +1,7 @@
 """What becomes of a run of four processes to which a hundred things happen?
 
-    python experiments/05_faults/run.py                # 122 faults, eight of each kind but the last; an hour on 2 idle cores
-    python experiments/05_faults/run.py --faults=14    # one of each, but of `restart` and `minute`
+    python experiments/05_faults/run.py                # 122 faults; an hour on 2 idle cores
+    python experiments/05_faults/run.py --faults=14    # one of each, but of the last two
     python experiments/05_faults/run.py --kinds=kill,stop
     python experiments/05_faults/run.py --tier=smoke   # two faults, two processes, a minute
 
