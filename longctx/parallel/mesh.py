@@ -263,7 +263,8 @@ def summed(x_XR: jax.Array, *dims: str | None) -> jax.Array:
   other: of a sum over both at once a compiler makes one of whole gradients, and cuts them afterwards.
   """
   layout = current()
-  cut = [dim for dim in ('batch', 'length') if layout and layout.rules[dim] in map(layout.rules.get, dims)]
+  axes = {layout.rules.get(dim) for dim in dims} - {None} if layout else set()
+  cut = [dim for dim in ('batch', 'length') if layout and layout.rules[dim] in axes]
   if cut == ['batch']:
     return constrain(constrain(x_XR.sum(0), 'length', *dims).sum(0), *dims)
   if cut == ['length']:
