@@ -239,7 +239,7 @@ def test_what_a_save_costs_by_hand(faults):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('program, results, count', [
-    ('run', 'faults', 2), ('stall', 'stall', 1), ('first_step', 'first_step', 2)])
+    ('run', 'faults', 2), ('stall', 'stall', 1), ('input', 'input', 1), ('first_step', 'first_step', 2)])
 def test_faults(tmp_path, program, results, count):
   command = [sys.executable, ROOT / 'experiments' / '05_faults' / f'{program}.py', '--tier=smoke', f'--out={tmp_path}']
   if program == 'run':
