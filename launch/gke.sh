@@ -160,7 +160,7 @@ submit() {
 
 # follow: the log of process 0, of each attempt's pod, until the JobSet has ended.
 follow() {
-  local ended='' restarts=0 before=0 pod phase last='' failures=0
+  local ended='' there='' restarts=0 before=0 pod phase last='' failures=0
   local name_and_phase='{.items[0].metadata.name} {.items[0].status.phase}{"\n"}' log
   log=("--container=$(container)" --follow)
   while [[ -z $ended ]]; do
@@ -181,6 +181,10 @@ follow() {
       restarts=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.restarts}'); then
       failures=0
     else
+      if there=$(kubectl get "jobset/${OPTION[name]}" --ignore-not-found --output=name) && [[ -z $there ]]; then
+        say "JobSet ${OPTION[name]}: is gone: it was stopped; the same command carries on from the last checkpoint"
+        return 143
+      fi
       failures=$((failures + 1)) ended='' restarts=$before
       ((failures < 10)) || die "kubectl has not answered 10 times; the JobSet may go on: launch/gke.sh log"
     fi

@@ -33,14 +33,14 @@ main() {
       check_number patience 1
       check_workdir 1 'this host'
       need_command srun 'start this on a login node or in an allocation of SLURM'
-      mark_workdir
       mark_run
       with_restarts step
       ;;
   esac
 }
 
-# mark_workdir: a line in WORKDIR/.seen, by which each node sees that it has the same folder.
+# mark_workdir: a line in WORKDIR/.seen, by which each node sees that it has the same folder; anew at each start, since
+# a second launcher of this workdir, which its lock refuses, has left its own.
 mark_workdir() {
   SEEN=()
   if [[ ${OPTION[workdir]} == gs://* ]] || ((OPTION[nodes] == 1)); then return; fi
@@ -85,6 +85,7 @@ step() {
     if [[ -n ${OPTION[$name]} ]]; then more+=("--$name=${OPTION[$name]}"); fi
   done
   if ((OPTION[nodes] * OPTION[gpus_per_node] > 1)); then distributed=(--distributed); fi
+  mark_workdir
   errors=$(mktemp)
   { run srun "--job-name=${OPTION[name]}" "--nodes=${OPTION[nodes]}" \
     "--gpus-per-node=${OPTION[gpus_per_node]}" "--ntasks-per-node=${OPTION[gpus_per_node]}" \

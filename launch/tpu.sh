@@ -132,7 +132,7 @@ ask() {
 
 # The slice.
 
-# slice_state: none, waiting, ready, lost or failed.
+# slice_state: none, waiting, ready, lost, halted or failed.
 slice_state() {
   local said
   if [[ ${OPTION[create]} == direct ]]; then
@@ -148,7 +148,8 @@ slice_state() {
     ABSENT) echo none ;;
     READY) echo ready ;;
     FAILED) echo failed ;;
-    SUSPENDED | PREEMPTED | TERMINATED | STOPPED | STOPPING) echo lost ;;
+    SUSPENDED | PREEMPTED | TERMINATED) echo lost ;;
+    STOPPED | STOPPING) echo halted ;;
     *) echo waiting ;;
   esac
 }
@@ -189,6 +190,8 @@ ready_slice() {
       waiting) sleep "${OPTION[poll]}" ;;
       ready) return ;;
       lost) delete_slice ;;
+      halted) die "${OPTION[name]} was stopped by hand, and what is on its disks is still there; gcloud compute tpus" \
+        "tpu-vm start ${OPTION[name]} ${PLACE[*]}, or launch/tpu.sh delete --name=${OPTION[name]}, and this again" ;;
       failed) die "the request ${OPTION[name]} failed (gcloud compute tpus queued-resources describe" \
         "${OPTION[name]} says why); launch/tpu.sh delete --name=${OPTION[name]}, then try another --zone" \
         "or --slice" ;;
@@ -287,6 +290,10 @@ run_on_slice() {
       on_workers all stop || true
       say 'a mistake in the arguments or the files, as said above'
       return 2
+    fi
+    if grep -q 'exited 143$' <<<"$states"; then
+      say 'stopped, before it could save; the same command carries on from the last checkpoint'
+      return 143
     fi
     if $started && ! grep -vq 'running$' <<<"$states"; then
       lines=20   # the connection broke; the run goes on

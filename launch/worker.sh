@@ -82,8 +82,7 @@ follow() {
   local lines=${1:-+1}
   [[ -s $STATE/pid || -s $STATE/status ]] || die "$(hostname): no run was started here"
   if [[ -s $STATE/pid ]]; then tail -n "$lines" -f --pid="$(cat "$STATE/pid")" "$STATE/log"; fi
-  if [[ ! -s $STATE/status ]]; then return 137; fi
-  return "$(cat "$STATE/status")"
+  return "$(ended)"
 }
 
 state() {
@@ -91,11 +90,22 @@ state() {
   if running; then
     said=running
   elif [[ -s $STATE/status ]]; then
-    said="exited $(cat "$STATE/status")"
+    said="exited $(ended)"
+  elif [[ -e $STATE/stopping ]]; then
+    said="exited $STOPPED"
   elif [[ -s $STATE/pid ]]; then
     said=killed
   fi
   echo "$(hostname) $said"
+}
+
+STOPPED=143   # asked to stop, it could not save, and is not to be started again all the same
+
+ended() {   # the status of a run that has ended; a mistake stays one
+  local code=137
+  if [[ -s $STATE/status ]]; then code=$(cat "$STATE/status"); fi
+  if [[ -e $STATE/stopping && $code != 0 && $code != 2 ]]; then code=$STOPPED; fi
+  echo "$code"
 }
 
 stop() {

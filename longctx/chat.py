@@ -235,6 +235,7 @@ class Chat:
                         f'{self.name}', *contexts.told(dropped)]))
 
   def merge(self, name: str) -> None:
+    check(name != self.name, f'/merge {name}: is this conversation; give another context')
     other = self.reader.another()
     other.restore(self.store.load(name, other.identity), f'context {name!r}')
     self.reader.merge(other)
@@ -408,6 +409,7 @@ def run(f: flags.FlagValues) -> int:
     chat = Chat(reader, store, f.context, tokenizer, settings, max_new_tokens=f.max_new_tokens,
                 seed=f.seed, interrupts=interrupts, terminal=generate.Terminal(echo=True))
     chat.open(f.capacity)
+    store.check_room(f.context, reader.num_bytes)   # before much is read that could not be saved
     interrupts.work()
     try:
       return converse(chat)

@@ -56,7 +56,7 @@ class Run:
                                   #   times as long as a step has taken), a run or --mode=eval says where each
                                   #   process stands, and ends; 0: never, as for a debugger
   check_hosts_every: int = 0      # steps between comparisons of what the devices hold alike; 0: never
-  save_patience: int = 120        # seconds for which the last checkpoint is tried again where it fails
+  save_patience: int = 90         # seconds for which the last checkpoint is tried again where it fails
   profile_start: int = -1         # first step of a profiler window; -1: none
   profile_steps: int = 3
   compilation_cache: str = ''     # folder; '': with the user's caches; 'none': off

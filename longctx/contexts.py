@@ -54,6 +54,8 @@ def open_store(f: flags.FlagValues, make: bool = False) -> Any:
   check(bool(f.store), '--store: missing; give a folder for contexts, such as --store=contexts')
   check(not os.path.isfile(f.store), f'--store={f.store}: is a file; give a folder')
   budget = command_line.parse_bytes('--budget', f.budget) if f.budget else 0
+  check(bool(f.key_file) or not f['key_file'].present, '--key_file=: is empty; give the path of a file, or leave '
+        'it out')
   check(not f.budget or budget > 0, f'--budget={f.budget}: must be at least 1 byte')
   from longctx import store
   return store.Store(f.store, key=store.read_key(f.key_file), budget=budget, make=make)
@@ -95,8 +97,10 @@ def run(f: flags.FlagValues, command: str, names: list[str]) -> None:
            'encrypt': store.encrypt, 'decrypt': store.decrypt}[command]
     done = {'delete': 'deleted', 'pin': 'pinned', 'unpin': 'unpinned', 'encrypt': 'encrypted',
             'decrypt': 'decrypted'}[command]
-    for name in names:
-      store.row(name)   # all are there, or none is touched
+    for name in names:   # all are there and can be, or none is touched
+      sealed = store.row(name).state == 'encrypted'
+      check(command != 'encrypt' or not sealed, f'context {name!r}: is encrypted already; leave it out')
+      check(command != 'decrypt' or sealed, f'context {name!r}: is not encrypted; leave it out')
     for name in names:
       written = act(name)
       print('\n'.join([f'{name}: {done}', *told(written.dropped if written else ())]))

@@ -27,14 +27,13 @@ from longctx.models.memories import MEMORIES
 from longctx.training import step
 
 # What two runs of the same parameters may differ in: how it is computed, trained and drawn, and the
-# memory, which is what is new.
+# memory, which is what is new; of the same memory how much it keeps and looks up.
 FREE = frozenset((
     'name', 'vocab_size', 'max_length', 'dropout', 'init_std', 'dtype', 'attention', 'layer_loop',
     'remat', 'mlp_block', 'mixer_form', 'mixer_chunk', 'schedule', 'truncate', 'segment',
-    'short_term', 'long_term', 'memory_layers', 'num_classes'))
+    'short_term', 'long_term', 'memory_layers', 'memory_size', 'memory_top', 'num_classes'))
 # Of a memory, and so compared where both have the same.
-OWN = ('gate', 'memory_variant', 'memory_tokens', 'memory_size', 'memory_width', 'memory_depth',
-       'memory_chunk', 'memory_rate', 'memory_top')
+OWN = ('gate', 'memory_variant', 'memory_tokens', 'memory_width', 'memory_depth', 'memory_chunk', 'memory_rate')
 
 
 def begin_from(a: assembly.Assembly, state: step.TrainState, folder: str

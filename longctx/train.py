@@ -45,10 +45,9 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
   a = processes.together(lambda: assembly.assemble(config))
   with contextlib.ExitStack() as exits:
     processes.together(lambda: exits.enter_context(workdir.lock(folder)))
-    stop = exits.enter_context(workdir.StopSignal())
     agree = functools.partial(workdir.agree, folder, config, allow_config_change)
     processes.together(lambda: agree(record=False))
-    return Trainer(a, folder, stop, agree).run()
+    return Trainer(a, folder, exits, agree).run()
 
 
 def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
@@ -118,9 +117,9 @@ def shorter_rows(batch: stream.Batch, pieces: int) -> stream.Batch:
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
-  def __init__(self, a: Assembly, folder: str, stop: workdir.StopSignal,
-               record: Callable[[], None]):
-    self.a, self.folder, self.stop, self.record = a, folder, stop, record
+  def __init__(self, a: Assembly, folder: str, exits: contextlib.ExitStack, record: Callable[[], None]):
+    self.a, self.folder, self.exits, self.record = a, folder, exits, record
+    self.stop = workdir.StopSignal()   # until the first step is done there is nothing to save, and a signal ends all
     self.config = a.parts.run
     self.main = jax.process_index() == 0
     self.progress: metrics_lib.Progress | None = None
@@ -262,6 +261,7 @@ class Trainer:
       if self.first_step_seconds is None:
         jax.block_until_ready(metrics['loss'])
         ledger.stepped = True
+        self.exits.enter_context(self.stop)
         self.first_step_seconds = metrics_lib.process_seconds()
         self.say(f'first step after {self.first_step_seconds:.1f} s')
       evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps

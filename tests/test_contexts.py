@@ -92,7 +92,7 @@ def test_names_that_are_none_or_not_there(tmp_path):
 def test_a_store_that_is_a_file_is_not_there_or_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
   assert f'--store={tmp_path}/file: is a file; give a folder' == refused(new, tmp_path / 'file')
-  assert 'cannot be made (Not a directory' in refused(new, tmp_path / 'file' / 'below')
+  assert 'cannot be made or entered (Not a directory' in refused(new, tmp_path / 'file' / 'below')
   assert 'no such folder' in refused(store.Store, str(tmp_path / 'none'))
   assert not (tmp_path / 'none').exists()
 
@@ -489,7 +489,9 @@ MISTAKES = [
     (['trim', '--store={s}', '--budget=lots'], '--budget=lots: must be a size, such as 10GiB'),
     (['trim', '--store={s}', '--budget=0'], '--budget=0: must be at least 1 byte'),
     (['encrypt', 'alice', '--store={s}'], 'encrypt: no key; give --key_file=FILE or set'),
-    (['decrypt', 'alice', '--store={s}', '--key_file={key}'], 'alice.lcm: is not encrypted'),
+    (['decrypt', 'alice', '--store={s}', '--key_file={key}'], "'alice': is not encrypted; leave it out"),
+    (['list', '--store={s}', '--key_file='], '--key_file=: is empty; give the path'),
+    (['list', '--store=' + 'x' * 300], 'cannot be made or entered (File name too long'),
     (['show', 'alice', '--store={s}', '--key_file={s}/none'], '--key_file={s}/none: cannot be read'),
 ]
 
@@ -505,6 +507,51 @@ def test_a_mistake_is_one_line_and_status_2(two, tmp_path, capsys, args, message
   assert err.count('\n') == 1
   assert fill(message) in err
   assert names(new(two)) == ['alice', 'bob']
+
+
+def test_of_several_all_are_encrypted_or_none(two, tmp_path, capsys):
+  key = tmp_path / 'key'
+  key.write_text(KEY.hex())
+  encrypt = lambda *names: contexts.main(['contexts', 'encrypt', *names, f'--store={two}', f'--key_file={key}'])
+  assert encrypt('bob') == 0
+  assert encrypt('alice', 'bob') == 2 and "'bob': is encrypted already; leave it out" in capsys.readouterr().err
+  assert {row.name: row.state for row in new(two).rows()} == {'alice': '', 'bob': 'encrypted'}
+  assert contexts.main(['contexts', 'decrypt', 'bob', 'alice', f'--store={two}', f'--key_file={key}']) == 2
+  assert {row.name: row.state for row in new(two).rows()} == {'alice': '', 'bob': 'encrypted'}
+
+
+def test_a_disk_without_room_for_a_pin_is_one_line(two, capsys, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr('pathlib.Path.touch', full)
+  assert contexts.main(['contexts', 'pin', 'alice', f'--store={two}']) == 2
+  assert 'alice.lcm: cannot be pinned: No space left on device' in capsys.readouterr().err
+
+
+def test_a_linked_context_is_one(two, tmp_path):
+  (two / 'carol.lcm').symlink_to(two / 'alice.lcm')
+  (two / 'dave.lcm').symlink_to(tmp_path / 'nothing.lcm')
+  s = new(two)
+  assert names(s) == ['alice', 'bob', 'carol'] and 'carol' in s and 'dave' not in s
+  assert s.read('carol').header == s.read('alice').header
+
+
+def test_a_look_at_who_is_held_is_no_use(two):
+  """A process that saves over its budget looks at each; who wants one just then gets it."""
+  s, stop, looks = new(two), threading.Event(), []
+  def look():
+    while not stop.is_set():
+      looks.append(new(two)._is_held('alice'))
+  worker = threading.Thread(target=look)
+  worker.start()
+  try:
+    while not looks:
+      time.sleep(0.001)
+    for _ in range(50):
+      s.hold('alice').release()
+  finally:
+    stop.set()
+    worker.join()
 
 
 def test_a_pinned_one_is_not_deleted(two, capsys):

@@ -155,11 +155,15 @@ def test_a_bucket_that_is_gone(bucket, tmp_path, monkeypatch, pauses):
 
 
 @pytest.mark.parametrize('call', ['glob', 'pipe_file'])
-def test_a_bucket_that_may_not_be_read_or_written(bucket, folder, monkeypatch, pauses, call):
+@pytest.mark.parametrize('error, said', [
+    (PermissionError(13, 'Permission denied'), 'Permission denied'),
+    (OSError('Forbidden: https://storage/b: no storage.objects.list'), 'Forbidden: https://storage/b: no storage.obj.*')])
+def test_a_bucket_that_may_not_be_read_or_written(bucket, folder, monkeypatch, pauses, call, error, said):
+  """The second is what gcsfs says."""
   def refuse(*args, **kwargs):
-    raise PermissionError(13, 'Permission denied')
+    raise error
   monkeypatch.setattr(type(bucket), call, refuse)
-  with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': Permission denied; check the bucket"):
+  with pytest.raises(ConfigError, match=rf"^data\.cache_dir='memory://tokens': {said}; check the bucket"):
     stream.open_documents(config_of(folder / 'texts/a/*.txt', 'memory://tokens'), 'train')
   assert pauses == []
 

@@ -120,27 +120,29 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
 HANGS = """
 import sys, time
 import jax
-from longctx import assembly, main
-def hang(config):   # in a call from which Python's handlers are not called
-  print('assembles', flush=True)
+from longctx import assembly, main, train
+def hang(*args, **kwargs):   # in a call from which Python's handlers are not called
+  print('hangs', flush=True)
   wait = lambda x: time.sleep(600) or x
   jax.jit(lambda x: jax.pure_callback(wait, x, x))(1.0).block_until_ready()
-assembly.assemble = hang
+owner = dict(assemble=assembly, jit_step=train)[sys.argv[1]]
+setattr(owner, sys.argv.pop(1), hang)
 sys.exit(main.main(sys.argv))
 """
 
 
-@pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_a_signal_at_the_start_and_while_it_evaluates(tmp_path, text, mode):
+@pytest.mark.parametrize('mode, place', [('train', 'assemble'), ('eval', 'assemble'), ('train', 'jit_step')])
+def test_a_signal_at_the_start_and_while_it_evaluates(tmp_path, text, mode, place):
   """JAX's service for preemptions, in its own hands, would take the signal and go on."""
   folder = tmp_path / 'w'
   folder.mkdir()
-  (folder / 'config.json').write_text('{}')   # for an evaluation
+  if mode == 'eval':
+    (folder / 'config.json').write_text('{}')
   command = launch.command(folder, text)
-  arguments = [command[0], '-c', HANGS, *command[3:], f'--mode={mode}']
+  arguments = [command[0], '-c', HANGS, place, *command[3:], f'--mode={mode}']
   with launch.several(arguments, tmp_path / 'out', processes=1, devices=1) as ((child,), (file,)):
     deadline = time.monotonic() + LIMIT
-    while 'assembles' not in file.read_text():
+    while 'hangs' not in file.read_text():
       assert time.monotonic() < deadline and child.poll() is None, file.read_text()
       time.sleep(0.05)
     time.sleep(0.5)

@@ -270,6 +270,20 @@ def test_a_mistake_found_by_the_workers_is_not_tried_again(stand):
   assert len([c for c in calls if 'worker.sh start' in c]) == 1
 
 
+def test_a_run_that_was_stopped_and_could_not_save_is_not_started_again(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(143), states('exited 143', 'exited 0')])
+  assert done.returncode == 143
+  assert 'stopped, before it could save; the same command carries on from the last checkpoint' in done.stderr
+  assert len([c for c in calls if 'worker.sh start' in c]) == 1
+
+
+def test_a_slice_that_was_stopped_by_hand_keeps_its_disks(stand):
+  halted = ('*tpu-vm describe*', 0, 'STOPPED')
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, halted])
+  assert done.returncode == 2 and not [c for c in calls if 'delete' in c]
+  assert 'gcloud compute tpus tpu-vm start longctx' in done.stderr
+
+
 def test_a_run_that_starts_on_some_workers_alone_is_no_run(stand):
   """None is followed, for what an earlier run has left there, and the slice is not deleted as if it had ended well."""
   refused = ('*worker.sh start*', 2, 'launch: --workdir=gs://bucket/runs/a: gcsfuse cannot mount bucket')
@@ -508,11 +522,18 @@ def test_what_an_earlier_start_left_is_removed_and_made_again(stand):
 
 def test_a_cluster_that_does_not_answer_for_a_while(stand):
   ended = lambda status, state: ('kubectl get jobset/longctx --output*terminal*', status, state)
-  done, _ = gke(stand, 'run', '--check=none', answers=[ended(1, '')] * 9 + [ended(0, 'Completed')])
+  there = [('kubectl get jobset/longctx --ignore-not-found --output=name', '1+', '')]
+  done, _ = gke(stand, 'run', '--check=none', answers=[*there, *[ended(1, '')] * 9, ended(0, 'Completed')])
   assert done.returncode == 0, done.stderr
-  done, _ = gke(stand, 'run', '--check=none', answers=[ended(1, '')] * 10)
+  done, _ = gke(stand, 'run', '--check=none', answers=[*there, *[ended(1, '')] * 10])
   assert done.returncode == 2
   assert 'kubectl has not answered 10 times; the JobSet may go on' in done.stderr
+
+
+def test_a_jobset_that_is_gone_was_stopped(stand):
+  done, _ = gke(stand, 'run', '--check=none', answers=[('kubectl get jobset/longctx --output*terminal*', 1, '')])
+  assert done.returncode == 143
+  assert 'JobSet longctx: is gone: it was stopped' in done.stderr
 
 
 def test_xpk_submits_and_deletes(stand):

@@ -223,8 +223,16 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
                 LOSS='trap "" TERM; echo ready; while :; do sleep 0.05; done').returncode == 0
   await_text(tmp_path / 'state/log', 'ready')
   assert worker(stand, 'stop', STOP_SECONDS='1').returncode == 0
+  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '143']   # stopped, and not to be started again
+  assert worker(stand, 'follow').returncode == 143
+  (tmp_path / 'state/stopping').unlink()   # as if the host had killed it
   assert worker(stand, 'state').stdout.split()[1:] == ['killed']
   assert worker(stand, 'follow').returncode == 137
+  # One that is asked, and cannot save.
+  assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=of_machine.replace('75', '1')).returncode == 0
+  await_text(tmp_path / 'state/log', 'ready')
+  assert worker(stand, 'stop').returncode == 0
+  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '143']
 
 
 def test_a_run_that_cannot_start_leaves_its_own_status(stand, tmp_path):

@@ -239,6 +239,9 @@ OTHERS = [
      memory.Config(**PLAIN, segment=10, short_term=5, long_term='infini', gate='tanh'), ''),
     (memory.Config(**PLAIN),
      memory.Config(**PLAIN, long_term='infini', gate='tanh', segment=9), ''),
+    # More is kept and looked up than in training (arXiv:2203.08913, section 4.3).
+    (memory.Config(**PLAIN, long_term='memorizing', memory_size=64, memory_top=4),
+     memory.Config(**PLAIN, long_term='memorizing', memory_size=512, memory_top=8), ''),
 ]
 
 

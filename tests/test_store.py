@@ -254,11 +254,16 @@ def test_keys_are_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
   monkeypatch.setenv(seal.KEY_VARIABLE, 'x')
   said = refused(store.read_key)
   assert said.startswith('LONGCTX_STORE_KEY: is no key (1 bytes)')
+  monkeypatch.setenv(seal.KEY_VARIABLE, '')   # a secret that is not there
+  assert 'LONGCTX_STORE_KEY: is set and empty; unset it' in refused(store.read_key)
+  assert 'cannot be read' in refused(store.read_key, 'a\0b')
 
 
-def test_without_the_package_encryption_says_what_to_install(monkeypatch):
+def test_without_the_package_encryption_says_what_to_install(tmp_path, monkeypatch):
+  """And at once, not when there is something to save."""
   monkeypatch.setitem(sys.modules, 'cryptography.hazmat.primitives.ciphers', None)
   assert 'pip install cryptography' in refused(seal.seal, b'', KEY, 'a')
+  assert 'pip install cryptography' in refused(store.Store, str(tmp_path), KEY)
 
 
 @pytest.mark.parametrize('call_name', ['write', 'fsync', 'replace'])

@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, RunError
 from longctx.training import workdir as workdir_lib
 
 HOLD = """
@@ -44,6 +44,12 @@ def in_one_line(error):
 
 
 class TestLock:
+
+  def test_a_lock_of_another_host_may_be_one_that_a_server_has_not_let_go(self, tmp_path):
+    with workdir_lib.lock(tmp_path):
+      (tmp_path / '.lock').write_text('pid 7 on another-host\n')
+      with pytest.raises(RunError, match=r'held by a run that is still going \(pid 7 on another-host\); .* in a minute'):
+        workdir_lib.lock(tmp_path)
 
   def test_second_run_is_refused_until_the_first_is_killed(self, tmp_path):
     first = start(HOLD, tmp_path)

@@ -6,6 +6,7 @@ Held by: tests/test_data_remote.py.
 """
 
 import dataclasses
+import errno
 import io
 import time
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def patiently(what: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T
     except (*LASTING, ValueError, NotImplementedError, RunError):
       raise
     except Exception as e:
+      if str(e).startswith('Forbidden'):   # gcsfs has no error of its own for it
+        raise PermissionError(errno.EACCES, str(e)) from e
       if pause is None:
         raise RunError(f'{what}: cannot be reached: {e}; tried for {sum(PAUSES)} s. Once it can, start the same '
                        'command again, which carries on from the last checkpoint') from e

@@ -6,7 +6,8 @@
 Dense: the scores [B, N, C, S] exist at once; segments are short.
 Source: Dai et al. 2019, arXiv:1901.02860, section 3.3; kimiyoung/transformer-xl.
 Differs: u and v are given with each call, and each layer has its own (models/memories/base.py), as the
-official code's --untie_r; its default shares them over the layers.
+official code's --untie_r; its default shares them over the layers. Its --same_length and --clamp_len, with which
+the published figures were evaluated, are not there: the last token of a segment sees further back than the first.
 Held by: tests/test_relative.py (loops in NumPy).
 
 B batch  C queries  S keys, the last C of them the queries' own tokens  N query heads  K kv heads

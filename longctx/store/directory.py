@@ -10,7 +10,9 @@ Held by: tests/test_contexts.py.
 
 import contextlib
 import errno
+import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from longctx.store.identity import Identity
 
 NAME = re.compile('[A-Za-z0-9][A-Za-z0-9._-]{0,99}')
 HOLDS = '.holds'   # folder of lock files, one a context
+MOMENT = 0.5       # seconds
 
 
 def check_name(name: str) -> None:
@@ -47,15 +50,17 @@ class Store:
     self.folder, self.key, self.budget = Path(folder), key, budget
     self.flag = f'--store={folder}'
     check(bool(str(folder)), '--store: missing; give a folder for contexts, such as --store=contexts')
-    check(not self.folder.exists() or self.folder.is_dir(), f'{self.flag}: is a file; give a folder')
+    if key is not None:   # and not only once there is much to save
+      file.seal.check_can_encrypt()
     try:
+      check(not self.folder.exists() or self.folder.is_dir(), f'{self.flag}: is a file; give a folder')
       if make:
         self.folder.mkdir(parents=True, exist_ok=True)
       check(self.folder.is_dir(), f'{self.flag}: no such folder; python -m longctx.chat makes it '
             'when it saves a context')
       (self.folder / HOLDS).mkdir(exist_ok=True)
     except OSError as e:
-      raise ConfigError(f'{self.flag}: cannot be made ({e.strerror}: {e.filename}); give a folder '
+      raise ConfigError(f'{self.flag}: cannot be made or entered ({e.strerror}: {e.filename}); give a folder '
                         'that you may write to') from e
 
   def path(self, name: str) -> Path:
@@ -95,13 +100,24 @@ class Store:
     """Keeps a context to this process: nobody else may hold, delete or drop it meanwhile."""
     check_name(name)
     try:
-      return files.hold(self.folder / HOLDS / name)
+      return self._hold(name)
     except files.HeldError as e:
       raise ConfigError(f'context {name!r}: in use by another process ({e.holder}); end that first, or '
                         f'fork it: python -m longctx.contexts fork {name} NEW '
                         f'{self.flag}') from None
     except (OSError, files.CannotLockError) as e:
       raise ConfigError(f'{self.flag}: cannot lock a file there ({e})') from e
+
+  def _hold(self, name: str) -> files.Lock:
+    """A hold, after a moment: a process that looks whether there is one (`_is_held`) has it meanwhile."""
+    deadline = time.monotonic() + MOMENT
+    while True:
+      try:
+        return files.hold(self.folder / HOLDS / name)
+      except files.HeldError:
+        if time.monotonic() > deadline:
+          raise
+        time.sleep(0.01 * random.random())
 
   def _is_held(self, name: str) -> bool:
     try:
@@ -178,6 +194,11 @@ class Store:
 
   def _sealed(self, data: bytes, name: str) -> bytes:
     return data if self.key is None else file.seal.seal(data, self.key, name)
+
+  def check_room(self, name: str, size: int) -> None:
+    """ConfigError where a context of `size` bytes can never be saved under the budget."""
+    check(not self.budget or size <= self.budget, f'--budget={self.budget}: {name} holds {size} bytes; give a '
+          'budget of that and more, for all contexts together, or none')
 
   def check_free(self, name: str) -> None:
     check(name not in self, f'context {name!r}: is there already in {self.flag}; give another name, or '
@@ -259,5 +280,6 @@ class Store:
     with self._index() as i:
       self._known(i, name)
       mark = self.folder / (name + index.PIN)
-      mark.touch() if pinned else mark.unlink(missing_ok=True)
+      with self._told(name, 'pinned' if pinned else 'unpinned'):
+        mark.touch() if pinned else mark.unlink(missing_ok=True)
       i.refresh(name)

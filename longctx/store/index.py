@@ -69,7 +69,7 @@ class Index:
       for entry in entries:
         # A file may go while it is looked at, by a hand that knows no lock.
         with contextlib.suppress(FileNotFoundError):
-          found = entry.stat(follow_symlinks=False)
+          found = entry.stat()
           if not stat.S_ISREG(found.st_mode):
             continue
           if OURS.fullmatch(entry.name) and time.time() - found.st_mtime > STALE:

@@ -27,17 +27,19 @@ MAKE_ONE = "python -c 'import secrets; print(secrets.token_hex(32))' > FILE make
 
 def read_key(path: str = '') -> bytes | None:
   """The key of a file, or else of the environment, or None: 64 hexadecimal digits or 32 bytes."""
-  where, data = f'--key_file={path}', os.environ.get(KEY_VARIABLE, '').encode()
   if path:
+    where = f'--key_file={path!r}' if '\0' in path else f'--key_file={path}'
     try:
       with open(path, 'rb') as file:
         data = file.read(1000)
-    except OSError as e:
-      raise ConfigError(f'{where}: cannot be read: {e.strerror}; {MAKE_ONE}') from e
-  elif not data:
-    return None
+    except (OSError, ValueError) as e:   # ValueError: a path that no file can have
+      raise ConfigError(f'{where}: cannot be read: {getattr(e, "strerror", e)}; {MAKE_ONE}') from e
+  elif KEY_VARIABLE in os.environ:
+    where, data = KEY_VARIABLE, os.environ[KEY_VARIABLE].encode()
+    # A secret that was meant to be there, and is not, must not leave contexts plain.
+    check(bool(data), f'{where}: is set and empty; unset it to encrypt nothing; {MAKE_ONE}')
   else:
-    where = KEY_VARIABLE
+    return None
   if re.fullmatch(rb'\s*[0-9a-fA-F]{64}\s*', data):
     return bytes.fromhex(data.decode())
   check(len(data) == 32, f'{where}: is no key ({len(data)} bytes); must be 64 hexadecimal digits, or '
@@ -58,12 +60,18 @@ def described(data: bytes) -> tuple[int, str]:
   return data[len(MAGIC)], data[len(MAGIC) + 1:][:KEY_ID].hex()
 
 
-def _gcm(key: bytes, nonce: bytes, tag: bytes | None, head: bytes, name: str) -> Any:
+def check_can_encrypt() -> None:
+  """ConfigError where the package that does it is not installed."""
   try:
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    import cryptography.hazmat.primitives.ciphers  # noqa: F401
   except ImportError as e:
     raise ConfigError('encrypted contexts need the package cryptography: pip install '
                       'cryptography') from e
+
+
+def _gcm(key: bytes, nonce: bytes, tag: bytes | None, head: bytes, name: str) -> Any:
+  check_can_encrypt()
+  from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
   cipher = Cipher(algorithms.AES(key), modes.GCM(nonce, tag))
   worker = cipher.encryptor() if tag is None else cipher.decryptor()
   worker.authenticate_additional_data(head + b'longctx context ' + name.encode())

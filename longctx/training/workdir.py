@@ -10,6 +10,7 @@ Held by: tests/test_workdir.py, tests/test_patience.py, tests/test_distributed.p
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from longctx import files
-from longctx.errors import ConfigError, check, nearest
+from longctx.errors import ConfigError, RunError, check, nearest
 from longctx.files import Lock, atomic_write
 
 # Keys and sections of a config. These change no number of a run, and may differ from W's:
@@ -58,8 +59,12 @@ def lock(workdir: str | os.PathLike) -> Lock:
   try:
     return files.patiently(f'--workdir={workdir}', files.hold, Path(workdir) / LOCK_FILE)
   except files.HeldError as e:
-    raise ConfigError(f'--workdir={workdir}: held by a run that is still going ({e.holder}); wait '
-                      'for it, stop it, or give another workdir') from None
+    said = f'--workdir={workdir}: held by a run that is still going ({e.holder}); '
+    if ' on ' in e.holder and not e.holder.endswith(f' on {socket.gethostname()}'):
+      # Of a host that was lost a file server lets go after a while: what launchers try again.
+      raise RunError(f'{said}stop it, or give another workdir; if its host was lost, the same command can go on '
+                     'in a minute or two') from None
+    raise ConfigError(f'{said}wait for it, stop it, or give another workdir') from None
   except files.CannotLockError as e:
     raise ConfigError(f'--workdir={workdir}: its file system cannot lock files ({e}); '
                       'give a workdir on another one') from e
