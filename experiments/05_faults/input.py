@@ -25,7 +25,7 @@ from experiments import shared  # noqa: E402
 
 TIERS = {
     'smoke': dict(config='configs/quickstart.py:debug', batches=(2,), steps=20, repeats=1),
-    'cpu': dict(config='configs/quickstart.py', batches=(2, 16), steps=200, repeats=2),
+    'cpu': dict(config='configs/quickstart.py', batches=(2, 16), steps=100, repeats=2),
 }
 
 
