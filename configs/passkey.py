@@ -41,7 +41,11 @@ def get_config(variant: str = ''):
   if variant == 'memory':
     config.model.layers = ('delta_net',)
     config.model.max_length = 65_536
-    config.run.num_steps = 500
+    config.model.embed_dim = 192
+    config.model.num_heads = 2
+    config.model.mixer_key_dim = 192   # wide keys: what is written later does less to what is there
+    config.model.mixer_value_dim = 96
+    config.data.task_lengths = (256, 288, 320)
   if variant == 'debug':
     config.data.task_loss = 'all'   # so that a few steps show
     config.data.batch_size = 4
