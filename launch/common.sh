@@ -213,7 +213,7 @@ check_workdir() {
 # mount_workdir WORKDIR: WORKDIR_HERE, its path on this host; a bucket is mounted with gcsfuse under
 # GCS_ROOT (~/gcs). Processes of one host wait for each other.
 mount_workdir() {
-  local bucket folder pause error
+  local bucket folder pause error mounting
   WORKDIR_HERE=$1
   if [[ $1 != gs://* ]]; then return; fi
   bucket=${1#gs://}
@@ -227,13 +227,26 @@ mount_workdir() {
   mkdir -p "$folder"
   (
     flock 9
+    mounting=$(mktemp) && trap 'rm -f "$mounting"' EXIT
     if ! mountpoint -q "$folder"; then
       command -v gcsfuse >/dev/null ||
         die "--workdir=$1: gcsfuse is not installed on $(hostname); install it (launch/README.md," \
           "Workdirs), or give a folder"
-      gcsfuse "${GCSFUSE[@]}" "$bucket" "$folder" >&2 9>&- ||
-        die "--workdir=$1: gcsfuse cannot mount $bucket; see that it is there and that this machine's" \
-          "account may write to it"
+      for pause in 1 2 4 8 16 last; do
+        # Into a file: the process that it leaves behind would keep a pipe open.
+        if gcsfuse "${GCSFUSE[@]}" "$bucket" "$folder" >"$mounting" 2>&1 9>&-; then break; fi
+        cat "$mounting" >&2
+        if ! grep -qE "$MAY_PASS|$NETWORK" "$mounting"; then
+          die "--workdir=$1: gcsfuse cannot mount $bucket; see that it is there and that this machine's" \
+            "account may write to it"
+        fi
+        if [[ $pause == last ]]; then
+          say "--workdir=$1: gcsfuse cannot mount $bucket on $(hostname) now, as said above; that may pass, and the" \
+            'same command carries on'
+          exit 75
+        fi
+        sleep "$pause"
+      done
     fi
     for pause in 1 2 4 8 16 last; do
       if error=$(renames_folders "$WORKDIR_HERE" 2>&1); then exit 0; fi
@@ -256,6 +269,8 @@ GCSFUSE=(--implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-t
 
 # EIO, ETIMEDOUT, EAGAIN, ENOTCONN, ESTALE, EBUSY: of a bucket that is there, for a moment.
 MAY_PASS='Input/output error|timed out|temporarily unavailable|Transport endpoint|Stale file handle|resource busy'
+# And what gcsfuse says of a network, or of a service, that is not there for a moment.
+NETWORK='Error 5[0-9][0-9]|i/o timeout|deadline exceeded|connection re(fused|set)|no such host|unreachable'
 
 renames_folders() {
   local old=$1/.rename.$HOSTNAME.$BASHPID

@@ -312,6 +312,22 @@ def test_a_bucket_that_fails_for_a_moment_is_tried_again(stand, tmp_path, error)
   assert list((tmp_path / 'gcs/bucket/runs/a').iterdir()) == []
 
 
+def test_a_bucket_that_cannot_be_mounted_for_a_moment(stand, tmp_path):
+  given = 'exec', CONFIG, '--workdir=gs://bucket/runs/a'
+  away = ('gcsfuse*', 1, 'googleapi: Error 503: Service Unavailable')
+  trouble(stand, 'none', times=0)   # notes what is slept
+  stand.answers(away, away)
+  done = worker(stand, *given)
+  assert done.returncode == 0 and done.stderr.count('Error 503') == 2
+  assert (tmp_path / 'calls.sleep').read_text().split() == ['1', '2']
+  assert len(starts(stand)) == 1
+  stand.answers(*[away] * 6)
+  done = worker(stand, *given)
+  assert done.returncode == 75
+  assert 'gcsfuse cannot mount bucket' in done.stderr and 'that may pass, and the same command carries on' in done.stderr
+  assert len(starts(stand)) == 1
+
+
 def test_a_bucket_that_cannot_be_used(stand, tmp_path):
   given = 'exec', CONFIG, '--workdir=gs://bucket/runs/a'
   stand.answers(('gcsfuse*', 1, ''))
