@@ -347,7 +347,7 @@ class TestDamage:
       assert_holds(c.restore_newest(abstract(make_state(0))), 2)
       assert slept and not [line for line in warnings if 'checkpoint' in line]
       failing[0] = 10_000
-      with pytest.raises(RunError, match=r'2: .* cannot be read now \(Input/output error\), tried for 63 s; once it'):
+      with pytest.raises(RunError, match=r'2: .* cannot be read now \(Input/output error\), tried for 123 s; once it'):
         c.restore_newest(abstract(make_state(0)))
       assert c.steps() == [1, 2]   # none was put aside
 

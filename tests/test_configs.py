@@ -37,7 +37,7 @@ PARAMETERS = {
     'lstm_ptb_small:debug': 33_088,
     'passkey': 246_336,
     'passkey:debug': 13_152,
-    'passkey:memory': 249_280,
+    'passkey:memory': 1_091_136,
     'question_answering': 246_336,
     'question_answering:debug': 13_152,
     'quickstart': 824_576,

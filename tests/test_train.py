@@ -285,15 +285,9 @@ def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost
     assert evaluation(broken) != evaluation(straight)
 
 
-def test_terminated_before_the_first_step_and_while_it_evaluates(text, tmp_path, capsys,
-                                                                 monkeypatch):
-  config, real = make_config(text), train.Trainer.describe
-  monkeypatch.setattr(train.Trainer, 'describe', lambda *a: (terminate(), real(*a))[1])
-  train.run(config, str(tmp_path))
-  assert 'SIGTERM: saved step 0; the same' in capsys.readouterr().out
-  monkeypatch.setattr(train.Trainer, 'describe', real)
-
-  evaluate = train.evaluate
+def test_terminated_while_it_evaluates(text, tmp_path, capsys, monkeypatch):
+  """Before the first step a signal ends all at once: tests/test_distributed.py."""
+  config, evaluate = make_config(text), train.evaluate
   with monkeypatch.context() as m:
     m.setattr(train, 'evaluate', lambda *a: (terminate(), evaluate(*a))[1])
     train.run(config, str(tmp_path))

@@ -82,11 +82,12 @@ class Fault:
     checkpoint.Checkpoints.save = begun
 
   def refuse(self, code: int, folders: tuple[str, ...], reads: bool, at_file: int = 0,
-             seconds: float = SECONDS) -> None:
+             seconds: float | None = None) -> None:
     """Files below `folders` cannot be written, or also not be read, once it has begun.
 
-    `at_file`: it begins as so many have been asked for in this process, or in another one.
+    `at_file`: it begins as so many have been asked for in this process, or in another one. `seconds`: or SECONDS.
     """
+    seconds = SECONDS if seconds is None else seconds
     asked = itertools.count(1)
     def look(event: str, arguments: tuple) -> None:
       over = self.since is not None and time.monotonic() > self.since + seconds
@@ -132,7 +133,7 @@ def tokens() -> str:
   return next(flag.partition('file://')[2] for flag in sys.argv if flag.startswith('--config.data.cache_dir='))
 
 
-def bucket(fault: Fault, workdir: str, seconds: float = SECONDS) -> None:
+def bucket(fault: Fault, workdir: str, seconds: float | None = None) -> None:
   fault.at_save(everywhere=True)
   fault.refuse(errno.EIO, (workdir, tokens()), reads=True, seconds=seconds)
 
