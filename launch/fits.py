@@ -141,7 +141,7 @@ def table(found: dict) -> str:
 
 def write_table(readme: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
   before, rest = readme.read_text().split(begin)
-  after = rest.split(end)[1]
+  after = rest.split(end, 1)[1]   # another table may end with the same mark
   readme.write_text(f'{before}{begin}\n{table}\n{end}{after}')
 
 

@@ -67,6 +67,16 @@ after
 """
 
 
+def test_a_table_is_written_and_another_one_stays(tmp_path):
+  readme = tmp_path / 'README.md'
+  text = f'a\n{fits.BEGIN}\nold\n{fits.END}\nb\n{scaling.BEGIN}\nother\n{scaling.END}\nc\n'
+  readme.write_text(text)
+  fits.write_table(readme, 'new')
+  assert readme.read_text() == text.replace('old', 'new')
+  fits.write_table(readme, 'newer', scaling.BEGIN, scaling.END)
+  assert readme.read_text() == text.replace('old', 'new').replace('other', 'newer')
+
+
 def test_the_readme_has_the_table_of_what_was_compiled():
   found = {(r['topology'], r['model'], r['length']): r
            for r in map(json.loads, fits.RESULTS.read_text().splitlines())}
