@@ -108,18 +108,28 @@ def test_zeroing_what_it_remembers_changes_the_loss(name):
       {'none': set(), 'rmt': {'tokens'}}.get(config.long_term, {'long term'}))
 
 
-TRAINED = {'transformer_xl': dict(short_term=8), 'infini': dict(long_term='infini'),
-           'memorizing': dict(long_term='memorizing', memory_size=16, memory_top=4),
-           'armt': dict(long_term='armt', memory_tokens=2, memory_width=16)}
+TRAINED = {   # and for how many steps
+    'transformer_xl': (150, dict(short_term=8)),
+    'compressive': (150, dict(long_term='compressive', short_term=2, memory_rate=1, memory_size=8)),
+    'infini': (150, dict(long_term='infini')),
+    'memorizing': (150, dict(long_term='memorizing', memory_size=16, memory_top=4)),
+    'block_recurrent': (400, dict(long_term='block_recurrent', memory_variant='lstm', memory_tokens=4)),
+    'armt': (150, dict(long_term='armt', memory_tokens=2, memory_width=16)),
+    'ttt': (150, dict(long_term='ttt')),
+    'memory_caching': (150, dict(long_term='memory_caching', memory_size=4)),
+    **{f'titans {variant}': (400, dict(long_term='titans', memory_variant=variant, memory_width=32, memory_rate=1))
+       for variant in ('memory', 'mag', 'mal')},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', TRAINED)
 def test_a_trained_memory_is_what_knows(name):
   """Trained to tell which value came with each of two keys; zeroed before it is asked, it guesses."""
-  task, segment, steps = TASKS['segment_recall'], 2, 150
+  steps, settings = TRAINED[name]
+  task, segment = TASKS['segment_recall'], 2
   config = memory_config.Config(vocab_size=task.vocab_size, num_layers=2, embed_dim=64, num_heads=2, mlp='gelu',
-                                init_std=0.1, remat='none', segment=segment, **TRAINED[name])
+                                init_std=0.1, remat='none', segment=segment, **settings)
   programs, rng = small_training.programs(config, segment, steps), np.random.default_rng(0)
   batches = (task.make(rng, 64, 8) for _ in range(steps))
   model = nnx.merge(programs.graphdef, small_training.train(programs, batches, steps, 3e-3, 0).params)
