@@ -488,6 +488,17 @@ class TestFailures:
       assert c.poll() == []
     assert warnings == []  # told by `poll` alone
 
+  def test_what_is_written_after_a_failure_is_deleted_by_the_next_save(self, folder, monkeypatch):
+    with Checkpoints(folder, keep_last=1) as c:
+      with monkeypatch.context() as broken:
+        break_saving(broken, 'an array')
+        save(c, 1)
+        c.wait()
+      (folder / '1.partial' / 'state').mkdir(parents=True)   # as a write of it that was late does
+      (folder / '1.partial' / 'state' / 'late').write_text('x')
+      save(c, 2)
+      assert [p.name for p in folder.iterdir()] == ['2']
+
   def test_whether_the_last_save_failed_is_known(self, folder, monkeypatch):
     with Checkpoints(folder, keep_last=1) as c:
       assert not c.failing
@@ -553,11 +564,11 @@ class TestFailures:
         assert told.startswith('could not save step 2: ')
         assert 'No space left on device' in told
         assert told.endswith('the last good checkpoint is step 1; training goes on')
-        assert os.listdir(disk / 'checkpoints') == ['1']
+        assert c.steps() == [1]
         assert_holds(c.restore_newest(abstract(make_state(0))), 1)
         os.remove(disk / 'filler')
         assert save(c, 3, large | make_state(3))
-        assert c.steps() == [3]
+        assert os.listdir(disk / 'checkpoints') == ['3']
         assert c.poll() == []
         assert warnings == []
     finally:

@@ -87,8 +87,7 @@ class Checkpoints:
     self.directory.mkdir(parents=True, exist_ok=True)
     self._settle_replaced()
     if jax.process_index() == 0:
-      for folder in self.directory.glob(f'*{saving.PARTIAL}'):   # of a run that was killed
-        shutil.rmtree(folder, ignore_errors=True)
+      saving.clear(self.directory)
 
   @functools.cached_property
   def _handler(self) -> Any:

@@ -79,7 +79,7 @@ class Save:
     return self._outcome
 
   def _make_folders(self) -> None:
-    shutil.rmtree(self._partial, ignore_errors=True)
+    clear(self._partial.parent)
     self._partial.parent.mkdir(parents=True, exist_ok=True)   # somebody may have moved it away
     for name in (METADATA, *self._files):
       (self._partial / name).mkdir(parents=True)
@@ -100,12 +100,14 @@ class Save:
       fault, untidy = _first(told), ''
       if jax.process_index() == 0:
         fault = fault or _first([_fault_of(self._finish)])
-        if fault:
-          shutil.rmtree(self._partial, ignore_errors=True)   # it may hold the room that the next one needs
-        untidy = _fault_of(self._tidy)
+        untidy = _fault_of(self._leave_in_order)
       self._outcome = Outcome(*self._talk.gather([fault, untidy])[0])
     except Exception as e:   # the coordinator is gone, and this run will end
       self._outcome = Outcome(reason(e), '')
+
+  def _leave_in_order(self) -> None:
+    clear(self._partial.parent)   # what failed may hold the room that the next one needs
+    self._tidy()
 
   def _finish(self) -> None:
     from etils import epath
@@ -117,6 +119,16 @@ class Save:
     if self._folder.exists():
       os.replace(self._folder, self._folder.with_name(f'{self._folder.name}{REPLACED}'))
     os.rename(self._partial, self._folder)
+
+
+def clear(directory: Path) -> None:
+  """Deletes what saves that failed, or were killed, left in the checkpoints' folder; while none is under way.
+
+  One call may be too early: where an array could not be written, others of its save are still being written
+  when its error comes, and make their folder anew.
+  """
+  for folder in directory.glob(f'*{PARTIAL}'):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_json(path: Path, content: Any) -> None:
