@@ -262,14 +262,14 @@ def test_every_model_takes_a_step_on_every_trial_and_is_asked_all(the, trial, tm
 
 # The tables
 
-def lines_of(the, values, *, model, rate=3e-3, seed=0, validation=None):
+def lines_of(the, values, *, model, rate=3e-3, seed=0, validation=None, loss=1.0):
   """Lines of a model, by field: a score, or a score and its standard error."""
   trial_of = lambda field: field.split('_')[0]
   found = []
   for trial in dict.fromkeys(map(trial_of, values)):
     mine = {f: v if isinstance(v, tuple) else (v, 0.01) for f, v in values.items() if trial_of(f) == trial}
     found.append(dict(
-        trial=trial, model=model, seed=seed, learning_rate=rate, steps=1, rows=1, state_floats=8,
+        trial=trial, model=model, seed=seed, learning_rate=rate, steps=1, rows=1, state_floats=8, loss=loss,
         validation=next(iter(mine.values()))[0] if validation is None else validation, train_seconds=5.0,
         test_seconds=1.0, commit='c0ffee', versions=dict(jax='0', longctx='0'), device='cpu',
         standard_errors={f: e for f, (_, e) in mine.items()}, examples=dict.fromkeys(mine, 256),
@@ -289,6 +289,24 @@ def test_the_validation_chooses_the_rate_and_the_test_is_told(the):
   table = the.leaderboard.table(rows, 3)
   assert '| 0.700±0.010 (2) |' in table and '| 2.500±0.010 |' in table
   assert table.endswith('| 8 | 0.5 |')   # of all five runs
+
+
+def test_of_rates_that_are_equally_valid_the_order_of_lines_chooses_none(the):
+  far = {(1e-2, 0.5): 0.2, (3e-3, 0.1): 0.9, (1e-3, float('nan')): 0.4}   # by rate and loss
+  rows = [line for (rate, loss), value in far.items()
+          for line in lines_of(the, dict(passkey_1=1.0, passkey_16=value), model='gru', rate=rate, loss=loss)]
+  for order in (rows, rows[::-1]):
+    assert the.leaderboard.scores(order)['gru']['passkey_16'].mean == 0.9
+  same = [row | dict(loss=0.1) for row in rows]
+  for order in (same, same[::-1]):
+    assert the.leaderboard.scores(order)['gru']['passkey_16'].mean == 0.4   # the lowest rate
+
+
+def test_all_that_guess_share_a_place(the):
+  rows = [line for model, value in (('gru', 0.496), ('lstm', 0.515), ('rglru', (0.60, 0.06)), ('gla', 0.53), ('elman', 0.9))
+          for line in lines_of(the, dict(parity_256=value), model=model)]
+  places = the.leaderboard.ranks(the.leaderboard.scores(rows))
+  assert places == dict(elman=1, gla=2, gru=4, lstm=4, rglru=4)
 
 
 def test_seeds_add_to_the_standard_error(the):
@@ -357,6 +375,7 @@ def test_predictions_are_marked_by_their_rules(the):
     assert mark == 'not run' and model in numbers, name
   never = {m: v | dict(passkey_1=0.112, passkey_16=0.112, passkey_64=0.112) for m, v in values.items()}
   assert marks(the, never)['4b'][0] == marks(the, never)['4c'][0] == 'not seen'   # nothing to lose
+  assert 'attention 0.112±0.010 to 0.112±0.010 (not learned)' in marks(the, never)['4b'][1]
   lost = values | dict(mlstm=values['mlstm'] | dict(books=float('nan')))
   assert marks(the, lost)['5a'][0] == 'not seen'
 
@@ -376,6 +395,13 @@ def test_the_readme_lists_the_predictions_and_takes_the_tables(the, tmp_path, mo
   written = (tmp_path / 'README.md').read_text()
   assert written.count(text) == 1 and written.startswith(readme.split(the.leaderboard.BEGIN)[0])
   assert (tmp_path / 'leaderboard.png').stat().st_size > 100_000   # 33 models
+
+
+def test_the_readme_has_the_tables_of_the_lines(the):
+  rows = [json.loads(line) for line in (FOLDER / 'results' / 'runs.jsonl').read_text().splitlines()]
+  told = (FOLDER / 'README.md').read_text().split(the.leaderboard.BEGIN)[1].split(the.leaderboard.END)[0]
+  assert the.leaderboard.table(rows, 3) in told and the.leaderboard.verdicts(rows) in told
+  assert the.leaderboard.table(rows, 3) in (FOLDER / 'results' / 'leaderboard.md').read_text()
 
 
 def test_generators(tmp_path):

@@ -25,13 +25,17 @@ BEGIN, END = '<!-- leaderboard: begin -->', '<!-- leaderboard: end -->'    # in 
 
 
 def best_lines(rows: list[dict]) -> list[dict]:
-  """Of each trial, model and seed the line whose rate the validation chooses, with `rates`: of how many."""
+  """Of each trial, model and seed the line whose rate the validation chooses, with `rates`: of how many.
+
+  Where it says the same of two, as of two that are always right, the lower loss in training, then the lower rate.
+  """
   groups: dict[tuple, list[dict]] = {}
   for r in rows:
     groups.setdefault((r['trial'], r['model'], r['seed']), []).append(r)
-  def worth(r: dict) -> float:
+  def worth(r: dict) -> tuple[float, ...]:
     sign = -1 if r['trial'] in trials.LESS_IS_MORE else 1
-    return sign * r['validation'] if math.isfinite(r['validation']) else -math.inf
+    of = lambda value: value if math.isfinite(value) else -math.inf
+    return of(sign * r['validation']), of(-r['loss']), -r['learning_rate']
   return [max(lines, key=worth) | dict(rates=len({r['learning_rate'] for r in lines}))
           for lines in groups.values()]
 
@@ -56,7 +60,10 @@ def scores(rows: list[dict]) -> predictions.Scores:
 
 
 def ranks(found: predictions.Scores) -> dict[str, float]:
-  """The mean place over what was asked: 1 is first; equals share a place. NaN of a model that lacks a part of it."""
+  """The mean place over what was asked: 1 is first; equals share a place, and all that are at chance one.
+
+  NaN of a model that lacks a part of it.
+  """
   asked = [field for field in RANKED if any(field in fields for fields in found.values())]
   whole = {name: fields for name, fields in found.items() if all(field in fields for field in asked)}
   places: dict[str, list[float]] = {name: [] for name in found}
@@ -64,6 +71,8 @@ def ranks(found: predictions.Scores) -> dict[str, float]:
     sign = -1 if field in trials.LESS_IS_MORE else 1
     value = {name: sign * round(fields[field].mean, 3) for name, fields in whole.items()}
     value = {name: x if np.isfinite(x) else -np.inf for name, x in value.items()}   # the last
+    if field in predictions.CHANCE:   # what is not above it by more than noise
+      value |= {name: -np.inf for name in whole if predictions.near_chance(whole[name][field], field)}
     for name in whole:
       better = sum(v > value[name] for v in value.values())
       equal = sum(v == value[name] for v in value.values())

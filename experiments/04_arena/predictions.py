@@ -60,12 +60,19 @@ def above(scores: Scores, field: str, high: tuple[str, ...], low: tuple[str, ...
                  f'lowest of the former {last} {a}, highest of the latter {first} {b}')
 
 
+def excess(score: Score, field: str) -> float:
+  return worth(score) - CHANCE[field]
+
+
+def near_chance(score: Score, field: str) -> bool:
+  return not excess(score, field) > max(NEAR, 2 * score.error)
+
+
 def at_chance(scores: Scores, field: str, models: tuple[str, ...]) -> Verdict:
   if none := missing(scores, models, field):
     return none
-  excess = lambda model: worth(scores[model][field]) - CHANCE[field]
-  far = [m for m in models if excess(m) > max(NEAR, 2 * scores[m][field].error)]
-  said = far or [max(models, key=excess)]
+  far = [m for m in models if not near_chance(scores[m][field], field)]
+  said = far or [max(models, key=lambda m: excess(scores[m][field], field))]
   return verdict(not far, f'chance {CHANCE[field]:.3f}, {"above it" if far else "highest"} '
                  + ', '.join(f'{m} {scores[m][field]}' for m in said))
 
@@ -75,10 +82,11 @@ def keeps(scores: Scores, models: tuple[str, ...], near: str, far: str, half: bo
   or, not `half`, whether each keeps less. One that has not learned it shows neither."""
   if none := missing(scores, models, near, far):
     return none
-  learned = lambda m: worth(scores[m][near]) - CHANCE[near] > max(NEAR, 2 * scores[m][near].error)
-  part = lambda m: (worth(scores[m][far]) - CHANCE[far]) / (worth(scores[m][near]) - CHANCE[near])
-  return verdict(all(learned(m) and (part(m) >= 0.5) == half for m in models),
-                 ', '.join(f'{m} {scores[m][near]} to {scores[m][far]}' for m in models))
+  learned = [m for m in models if not near_chance(scores[m][near], near)]
+  part = lambda m: excess(scores[m][far], far) / excess(scores[m][near], near)
+  return verdict(len(learned) == len(models) and all((part(m) >= 0.5) == half for m in models),
+                 ', '.join(f'{m} {scores[m][near]} to {scores[m][far]}{"" if m in learned else " (not learned)"}'
+                           for m in models))
 
 
 def at_or_below_in_bits(scores: Scores, models: tuple[str, ...], other: str) -> Verdict:
@@ -136,7 +144,7 @@ PREDICTIONS = (
                lambda s: keeps(s, ('attention',), 'passkey_1', 'passkey_64', half=False)),
     Prediction('4c', 'Passkey at 16 times the length: gated and delta memories keep at least half of what '
                'they are above chance',
-               lambda s: keeps(s, (*GATED, 'infini'), 'passkey_1', 'passkey_16', half=True)),
+               lambda s: keeps(s, (*GATED, 'delta_net', 'infini'), 'passkey_1', 'passkey_16', half=True)),
     Prediction('5a', 'Books: gated matrix states at or below the bits of attention',
                lambda s: at_or_below_in_bits(s, GATED, 'attention')),
     Prediction('5b', 'Books beyond 512 bytes: the bits of attention grow more than those of any recurrence '

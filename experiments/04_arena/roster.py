@@ -2,7 +2,8 @@
 
 Segment memories read segments of the task's length; the fields that count tokens are given in segments here. A
 window is one segment: of rows of four segments a longer one leaves nothing to be remembered otherwise. What
-else makes a memory a memory (slots, rank) is as in experiment 03.
+else makes a memory a memory (slots, tokens, inner rates) is one setting for all five trials; experiment 03 has
+others, made for each of its tasks.
 """
 
 import dataclasses
