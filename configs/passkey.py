@@ -4,12 +4,12 @@ Each row is one example of the task (five digits in repeated noise); its answer 
 Command:  python -m longctx.main --config=configs/passkey.py --workdir=runs/passkey
 Then:     python -m longctx.main --config=configs/passkey.py --workdir=runs/passkey --mode=eval \
           --config.eval.tasks=passkey --config.eval.samples=1000 --config.eval.depths=10
-Memory:   the same with --config=configs/passkey.py:memory, layers of DeltaNet (arXiv:2406.06484), and
-          --config.eval.lengths='(320,1280,5120)'
+Memory:   the same with --config=configs/passkey.py:memory, layers of DeltaNet (arXiv:2406.06484),
+          --workdir=runs/memory and, of the second, --config.eval.lengths='(320,1280,5120)'
 Debug:    python -m longctx.main --config=configs/passkey.py:debug --workdir=runs/debug
 Expected: all of 300 passkeys at 320 tokens, nothing without their context, in four minutes of two cores. The loss
-          stays at guessing for the first 250 steps or more. Memory, in some ten minutes: 300 of 300 at 320
-          and at 1,280 tokens, 299 of 300 at 5,120, sixteen times what it was trained on.
+          stays at guessing for the first 250 steps or more. Memory, in some sixteen minutes of two cores:
+          300 of 300 at 320 and at 1,280 tokens, 299 of 300 at 5,120, sixteen times what it was trained on.
 """
 
 from longctx.configuration import base, check_variant

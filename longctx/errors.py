@@ -6,8 +6,9 @@ traceback.
 Held by: tests/test_mistakes.py.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class ConfigError(ValueError):
@@ -22,6 +23,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """' (did you mean "x"?)' with the known name closest to `name`, or '' if none is close."""
   found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
   return f' (did you mean "{found[0]}"?)' if found else ''
+
+
+@contextlib.contextmanager
+def labelled(label: str) -> Iterator[None]:
+  """Has a ConfigError from within begin with what its user knows the matter by."""
+  try:
+    yield
+  except ConfigError as e:
+    raise ConfigError(f'{label}: {e}') from e
 
 
 def check(condition: bool, message: str) -> None:

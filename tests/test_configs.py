@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import pathlib
+import random
+import re
 import shlex
 
 import jax
@@ -123,6 +125,13 @@ def test_all_leaves_of_a_config_can_be_overridden_at_once(name):
   assert leaves(given.to_dict()) == {leaf: value for leaf, (_, value) in new.items()}
 
 
+def test_variants_of_the_passkey_have_workdirs_of_their_own():
+  """A workdir is refused to another config than the one that began it."""
+  parts = re.split(r'^(\w+):', docstring('passkey'), flags=re.MULTILINE)
+  of = {name: set(re.findall(r'--workdir=(\S+)', text)) for name, text in zip(parts[1::2], parts[2::2])}
+  assert of['Command'] == of['Then'] and len(set.union(of['Command'], of['Memory'], of['Debug'])) == 3
+
+
 def test_overrides_in_every_form_a_user_writes():
   given = parse(flag('books'), '--config.model.window=(7,0,7)', '--config.seed', '5', '--noconfig.'
                 'model.tied', '--config.model.qk_norm', '-config.optimizer.learning_rate=1',
@@ -234,3 +243,22 @@ def test_the_debug_variant_runs_from_end_to_end(stem, tmp_path, no_compilation_c
   assert scored == 'right_rows' or (
       folder / 'figures' / 'loss_by_position.png').stat().st_size > 1000
   assert (folder / 'checkpoints' / str(config.run.num_steps) / 'manifest.json').exists()
+
+
+@pytest.mark.parametrize('decides, right', [(True, (0.95, 1.0)), (False, (0.3, 0.7))], ids=['by the text', 'by a coin'])
+def test_a_classifier_learns_what_decides_the_class_and_nothing_else(decides, right, tmp_path, no_compilation_cache):
+  """Texts whose last word says their class; or says nothing, of which nobody can be right."""
+  rng = random.Random(0)
+  for i in range(400):
+    word = rng.choice(('gloomy', 'bright'))
+    kind = dict(gloomy='bad', bright='good')[word] if decides else rng.choice(('bad', 'good'))
+    (folder := tmp_path / 'texts' / ('test' if i < 50 else 'train') / kind).mkdir(parents=True, exist_ok=True)
+    (folder / f'{i}.txt').write_text(f'{rng.randrange(10 ** 6)}: it was {word}')
+  assert main.main(['main', flag('sentiment:debug'), f'--workdir={tmp_path}/w', '--config.data.corpus=files',
+                    f'--config.data.files={tmp_path}/texts', '--config.data.generator=', '--config.data.validation_fraction=0.3',
+                    f'--config.data.cache_dir={tmp_path}/cache', f'--config.run.compilation_cache={tmp_path}/programs',
+                    '--config.data.length=40', '--config.model.max_length=40', '--config.perplexity.segment=40',
+                    '--config.data.batch_size=32', '--config.run.num_steps=150', '--config.run.log_every=50',
+                    '--config.optimizer.learning_rate=0.005', '--config.perplexity.max_tokens=1000']) == 0
+  found = json.loads((tmp_path / 'w' / 'evaluation.json').read_text())
+  assert right[0] <= found['right_rows'] <= right[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longctx.data import stream
-from longctx.data.tasks import example, sources
+from longctx.data.tasks import associations, example, sources
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -107,8 +107,11 @@ def test_a_text_counts_by_what_it_holds_and_not_by_its_path(tmp_path):
   (tmp_path / 'a').write_text(sentences + 'A last one. ')   # beyond what the first examples show
   sources.forget()
   assert content('a') != before == content('b')
-  with pytest.raises(ConfigError, match=r'none.: no file matches'):
+  with pytest.raises(ConfigError, match=r'^data\.task_haystack=.*none.: no file matches'):
     content('none')
+  (tmp_path / 'c').write_text('. '.join(associations.NAMES))
+  with pytest.raises(ConfigError, match=r'^data\.task_haystack=.*: holds all but 0 of the names'):
+    content('c', tasks=('association',))
 
 
 def test_held_out_documents_can_be_read_by_position():

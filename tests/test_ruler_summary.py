@@ -6,7 +6,7 @@ import pytest
 from longctx.data.tasks.table import Text
 from longctx.errors import ConfigError
 from longctx.evaluation import ruler_published
-from longctx.evaluation.records import Cell, Interval
+from longctx.evaluation.records import Cell, Interval, cells
 from longctx.evaluation.ruler_summary import average, compared, effective_length, weighted_average
 
 LENGTHS = [4096 * 2**i for i in range(6)]
@@ -109,6 +109,15 @@ def test_the_published_means_have_the_published_averages():
   assert all(abs(difference) < 0.1 for difference in said.values()), said
   for name, (scores, *_) in TABLE.items():
     assert sum(name.split(' (')[0] in known and scores == found for known, found in ruler_published.MEANS.items()) == 1
+
+
+def test_other_seeds_than_the_published_one_are_told():
+  notes = lambda task, seed: compared([cell(task, 4096, 0.9)._replace(seed=seed)])[0].notes[0]
+  said = 'Its bytes are those of eval.seed=42; here it is 0: '
+  assert said in notes('ruler_compat_vt', 0) and 'eval.seed' not in notes('ruler_vt', 0)
+  assert 'eval.seed' not in notes('ruler_compat_vt', 42) + notes('ruler_compat_vt', None)
+  line = dict(task='ruler_compat_vt', length=4096, index=0, score=1.0, too_long=False, seed=0)
+  assert said in compared(cells([line]))[0].notes[0]
 
 
 def test_a_part_of_the_tasks_is_called_so_and_forms_are_kept_apart():

@@ -2,13 +2,14 @@
 stand."""
 
 import collections
+import itertools
 import json
 import re
 
 import numpy as np
 import pytest
 
-from longctx.data.tasks import associations, coreference, example, needles, retrieval
+from longctx.data.tasks import associations, coreference, example, needles, retrieval, ruler
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -112,6 +113,22 @@ def test_a_number_that_the_haystack_holds_is_drawn_again(tmp_path):
     assert context(one).count(one.references[0]) == 2
 
 
+def test_a_haystack_of_all_the_numbers_is_refused(monkeypatch):
+  drawn = example.Draw(rng=np.random.default_rng(0), tokenizer=Bytes(), length=99, index=0, haystack='x',
+                       setting='data.task_{}')
+  for text, taken in ((b'123456789', ()), (b'1234567', ('8', '9'))):
+    with pytest.raises(ConfigError, match=r"^data\.task_haystack='x': holds each of 1000 numbers of 1 digits"):
+      needles.number(drawn, 1, text, taken)
+  # Of a task that hides four there are two.
+  calls = itertools.count()
+  def few(draw, digits, text, *taken):
+    assert next(calls) < 99, 'there is no end'
+    return needles.number(draw, 1, b'1234567', *taken)
+  monkeypatch.setattr(ruler, 'number', few)
+  with pytest.raises(ConfigError, match=r'^eval\.haystack=.*: holds each of 1000'):
+    example.example('ruler_niah_multivalue', ruler.TASKS['ruler_niah_multivalue'], Bytes(), length=2000, index=0)
+
+
 @pytest.mark.parametrize('name, step', [('association', 1), ('association2', 2)])
 def test_associations_have_one_answer_and_no_word_in_common(name, step):
   seen = collections.Counter()
@@ -153,6 +170,8 @@ def test_a_haystack_with_all_the_names_is_refused(tmp_path):
   with pytest.raises(ConfigError, match=r"^eval\.haystack='.*': holds all but 3 of the names of "
                                         r"association, 4"):
     draw('association', haystack=f'{tmp_path}/x.txt')
+  with pytest.raises(ConfigError, match=r"^data\.task_haystack='.*': holds all but 3"):
+    draw('association', haystack=f'{tmp_path}/x.txt', setting='data.task_{}')
 
 
 def test_json_is_valid_and_holds_the_pair_once():
@@ -202,8 +221,8 @@ def test_the_corpus_may_be_passages_of_any_text(tmp_path):
             if sentence in content] == list(one.references)
   for repeated in ('repeated', f'{tmp_path}/y.txt'):
     (tmp_path / 'y.txt').write_text('It is the same again and again and again. ' * 9)
-    with pytest.raises(ConfigError, match='no sentence of it is of 24 bytes and seldom enough'):
-      draw('corpus_in_context', haystack=repeated)
+    with pytest.raises(ConfigError, match=r"^--haystack='.*': no sentence of it is of 24 bytes and seldom enough"):
+      draw('corpus_in_context', haystack=repeated, setting='--{}')
 
 
 def test_invented_names_differ():

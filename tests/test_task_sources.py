@@ -9,6 +9,7 @@ from longctx.data.tasks import example, sources
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
+from longctx.evaluation import harness_tasks
 from tests.test_task_lra import write_files
 
 SQUAD = dict(data=[dict(paragraphs=[dict(context=f'Town {i} is {i} old.', qas=[
@@ -79,10 +80,24 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
   def refuse(file, kind):
     raise PermissionError(13, 'Permission denied')
   monkeypatch.setattr(sources.hashlib, 'file_digest', refuse)
-  with pytest.raises(ConfigError, match=r'^eval\.haystack: .*a: cannot be read \(Permission denied\); let yourself'):
+  with pytest.raises(ConfigError, match=r'^eval\.haystack=.*a: cannot be read \(Permission denied\); let yourself'):
     sources.digests(('passkey',), dict(haystack=str(tmp_path / 'a')))
-  with pytest.raises(ConfigError, match=r'^data\.task_haystack: '):
-    sources.digests(('passkey',), dict(haystack=str(tmp_path / 'a')), 'data.task_{}')
+
+
+@pytest.mark.parametrize('source, name, said', [
+    ('haystack', 'passkey', 'no file matches'), ('paragraphs', 'ruler_qa_1', 'no file matches'),
+    ('files', 'lra_text', '.*: holds no aclImdb/test/neg'), ('files', 'lra_image', '.*: holds no cifar')])
+def test_what_is_wrong_begins_with_the_setting_that_its_user_knows(tmp_path, source, name, said):
+  given = {source: str(tmp_path / 'none')}
+  for setting in ('eval.{}', 'data.task_{}', '--{}'):
+    begin = rf"^{setting.format(source)}='.*none': {said}"
+    with pytest.raises(ConfigError, match=begin):
+      sources.digests((name,), given, setting)
+    with pytest.raises(ConfigError, match=begin):
+      example.example(name, TASKS[name], Bytes(), length=2000, index=0, setting=setting, **given)
+  with pytest.raises(ConfigError, match=rf"^--{source}='.*none': {said}"):
+    harness_tasks.export(str(tmp_path / 'd'), [name], lengths=[2000], samples=1, tokenizer=Bytes(), seed=0, depths=0,
+                         sources=dict.fromkeys(example.SOURCES, '') | given)
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path):

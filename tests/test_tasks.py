@@ -277,9 +277,9 @@ def test_any_text_can_be_the_haystack(name, books):
       return
     assert ' Line ' in one.prompt.decode()
     assert TASKS[name].score(one.target.decode(), one) == 1
-  with pytest.raises(ConfigError,
-                     match=r"^eval\.haystack='.*none\*': no file matches; give a glob"):
-    draw(name, length, haystack=f'{books}/none*')
+  for setting in ('eval.{}', 'data.task_{}', '--{}'):   # the one that its user knows
+    with pytest.raises(ConfigError, match=rf"^{setting.format('haystack')}='.*none\*': no file matches; give a glob"):
+      draw(name, length, haystack=f'{books}/none*', setting=setting)
 
 
 @pytest.mark.parametrize('name', NAMES)

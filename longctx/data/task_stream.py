@@ -23,6 +23,7 @@ from longctx.errors import check_choice
 
 COUNTED = 64    # examples that the accounting tells of
 HELD_OUT = 64   # documents of the validation and the test split
+SETTING = 'data.task_{}'   # what a source is known by here
 
 
 class Examples:
@@ -35,9 +36,9 @@ class Examples:
     self._config, self._names = config, (split, seed)
     self._lengths = config.task_lengths or (config.length,)
     given = dict(haystack=config.task_haystack, files=config.task_files)
-    unread(config.tasks, given, 'data.task_{}')
+    unread(config.tasks, given, SETTING)
     # Files count by what they hold and not by their paths, as in evaluation.
-    digests = sources.digests(config.tasks, given, 'data.task_{}')
+    digests = sources.digests(config.tasks, given, SETTING)
     texts = [tuple(of[source] for of in digests.values() if source in of) or value for source, value in given.items()]
     # What is too short for a task is refused before anything is trained.
     first = [self._made(name, length, 0) for name in config.tasks for length in sorted(self._lengths)[:1]]
@@ -47,7 +48,7 @@ class Examples:
 
   def _made(self, name: str, length: int, index: int) -> Example:
     return example(name, TASKS[name], self.tokenizer, length=length, index=index, seed=self._names,
-                   haystack=self._config.task_haystack, files=self._config.task_files)
+                   haystack=self._config.task_haystack, files=self._config.task_files, setting=SETTING)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
     """(SEP, prompt, answer; how many of these tokens the answer has)."""
@@ -98,8 +99,9 @@ class TaskDocuments:
   """A held-out split as documents, for perplexity by position; see stream.Documents."""
 
   def __init__(self, examples: Examples):
-    self.tokenizer, self.content = examples.tokenizer, examples.content
+    self.tokenizer = examples.tokenizer
     self._documents = [examples[n][0] for n in range(HELD_OUT)]
+    self.content = hashlib.sha256(b''.join([examples.content.encode(), *self._documents])).hexdigest()
     self.lengths = np.array([len(one) for one in self._documents])
     self.total_tokens = int(self.lengths.sum())
     self.total_bytes = int(sum(self.tokenizer.num_bytes(one).sum() for one in self._documents))

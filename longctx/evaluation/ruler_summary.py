@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from longctx.data.tasks.ruler_compat import SEED
 from longctx.data.tasks.table import SYNTHETIC, TASKS
 from longctx.errors import check, check_range
 from longctx.evaluation import records, ruler_published
@@ -99,6 +100,13 @@ def _marked(names: Sequence[str], found: Sequence[records.Cell]) -> str:
   return f', {count} {SYNTHETIC}' if count else ''
 
 
+def _seeds(family: str, names: Sequence[str], found: Sequence[records.Cell]) -> list[str]:
+  """What has to be said of seeds where the published bytes are those of one."""
+  others = sorted({c.seed for c in found if c.task in names and c.seed not in (None, SEED)})
+  return [f'Its bytes are those of eval.seed={SEED}; here it is {", ".join(map(str, others))}: other draws, no '
+          'rerun of the published set.'] if others and family == 'ruler_compat_' else []
+
+
 def _among_published(scores: Mapping[int, float], marked: str) -> Compared:
   """The mean of all tasks, by length, and what others have."""
   lengths = sorted({*scores, *ruler_published.LENGTHS})
@@ -125,7 +133,7 @@ def _beside(family: str, names: list[str], found: Sequence[records.Cell]) -> tup
   rows = [[named[name], *(said(value(name, column)) for column in columns)] for name in names]
   rows.append([f'mean of {len(names)}{marked}', *(said(means[column]) for column in columns)])
   scores = {length: means[length] for length in lengths if means[length] is not None}
-  notes = [' '.join([FORMS[family], *([STAND_INS] if marked else [])]), *(_summary(scores, len(names)) if family != 'lra_' else [])]
+  notes = [' '.join([FORMS[family], *_seeds(family, names, found), *([STAND_INS] if marked else [])]), *(_summary(scores, len(names)) if family != 'lra_' else [])]
   return Compared(f'{family}*: score, %, by length, and published', [
       'task', *(f'{length:,}' for length in lengths), *(f'published: {model}' for model in models)], rows, notes), scores
 

@@ -69,8 +69,8 @@ def association(draw: Draw, name: str, steps: int) -> Example:
   depths = depths_of(draw, PEOPLE)
   text = haystack.of(draw)(fit.bytes_for(draw))
   names = [one for one in NAMES if one.encode() not in text]
-  check(len(names) >= PEOPLE, f'eval.haystack={draw.haystack!r}: holds all but {len(names)} of '
-        f'the names of {name}, {PEOPLE} of which must not be in it; give another text')
+  check(len(names) >= PEOPLE, f"{draw.label('haystack')}: holds all but {len(names)} of the names "
+        f'of {name}, {PEOPLE} of which must not be in it; give another text')
   people = [names[i] for i in draw.rng.permutation(len(names))[:PEOPLE]]
   places, countries = [], set()
   # of as many countries: one answer alone is right

@@ -60,10 +60,15 @@ class Draw:
   paragraphs: str = ''           # the glob of SQuAD or HotpotQA files; '': invented documents
   files: str = ''                # the folder of a benchmark's own files, for tasks that read them
   seed: Any = 0                  # which rng comes from; for what is drawn once for all examples
+  setting: str = 'eval.{}'       # what its user knows a source by
 
   def count(self, text: bytes) -> int:
     """Tokens of a text in the model's own tokenizer."""
     return len(self.tokenizer.encode(text))
+
+  def label(self, source: str) -> str:
+    """One of SOURCES as its user gave it, for errors."""
+    return f'{self.setting.format(source)}={getattr(self, source)!r}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,16 +123,17 @@ def depth_of(task: Task, index: int, depths: int) -> float | None:
 
 def example(name: str, task: Task, tokenizer: Tokenizer, *, length: int, index: int, seed: Any = 0,
             depth: float | None = None, haystack: str = '', paragraphs: str = '',
-            files: str = '') -> Example:
+            files: str = '', setting: str = 'eval.{}') -> Example:
   """Example `index` of a task; the same for the same arguments everywhere.
 
   Args:
     seed: a number, or names.
+    setting: what the user knows one of SOURCES by, for errors: 'data.task_{}', '--{}'.
   """
   made = task.make(Draw(rng=generator(name, length, seed, index), tokenizer=tokenizer,
                         length=length, index=index, depth=depth, haystack=haystack,
                         paragraphs=paragraphs, files=files,
-                        seed=seed))
+                        seed=seed, setting=setting))
   tokens = 1 + len(tokenizer.encode(made.prompt)) + made.new_tokens
   if tokens != length if task.exact else tokens - 1 > length:
     raise AssertionError(f'{name}: example {index} has {tokens} tokens, not {length}')

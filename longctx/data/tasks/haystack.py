@@ -2,7 +2,7 @@
 
 A haystack gives at least so many bytes of whole characters, and says where a needle may stand:
 between two sentences; in a long stretch without a sentence's end, such as a table's, between two
-words.
+words. Errors about files name no setting: who knows it labels them.
 Held by: tests/test_task_fit.py.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from longctx.data.tasks.example import Draw
 from longctx.data.tasks.fit import between
-from longctx.errors import ConfigError, check
+from longctx.errors import ConfigError, check, labelled
 
 # RULER's noise, Mohtashami & Jaggi's before it.
 GRASS = (b'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back '
@@ -67,7 +67,7 @@ def noise(rng: np.random.Generator, size: int) -> bytes:
 def paths(pattern: str) -> list[str]:
   """The files of a glob, in any file system's order alike."""
   found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  check(bool(found), f'eval.haystack={pattern!r}: no file matches; give a glob of text files')
+  check(bool(found), 'no file matches; give a glob of text files')
   return [path for path in found if os.path.isfile(path)]
 
 
@@ -78,16 +78,15 @@ def read(pattern: str) -> tuple[bytes, np.ndarray]:
     text = b'\n\n'.join(pathlib.Path(path).read_bytes() for path in paths(pattern))
     text.decode('utf-8')
   except OSError as e:
-    raise ConfigError(f'eval.haystack={pattern!r}: {e.filename}: {e.strerror}') from e
+    raise ConfigError(f'{e.filename}: {e.strerror}; let yourself read it, or name other files') from e
   except UnicodeDecodeError as e:
-    raise ConfigError(f'eval.haystack={pattern!r}: must be UTF-8; byte {e.start} is not') from e
-  check(bool(text.strip()), f'eval.haystack={pattern!r}: the files hold no text')
+    raise ConfigError(f'must be UTF-8; byte {e.start} is not') from e
+  check(bool(text.strip()), 'the files hold no text; name others')
   text = re.sub(rb'\s+', b' ', text).strip() + b' '
   starts = sentence_starts(text)
   longest = int(np.diff([*starts, len(text)]).max())
-  check(longest <= 2 * STRETCH, f'eval.haystack={pattern!r}: has {longest} bytes without the end '
-        'of a sentence or a word, so that needles could not stand where they are asked for; give '
-        'running text')
+  check(longest <= 2 * STRETCH, f'has {longest} bytes without the end of a sentence or a word, so '
+        'that needles could not stand where they are asked for; give running text')
   return text, starts
 
 
@@ -108,7 +107,7 @@ def of(draw: Draw, own: Callable[[int], bytes] = repeated) -> Callable[[int], by
     return repeated if draw.haystack else own
   if draw.haystack == 'noise':
     return lambda size: noise(draw.rng, size)
-  return lambda size: real(draw.haystack, draw.rng, size)
+  return labelled(draw.label('haystack'))(lambda size: real(draw.haystack, draw.rng, size))
 
 
 def sentence_starts(text: bytes) -> np.ndarray:

@@ -35,7 +35,7 @@ import numpy as np
 
 from longctx.data.tasks import fit, listops, scoring
 from longctx.data.tasks.example import Draw, Example, Task, generator
-from longctx.errors import ConfigError, check
+from longctx.errors import ConfigError, check, labelled
 
 CIFAR = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 GREY = (0.2989, 0.5870, 0.1140)
@@ -65,8 +65,8 @@ def _there(folder: pathlib.Path, *names: str) -> pathlib.Path:
   for name in names:
     if (folder / name).exists():
       return folder / name
-  raise ConfigError(f'eval.files={str(folder)!r}: holds no {" or ".join(names)}; give the folder '
-                    'in which it is, see longctx/data/tasks/lra.py')
+  raise ConfigError(f'{folder}: holds no {" or ".join(names)}; give the folder in which it is, see '
+                    'longctx/data/tasks/lra.py')
 
 
 REVIEWS = (('neg', 'negative'), ('pos', 'positive'))
@@ -221,7 +221,7 @@ KINDS = {
 @functools.lru_cache(maxsize=8)
 def items(name: str, files: str, split: str) -> Items:
   found = KINDS[name].open(pathlib.Path(files).expanduser(), split)
-  check(len(found.sizes) > 0, f'{name}: eval.files={files!r}: has no item of its {split} set')
+  check(len(found.sizes) > 0, f'{name}: has no item of its {split} set; fetch the files again')
   return found
 
 
@@ -242,7 +242,8 @@ def make(draw: Draw, name: str, split: str) -> Example:
   kind, full = KINDS[name], name if split == 'test' else f'{name}_{split}'
   check(bool(draw.files), f'{full}: reads files; set eval.files (in training, data.task_files; for lm_eval, --files) to '
         'the folder that holds them, see longctx/data/tasks/lra.py')
-  held = items(name, draw.files, split)
+  with labelled(draw.label('files')):
+    held = items(name, draw.files, split)
   new_tokens = 1 + max(map(len, kind.labels))
   # In bytes, of which no tokenizer makes more tokens: the same items for all.
   around = 1 + new_tokens + len(kind.head) + len(kind.question)

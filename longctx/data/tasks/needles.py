@@ -24,6 +24,7 @@ import numpy as np
 
 from longctx.data.tasks import fit, haystack, scoring
 from longctx.data.tasks.example import Draw, Example, Task
+from longctx.errors import ConfigError
 
 # The epfml prompt.
 PASSKEY_HEAD = (b'There is an important info hidden inside a lot of irrelevant text. Find it and '
@@ -46,6 +47,8 @@ CITIES = (
     'Oslo', 'Paris', 'Port Louis', 'Rabat', 'San Francisco', 'Santiago', 'Sarajevo', 'Seattle',
     'Seoul', 'Shanghai', 'Sofia', 'Sydney', 'Tashkent', 'Thimphu', 'Tokyo', 'Toronto', 'Tunis',
     'Vancouver', 'Victoria', 'Vienna', 'Yangon', 'Yerevan')
+
+TRIES = 1000   # to draw a number that a text does not hold
 
 
 def hidden(draw: Draw, name: str, *, head: bytes, needles: Sequence[bytes], depths: Sequence[float],
@@ -106,12 +109,14 @@ def depths_of(draw: Draw, count: int) -> list[float]:
   return depths if draw.depth is None else [draw.depth, *depths[1:]]
 
 
-def number(draw: Draw, digits: int, text: bytes) -> str:
-  """A number of so many digits that the text does not hold."""
-  while True:
+def number(draw: Draw, digits: int, text: bytes, taken: Sequence[str] = ()) -> str:
+  """A number of so many digits that the text does not hold, and none of those taken."""
+  for _ in range(TRIES):
     found = str(draw.rng.integers(10 ** (digits - 1), 10 ** digits))
-    if found.encode() not in text:
+    if found not in taken and found.encode() not in text:
       return found
+  raise ConfigError(f"{draw.label('haystack')}: holds each of {TRIES} numbers of {digits} digits that were drawn, of "
+                    'which one must not be in it; give a text of fewer numbers')
 
 
 def passkey(draw: Draw) -> Example:

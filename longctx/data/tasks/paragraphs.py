@@ -2,7 +2,7 @@
 
     read(pattern)       SQuAD (v1.1, v2.0) and HotpotQA (distractor) JSON as their authors give
                         them out; which of the two a file is, its shape says. Questions without an
-                        answer are left out.
+                        answer are left out. Errors name no setting: who knows it labels them.
     towns(rng, names)   towns that do not exist, of four facts each
 
 Sources: Rajpurkar et al. 2018, arXiv:1806.03822; Yang et al. 2018, arXiv:1809.09600. The invented
@@ -96,8 +96,7 @@ def paths(pattern: str) -> list[str]:
   """The files of a glob, in any file system's order alike."""
   found = [path for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
            if os.path.isfile(path)]
-  check(bool(found), f'eval.paragraphs={pattern!r}: no file matches; give SQuAD or HotpotQA JSON '
-        'files')
+  check(bool(found), 'no file matches; give SQuAD or HotpotQA JSON files')
   return found
 
 
@@ -113,14 +112,14 @@ def read(pattern: str, kind: str) -> Paragraphs:
       if found == kind:
         questions += (_squad if kind == 'SQuAD' else _hotpot)(data, number)
     except OSError as e:
-      raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: {e.strerror}') from e
+      raise ConfigError(f'{path}: {e.strerror}; let yourself read it, or name other files') from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-      raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is not JSON in UTF-8: {e}') from e
+      raise ConfigError(f'{path}: is not JSON in UTF-8: {e}; fetch it again') from e
     except (KeyError, TypeError, ValueError) as e:
-      raise ConfigError(f'eval.paragraphs={pattern!r}: {path}: is neither SQuAD nor HotpotQA '
-                        f'(distractor) JSON as published: {type(e).__name__} {e}') from e
-  check(bool(questions), f'eval.paragraphs={pattern!r}: no file holds questions of {kind}; name '
-        'one too, or leave out the task that asks them')
+      raise ConfigError(f'{path}: is neither SQuAD nor HotpotQA (distractor) JSON as published: '
+                        f'{type(e).__name__} {e}; leave it out') from e
+  check(bool(questions), f'no file holds questions of {kind}; name one too, or leave out the task '
+        'that asks them')
   return Paragraphs(tuple(document.encode() for document in number.of), tuple(questions))
 
 

@@ -113,8 +113,8 @@ def passages(draw: Draw, size: int) -> tuple[list[tuple[str, str]], str]:
     others = [one for one in parts if sentence not in one]
     if len(sentence) >= SENTENCE and len(others) > len(parts) // 2:
       return [('Passage', one.decode()) for one in [parts[i], *others]], sentence.decode()
-  raise ConfigError(f'eval.haystack={draw.haystack!r}: no sentence of it is of {SENTENCE} bytes '
-                    'and seldom enough to tell one passage from another; give another text')
+  raise ConfigError(f"{draw.label('haystack')}: no sentence of it is of {SENTENCE} bytes and seldom "
+                    'enough to tell one passage from another; give another text')
 
 
 def corpus_in_context(draw: Draw) -> Example:

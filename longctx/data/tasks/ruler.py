@@ -85,7 +85,7 @@ def essay(draw: Draw, name: str, *, kind: str = 'numbers', keys: int = 1, values
   else:
     found = []
     while len(found) < keys * values:
-      found = list(dict.fromkeys([*found, number(draw, 7, text)]))
+      found.append(number(draw, 7, text, found))
   needed = range(queries * values)
   # The text's, or the question's.
   order = sorted(needed, key=lambda i: depths[i]) if values > 1 else needed

@@ -4,7 +4,8 @@
     ruler_qa_2   two documents are needed (there: HotpotQA's, distractor setting)
 
 With eval.paragraphs the documents and questions are those of SQuAD or HotpotQA files; an example
-takes the next question in an order drawn from the seed, and what guessing scores is not known. Without,
+takes the next question in an order drawn from the seed, each once: where they are used up the next is
+refused (training is given no such files). What guessing scores is not known. Without,
 they are SYNTHETIC (results are marked -syn, "documents" in `info` says which): towns that do not exist,
 a fact of one; and people born in them, a fact of the town where one was born. Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and no document is
 there twice before all were there once, the answer's own never twice; for qa_2 those that the answer
@@ -24,7 +25,7 @@ from longctx.data.tasks.needles import depths_of
 from longctx.data.tasks.paragraphs import FACTS, TRADES, Question
 from longctx.data.tasks.retrieval import invented
 from longctx.data.tasks.ruler_prompts import DOCUMENT, NEW_TOKENS, QA
-from longctx.errors import check
+from longctx.errors import check, labelled
 
 TOWN_BYTES = 120   # of the shortest of the invented paragraphs
 
@@ -62,14 +63,19 @@ def _order(seed: object, count: int) -> np.ndarray:
 
 
 def from_files(draw: Draw, name: str, kind: str) -> Example:
-  given = paragraphs.read(draw.paragraphs, kind)
-  order = _order(draw.seed, len(given.questions))
-  asked: Question = given.questions[order[draw.index % len(order)]]
+  label = draw.label('paragraphs')
+  with labelled(label):
+    given = paragraphs.read(draw.paragraphs, kind)
+  count = len(given.questions)
+  # One put again would be no independent sample.
+  check(draw.index < count, f'{label}: {name}: example {draw.index}: only {count} questions of {kind} are there, each '
+        f"once; set {draw.setting.format('samples')} to at most that, or name more files")
+  asked: Question = given.questions[_order(draw.seed, count)[draw.index]]
   known = {*asked.golds, *asked.near}
   far = [i for i in draw.rng.permutation(len(given.documents)).tolist() if i not in known]
   others = [asked.near[i] for i in draw.rng.permutation(len(asked.near))] + far
-  check(bool(others), f'eval.paragraphs={draw.paragraphs!r}: holds no documents but those of one '
-        'question, to stand around them; name more files')
+  check(bool(others), f'{label}: holds no documents but those of one question, to stand around them; '
+        'name more files')
   pool = units.Pool(lambda: [given.documents[other] for other in others])   # round and round
   return about_documents(draw, name, asked.text, asked.answers,
                          [given.documents[i] for i in asked.golds], pool, kind)

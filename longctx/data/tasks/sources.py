@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from longctx.data.tasks import haystack, lra, paragraphs
 from longctx.data.tasks.table import TASKS
-from longctx.errors import ConfigError
+from longctx.errors import ConfigError, labelled
 
 
 def digests(names: Sequence[str], given: Mapping[str, str], setting: str = 'eval.{}') -> dict[str, dict[str, str]]:
@@ -24,14 +24,14 @@ def digests(names: Sequence[str], given: Mapping[str, str], setting: str = 'eval
   @functools.cache
   def of_glob(source: str) -> str:
     paths = dict(haystack=haystack, paragraphs=paragraphs)[source].paths(given[source])
-    return _digest(setting.format(source), [(str(i), path) for i, path in enumerate(paths)])
+    return _digest([(str(i), path) for i, path in enumerate(paths)])
 
   def of(name: str, source: str) -> str:
-    if source != 'files':
-      return of_glob(source)
-    folder = pathlib.Path(given['files']).expanduser()
-    return _digest(setting.format(source), [(str(path.relative_to(folder)), path)
-                                            for path in sorted(lra.paths(name, folder))])
+    with labelled(f'{setting.format(source)}={given[source]!r}'):
+      if source != 'files':
+        return of_glob(source)
+      folder = pathlib.Path(given['files']).expanduser()
+      return _digest([(str(path.relative_to(folder)), path) for path in sorted(lra.paths(name, folder))])
 
   names_files = lambda source: given.get(source) and (source != 'haystack' or given[source] not in haystack.NAMES)
   return {name: {source: of(name, source) for source in TASKS[name].reads if names_files(source)} for name in names}
@@ -43,7 +43,7 @@ def read_by(name: str, given: Mapping[str, str], found: Mapping[str, str]) -> di
           for source in (TASKS[name].reads if name in TASKS else ())}
 
 
-def _digest(label: str, named: Sequence[tuple[str, str | pathlib.Path]]) -> str:
+def _digest(named: Sequence[tuple[str, str | pathlib.Path]]) -> str:
   """Of names and contents, each file read in pieces."""
   whole = hashlib.sha256()
   for name, path in named:
@@ -51,8 +51,7 @@ def _digest(label: str, named: Sequence[tuple[str, str | pathlib.Path]]) -> str:
       with open(path, 'rb') as file:
         whole.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
     except OSError as e:
-      raise ConfigError(f'{label}: {path}: cannot be read ({e.strerror}); let yourself read it, or name other '
-                        'files') from e
+      raise ConfigError(f'{path}: cannot be read ({e.strerror}); let yourself read it, or name other files') from e
   return whole.hexdigest()[:16]
 
 
