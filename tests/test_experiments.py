@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import keyword
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
 
 import pytest
+
+from longctx.data import corpus, stream
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -252,3 +256,26 @@ def test_faults(tmp_path, program, results, count):
     assert [row['kind'] for row in rows] == ['flip', 'nan'] and all(row['kept'] for row in rows), rows
     again = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0 and again.stdout == f'{done.stdout[done.stdout.index("| fault"):]}'
+
+
+def test_the_harness_is_asked_of_files_that_are_not_trained_on(tmp_path):
+  """experiments/07_lm_eval/tasks.py: what it says is right is what stands in the file."""
+  done = subprocess.run([sys.executable, ROOT / 'experiments' / '07_lm_eval' / 'tasks.py', f'--out={tmp_path}'],
+                        capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  source = corpus.open_source(stream.Config())
+  read = lambda split: [b''.join(parts).decode('utf-8', 'replace') for _, parts in source.documents(split)]
+  held, trained = read('validation') + read('test'), '\0'.join(read('train'))
+  of = lambda name: [json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text().splitlines()]
+  bits, lines, words = of('python_bits'), of('python_next_line'), of('python_keyword')
+  assert min(map(len, (bits, lines, words))) > 50
+  assert all(any(text.startswith(example['text']) for text in held) for example in bits)
+  assert sum(example['text'] in trained for example in bits) == 0
+  for example in lines:
+    assert len(set(example['choices'])) == 4 and all(re.fullmatch(r' {4}\S.*\n', line) for line in example['choices'])
+    right = example['q'] + example['choices'][example['gold']]
+    assert len(example['q']) == 300 and any(right in text for text in held)
+  assert [sum(example['gold'] == i for example in lines) > len(lines) / 8 for i in range(4)] == [True] * 4
+  for example in words:
+    word = example['q'][-2:] + example['a']
+    assert keyword.iskeyword(word) and any(example['q'] + example['a'] in text for text in held)
