@@ -10,6 +10,7 @@ import glob
 import importlib.machinery
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from longctx.errors import ConfigError, check, nearest
-from longctx.training.workdir import leaves
+from longctx.training.workdir import leaves, tuples
 
 ABSL = ('flagfile', 'undefok')   # flags that every table has
 HELP = {'--help', '-help', '-h', '--helpfull', '--helpshort'}
@@ -186,6 +187,9 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
         f'{(sorted(glob.glob(os.path.join(path, "[!_]*.py"))) or ["configs/quickstart.py"])[0]}')
   beside = glob.glob(os.path.join(glob.escape(here), '[!_]*.py'))
   check(os.path.exists(path), f'{flag}: no such file{nearest(path, beside)}')
+  if path.endswith('.json'):   # as a workdir keeps it: config.json, configs/*.json
+    check(not colon, f'{flag}: a JSON file has no variants; give the file without a colon')
+    return _load_json(flag, path)
   # A module of its own each time: get_config of one run says nothing to another.
   loader = importlib.machinery.SourceFileLoader('config_file', path)
   module = importlib.util.module_from_spec(
@@ -208,6 +212,19 @@ def load_config_file(given: str) -> ml_collections.ConfigDict:
   check(isinstance(config, ml_collections.ConfigDict), f'{flag}: get_config returned '
         f'{type(config).__name__}; must be the ConfigDict that longctx.configuration.base() made')
   return config
+
+
+def _load_json(flag: str, path: str) -> ml_collections.ConfigDict:
+  try:
+    with open(path, encoding='utf-8') as file:
+      config = json.load(file)
+  except OSError as e:
+    raise ConfigError(f'{flag}: cannot be read: {e.strerror}') from e
+  except ValueError as e:
+    raise ConfigError(f'{flag}: is no JSON ({e}); give a config that a workdir keeps, or a Python file') from e
+  check(isinstance(config, dict), f'{flag}: holds a {type(config).__name__}; must hold an object of sections, as a '
+        "workdir's config.json does")
+  return ml_collections.ConfigDict(tuples(config))
 
 
 def _blame(e: BaseException, path: str) -> str:

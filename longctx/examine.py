@@ -35,6 +35,7 @@ def run(a: Assembly, config: Any, folder: str, checkpoint: str) -> None:
     at, params = assembly.load_parameters(a, folder, use_ema=use_ema, checkpoint=checkpoint)
     subject = ModelSubject(a.graphdef, params, a.tokenizer, layout=a.layout, batch_size=e.batch_size,
                            segment=e.segment)
+    again.keep(folder, config)
     told = processes.of_first(about(a, config, folder, at) if jax.process_index() == 0 else {})
     tasks.run(subject, e, folder, told, lengths=lengths)
     if jax.process_index() == 0:
@@ -58,12 +59,16 @@ def _alone(folder: str) -> files.Lock:
 def about(a: Assembly, config: Any, folder: str, at: int) -> dict[str, Any]:
   """What each line tells of the model: enough to know it again, and to make it again."""
   import longctx
-  sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()
-  use_ema = a.parts.perplexity.use_ema
-  return dict(step=at, use_ema=use_ema, model=_model(a.model_config),
-              checkpoint=hashlib.sha256(sums + str(use_ema).encode()).hexdigest()[:16],
+  return dict(identity(a.model_config, folder, at, a.parts.perplexity.use_ema),
               tokenizer=a.tokenizer.fingerprint[:16], **again.about(folder, config),
-              versions=dict(longctx=longctx.__version__, jax=jax.__version__))
+              versions=dict(longctx=longctx.__version__, jax=jax.__version__), commit=again.commit())
+
+
+def identity(model_config: Any, folder: str, at: int, use_ema: bool) -> dict[str, Any]:
+  """Which parameters are read, and by what model."""
+  sums = (Path(folder) / 'checkpoints' / str(at) / manifest.NAME).read_bytes()
+  return dict(step=at, use_ema=use_ema, model=_model(model_config),
+              checkpoint=hashlib.sha256(sums + str(use_ema).encode()).hexdigest()[:16])
 
 
 def _model(config: Any) -> str:

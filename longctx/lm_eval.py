@@ -14,14 +14,19 @@ workdir. --model_args takes
   max_gen_toks  tokens to write where a task does not say (256)
   truncate      error (the default), or left: cut the beginning of what is too long, and count it
 
-and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. Tasks that make text
-to a length in tokens (RULER's) count with the checkpoint's tokenizer, unless --metadata names one, and
-take their lengths there: --tasks niah_single_1 --metadata '{"max_seq_lengths": [1024]}'. Of RULER's,
-niah_single_1, niah_multikey_2, niah_multikey_3, ruler_cwe and ruler_fwe run without a network. Lengths at
+and --batch_size is the texts read at once. JAX_PLATFORMS chooses the device. --use_cache PATH keeps
+answers, so that a run that was interrupted carries on: in PATH_HASH_rank0.db, where HASH is of the
+checkpoint that was read, its tokenizer and the last three settings above; where the newest has moved
+all is asked anew, and checkpoint=STEP carries on with the one before. The results tell `step` and
+`checkpoint_hash`, which tasks.jsonl calls `checkpoint`. Tasks that make text to a length in tokens
+(RULER's) count with the checkpoint's tokenizer, unless --metadata names one, and take their lengths
+there: --tasks niah_single_1 --metadata '{"max_seq_lengths": [1024]}'. Of RULER's, niah_single_1,
+niah_multikey_2, niah_multikey_3, ruler_cwe and ruler_fwe run without a network. Lengths at
 which lm_eval would make no example of ruler_vt, ruler_cwe or ruler_fwe, for ever, are refused.
 
 The second writes tasks of this library as files that lm_eval runs on anybody's model: a data set
-for each length, which is counted in the tokens of --tokenizer.
+for each length, which is counted in the tokens of --tokenizer. An answer may take its example's own
+room, in tokens of the model that writes, or what --gen_kwargs max_gen_toks=N says.
 """
 
 # A user's mistake ends in one line on stderr and exit status 2.
@@ -89,27 +94,29 @@ def model_class() -> type:
       for name, value in dict(seq=seq, segment=segment, max_length=max_length,
                               max_gen_toks=max_gen_toks).items():
         check(type(value) is int, f'--model_args {name}={value}: must be a whole number')
-      subject = open_subject(str(workdir), str(checkpoint), use_ema, seq, int(batch_size), segment)
+      subject, known = open_subject(str(workdir), str(checkpoint), use_ema, seq, int(batch_size), segment)
       super().__init__(
           subject, batch_size=int(batch_size), max_length=max_length, max_gen_toks=max_gen_toks,
-          truncate=truncate, told=dict(workdir=str(workdir), checkpoint=checkpoint,
-                                       use_ema=use_ema, seq=seq, segment=segment))
+          truncate=truncate, identity=f'{known["checkpoint"]} {known["model"]}',
+          told=dict(workdir=str(workdir), checkpoint=checkpoint, use_ema=use_ema, seq=seq, segment=segment,
+                    step=known['step'], checkpoint_hash=known['checkpoint'], model_hash=known['model']))
 
   return Longctx
 
 
 def open_subject(workdir: str, checkpoint: str, use_ema: bool, seq: int, batch_size: int,
-                 segment: int) -> Any:
-  """The model of a checkpoint."""
+                 segment: int) -> tuple[Any, dict[str, Any]]:
+  """The model of a checkpoint, and which it is (examine.identity)."""
   check(bool(workdir), '--model_args: workdir is missing; give the folder of a trained run: '
         '--model_args workdir=runs/quickstart')
   command_line.check_checkpoint(checkpoint)
   check_range('--model_args seq', seq, low=1)
-  from longctx import assembly
+  from longctx import assembly, examine
   from longctx.evaluation.subject import ModelSubject
   found = assembly.load_for_inference(workdir, use_ema=use_ema, checkpoint=checkpoint, seq=seq)
+  known = examine.identity(found.model_config, workdir, found.step, use_ema)
   return ModelSubject(found.graphdef, found.params, found.tokenizer, layout=found.layout, batch_size=batch_size,
-                      segment=segment)
+                      segment=segment), known
 
 
 # Running lm_eval.
@@ -134,9 +141,10 @@ def run(words: list[str]) -> None:
     set_compilation_cache('')
     import jax
     args.device = jax.devices()[0].device_kind   # for the results, where lm_eval would say cuda:0
-  from longctx.evaluation import harness_ruler
+  from longctx.evaluation import harness, harness_ruler
+  cache = harness.cache_of_its_own() if told['model'] == MODEL else contextlib.nullcontext()
   try:
-    with given_tokenizer(args, told), harness_ruler.guard():
+    with given_tokenizer(args, told), harness_ruler.guard(), cache:
       parser.execute(args)
   except FloatingPointError as e:
     raise ConfigError(str(e)) from e
@@ -267,7 +275,8 @@ def main(argv: list[str]) -> int:
   except ConfigError as e:
     return complain(e)
   except KeyboardInterrupt:
-    complain(KeyboardInterrupt('interrupted; with --use_cache PATH the same command carries on'))
+    complain(KeyboardInterrupt('interrupted; with --use_cache PATH the same command carries on; where a newer '
+                               'checkpoint may have been saved since, name the old: checkpoint=STEP'))
     return 130
   return 0
 

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib
 import math
 import threading
@@ -47,7 +46,7 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
     processes.together(lambda: exits.enter_context(workdir.lock(folder)))
     agree = functools.partial(workdir.agree, folder, config, allow_config_change)
     processes.together(lambda: agree(record=False))
-    return Trainer(a, folder, exits, agree).run()
+    return Trainer(a, folder, exits, agree, functools.partial(_about, a, config, folder)).run()
 
 
 def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
@@ -67,22 +66,25 @@ def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
     at, params = assembly.load_parameters(a, folder, use_ema=a.parts.perplexity.use_ema,
                                           checkpoint=checkpoint)
     documents = assembly.open_documents(a)
-    kept = course.Course(folder, processes.of_first(
-        _depends_on(a, config, folder, at, documents) if jax.process_index() == 0 else None))
-    about = again.about(folder, config) if jax.process_index() == 0 else {}
+    main = jax.process_index() == 0
+    about = _about(a, config, folder, at, documents) if main else {}
+    kept = course.Course(folder, processes.of_first(_depends_on(a, about) if main else None))
     written = publish.publish(evaluate(a, params, documents, kept), folder, at, about)
     if written:
       kept.end()
     return 0 if written else 1
 
 
-def _depends_on(a: Assembly, config: Any, folder: str, at: int, documents: Any) -> list:
+def _about(a: Assembly, config: Any, folder: str, at: int, documents: Any) -> dict[str, Any]:
+  """What evaluation.json tells of the model and the text, to know them again; its config is kept."""
+  again.keep(folder, config)
+  return dict(examine.about(a, config, folder, at), content=documents.content)
+
+
+def _depends_on(a: Assembly, about: dict[str, Any]) -> list:
   """All that an evaluation's sums depend on: the model, how it is read, and the text."""
   text = dataclasses.asdict(a.parts.data) | dict(batch_size=0)
-  if hasattr(documents, 'lengths'):
-    text['lengths'] = hashlib.sha256(np.asarray(documents.lengths, np.int64).tobytes()).hexdigest()
-  told = examine.about(a, config, folder, at)
-  return [told['checkpoint'], told['model'], told['tokenizer'], dataclasses.asdict(a.parts.perplexity),
+  return [*(about[name] for name in ('checkpoint', 'model', 'tokenizer', 'content')), dataclasses.asdict(a.parts.perplexity),
           {name: str(value) for name, value in text.items()}]
 
 
@@ -117,8 +119,10 @@ def shorter_rows(batch: stream.Batch, pieces: int) -> stream.Batch:
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
-  def __init__(self, a: Assembly, folder: str, exits: contextlib.ExitStack, record: Callable[[], None]):
-    self.a, self.folder, self.exits, self.record = a, folder, exits, record
+  def __init__(self, a: Assembly, folder: str, exits: contextlib.ExitStack, record: Callable[[], None],
+               about: Callable[[int, Any], dict] | None = None):
+    """`about`: (step, documents) -> what evaluation.json tells besides."""
+    self.a, self.folder, self.exits, self.record, self.about = a, folder, exits, record, about
     self.stop = workdir.StopSignal()   # until the first step is done there is nothing to save, and a signal ends all
     self.config = a.parts.run
     self.main = jax.process_index() == 0
@@ -214,7 +218,7 @@ class Trainer:
         state = self.open(exits)
         state, done, found = self.loop(state, int(state.step))
       finished = done == self.config.num_steps
-      written = not finished or publish.publish(found or self.evaluate(state), self.folder, done)
+      written = not finished or self.publish(done, found or self.evaluate(state))
       newest, saved = processes.of_first([self.checkpoints.newest() or 0, self.checkpoints.has(done)])
     lost = not saved
     self.ledger.write(finished=finished and not lost)
@@ -407,6 +411,12 @@ class Trainer:
           'perplexity.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
     with self.ledger.doing('evaluation'):
       return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
+
+  def publish(self, at: int, found: result.Result | held_out.Result) -> bool:
+    told = {}
+    with contextlib.suppress(OSError):   # a checkpoint that could not be saved has no hash
+      told = self.about(at, self.documents) if self.about and self.main else {}
+    return publish.publish(found, self.folder, at, told)
 
   def log_evaluation(self, at: int, found: Any) -> None:
     self.writer.write(at, found.scalars())

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -137,11 +138,11 @@ def test_workers_end_when_what_started_them_is_killed(tmp_path):
 
 
 def test_arena(tmp_path):
-  """A model on two trials, text by path; a line that is there is not run again; the table has all."""
+  """The smoke tier; a line that is there is not run again; the table has all."""
   for i in range(4):
     (tmp_path / f'{i}.txt').write_bytes(bytes(range(256)) * 40)
-  run = [sys.executable, FOLDER / 'run.py', '--tier=smoke', '--models=gru', '--trials=parity,books',
-         f'--books={tmp_path}/*.txt', f'--out={tmp_path}/out', '--workers=1']
+  run = [sys.executable, FOLDER / 'run.py', '--tier=smoke', f'--books={tmp_path}/*.txt', f'--out={tmp_path}/out',
+         '--workers=1']
   env = os.environ | dict(XDG_CACHE_HOME=str(tmp_path / 'cache'))
   ask = lambda *more: subprocess.run([*run, *more], capture_output=True, text=True, timeout=900, env=env)
   none = ask('--minutes=0')
@@ -149,18 +150,21 @@ def test_arena(tmp_path):
   done = ask()
   assert done.returncode == 0, done.stderr
   lines = (tmp_path / 'out' / 'runs.jsonl').read_text().splitlines()
-  found = {row['trial']: row for row in map(json.loads, lines)}
-  assert set(found) == {'parity', 'books'}
-  parity, books = found['parity'], found['books']
-  assert 0.35 < parity['parity_256'] < 0.65 and 0.35 < parity['validation'] < 0.65   # two steps teach nothing
-  assert parity['validation'] != parity['parity_64'] and parity['examples']['parity_64'] == 256
-  assert 0 < parity['standard_errors']['parity_256'] < 0.05
-  assert 7 < books['books_far'] < 9 and 7 < books['validation'] < 9     # bits of a byte that may be any
-  assert 7 < books['books'] < 9 and len(books['files']) == 16
-  assert parity['commit'] and set(parity['versions']) == {'jax', 'longctx'}
-  assert abs(parity['parameters'] / 150_000 - 1) < 0.02
+  found = {(row['model'], row['trial']): row for row in map(json.loads, lines)}
+  assert set(found) == set(itertools.product(('gru', 'window'), ('mqar', 'rewrite', 'parity', 'passkey', 'books')))
+  for model in ('gru', 'window'):
+    parity, books = found[model, 'parity'], found[model, 'books']
+    assert 0.35 < parity['parity_256'] < 0.65 and 0.35 < parity['validation'] < 0.65   # two steps teach nothing
+    assert parity['validation'] != parity['parity_64'] and parity['examples']['parity_64'] == 256
+    assert 0 < parity['standard_errors']['parity_256'] < 0.05
+    assert 7 < books['books_far'] < 9 and 7 < books['validation'] < 9     # bits of a byte that may be any
+    assert 7 < books['books'] < 9 and len(books['files']) == 16
+    assert parity['commit'] and set(parity['versions']) == {'jax', 'longctx'}
+    assert abs(parity['parameters'] / 150_000 - 1) < 0.02
+    assert found[model, 'mqar']['mqar'] < 0.4 and found[model, 'passkey']['passkey_64'] < 0.4
   assert (tmp_path / 'out' / 'leaderboard.png').stat().st_size > 10_000
-  assert '| gru | 1.0 |' in done.stdout and '| 3b |' in (tmp_path / 'out' / 'leaderboard.md').read_text()
+  table = (tmp_path / 'out' / 'leaderboard.md').read_text()
+  assert all(f'| {model} | ' in table and f'| {model} | ' in done.stdout for model in ('gru', 'window')) and '| 3b |' in table
   again = ask()
   assert again.returncode == 0 and (tmp_path / 'out' / 'runs.jsonl').read_text().splitlines() == lines
 

@@ -142,9 +142,9 @@ CUT = encoder_config.Config(vocab_size=64, num_layers=1, embed_dim=32, num_heads
                             max_length=32, init_std=0.2, attention='blockwise').resolved(64)
 
 
-@pytest.mark.slow   # tests/test_encoder_decoder.py has an encoder on a mesh too
 @pytest.mark.parametrize('layout,sizes', [
-    ('sequence', (2, 2, 2)), ('fsdp', (8, 1, 1)), ('sequence', (1, 8, 1))])
+    ('sequence', (2, 2, 2)), pytest.param('fsdp', (8, 1, 1), marks=pytest.mark.slow),
+    pytest.param('sequence', (1, 8, 1), marks=pytest.mark.slow)])
 def test_the_loss_does_not_depend_on_the_layout(layout, sizes):
   cut = mesh.make_layout(mesh.Config(data=sizes[0], seq=sizes[1], model=sizes[2], layout=layout))
   losses, norm, _ = test_mesh.two_steps(CUT, cut)
@@ -195,6 +195,27 @@ def test_held_out_scores_by_hand(tmp_path):
   assert (found.rows, found.targets, found.right, found.right_rows, found.bytes) == (5, 15, 8, 0, 10)
   np.testing.assert_allclose(found.nats, 8 * np.log(2) + 7 * np.log(510), rtol=1e-6)
   assert score(config, ord('a'), max_tokens=1).rows == 3   # the first batch
+
+
+def opened(**given):
+  config = stream.Config(corpus='files', length=5, validation_fraction=0.0, test_fraction=0.0, batch_size=2, **given)
+  return held_out.open_rows(config, perplexity.Config(batch_size=3, split='train'),
+                            mesh.make_layout(mesh.Config(layout='single')))
+
+
+@pytest.mark.parametrize('form', ['pairs', 'labels', 'masked'])
+def test_rows_tell_what_they_hold(tmp_path, form):
+  """So that what was read of one text is not carried on with another of equal lengths."""
+  def content(word):
+    if form == 'labels':
+      for name in ('train/a/0.txt', 'train/b/0.txt', 'test/a/0.txt', 'test/b/0.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(word)
+      return opened(form='labels', files=str(tmp_path), long_documents='drop').content
+    (tmp_path / 'a.tsv').write_text(f'1\t{word}\n')
+    more = dict(source_length=3, long_documents='drop') if form == 'pairs' else dict(cache_dir=str(tmp_path / 'cache'))
+    return opened(form=form, files=f'{tmp_path}/a.tsv', **more).content
+  assert content('ab') == content('ab') != content('ba')
 
 
 def test_held_out_classes_by_hand(tmp_path):

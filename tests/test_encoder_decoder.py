@@ -252,7 +252,7 @@ def alone():
 
 
 @pytest.mark.parametrize('layout,sizes,strategy', [
-    pytest.param('sequence', (2, 2, 2), 'ring', marks=pytest.mark.slow),
+    ('sequence', (2, 2, 2), 'ring'),
     pytest.param('fsdp', (8, 1, 1), 'ring', marks=pytest.mark.slow),
     pytest.param('sequence', (1, 8, 1), 'ring', marks=pytest.mark.slow),
     pytest.param('sequence', (2, 4, 1), 'ulysses', marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """What makes an evaluation again: from the config of a run and what an evaluation kept of its own."""
 
 import json
+import subprocess
 
 import ml_collections
 import pytest
@@ -27,6 +28,45 @@ def test_what_is_kept_is_what_differs_and_its_hash_is_that_of_all(tmp_path):
   assert again.is_made_by(RUN, found) and not again.is_made_by(RUN | dict(seed=1), found)
   other = ml_collections.ConfigDict(workdir.tuples(RUN))
   assert again.digest(other) == again.digest(RUN) != found['config']
+
+
+def test_a_config_is_kept_once_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+  config = configuration.base('decoder')
+  again.keep(str(tmp_path), config)
+  path = tmp_path / 'configs' / f'{again.digest(RUN)}.json'
+  before = path.stat().st_mtime_ns
+  again.keep(str(tmp_path), config)
+  assert path.stat().st_mtime_ns == before and again.kept(str(tmp_path), again.digest(RUN)) == RUN
+  path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+  assert again.kept(str(tmp_path), again.digest(RUN)) is None is again.kept(str(tmp_path), 'gone')
+  def full(path, data):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(workdir, 'atomic_write', full)
+  config.seed = 2
+  again.keep(str(tmp_path), config)
+  assert capsys.readouterr().err == f'{tmp_path}/configs/{again.digest(config)}.json: No space left on device\n'
+  monkeypatch.setattr(again.jax, 'process_index', lambda: 1)
+  again.keep(str(tmp_path / 'other'), config)
+  assert [one.name for one in tmp_path.iterdir()] == ['configs']
+
+
+def test_the_commit_is_that_of_this_checkout_and_of_no_other(tmp_path, monkeypatch):
+  def git(*words):
+    return subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a', *words], check=True,
+                          capture_output=True, text=True).stdout.strip()
+  found = again.commit.__wrapped__
+  monkeypatch.setattr(again, 'ROOT', tmp_path / 'inner')
+  (tmp_path / 'inner').mkdir()
+  (tmp_path / 'a.py').write_text('1')
+  for words in (('init',), ('add', '.'), ('commit', '-m', 'a')):
+    git(*words)
+  assert found() is None   # an installed package that lies in a repository
+  monkeypatch.setattr(again, 'ROOT', tmp_path)
+  assert found() == git('rev-parse', '--short=12', 'HEAD')
+  (tmp_path / 'a.py').write_text('2')
+  assert found() == git('rev-parse', '--short=12', 'HEAD') + '+'
+  monkeypatch.setenv('PATH', '')
+  assert found() is None
 
 
 def test_what_only_an_allowed_change_may_be_is_allowed_by_the_command():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from longctx import assembly, command_line, examine, main
-from longctx.data.tasks import example
+from longctx.data.tasks import example, version
 from longctx.data.tasks.table import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -383,6 +383,80 @@ def test_examples_that_a_task_no_longer_makes_are_refused(tmp_path, monkeypatch)
     evaluate(Constant(Bytes(), b' odd'), tmp_path)
 
 
+def patched(monkeypatch, name, **change):
+  monkeypatch.setitem(TASKS, name, dataclasses.replace(TASKS[name], **change))
+
+
+def remade(name, change):
+  """A task's `make`, some of whose examples are others now."""
+  made = TASKS[name].make
+  return lambda draw: change(draw.index, made(draw))
+
+
+@pytest.mark.parametrize('change, score', [
+    (lambda one: dict(score=lambda text, made: 1.0), 1.0),
+    (lambda one: dict(make=remade('parity', lambda i, made: dataclasses.replace(made, references=('odd',)))), 1.0),
+    (lambda one: dict(score=one.score), None)], ids=['scorer', 'references', 'nothing'])
+def test_kept_answers_have_the_score_that_their_task_gives_now(tmp_path, monkeypatch, capsys, change, score):
+  first, = evaluate(Constant(Bytes(), b' odd'), tmp_path)
+  before = lines_of(tmp_path)
+  patched(monkeypatch, 'parity', **change(TASKS['parity']))
+  for _ in range(2):   # once is enough
+    found, = evaluate(Counted(Constant(Bytes(), b' odd'), 0), tmp_path)   # nothing is asked again
+  assert 0 < first.score.mean < 1 and found.score.mean == (first.score.mean if score is None else score)
+  after = lines_of(tmp_path)
+  assert after[:10] == before and ('another score' in capsys.readouterr().out) == (score is not None)
+  assert len(after) == 10 + (0 if score is None else sum(line['score'] == 0 for line in before))
+  counted, _ = report.newest(after)
+  assert np.mean([line['score'] for line in counted]) == np.mean([line['control_score'] for line in counted]) == found.score.mean
+  assert [line['written'] for line in counted] == [line['written'] for line in before]
+
+
+@pytest.mark.parametrize('field, change', [
+    ('prompt', lambda made: dict(prompt=b'1' + made.prompt[1:] if made.prompt[:1] != b'1' else b'0' + made.prompt[1:])),
+    ('target', lambda made: dict(target=b' other')), ('question', lambda made: dict(question=made.question - 1)),
+    ('new_tokens', lambda made: dict(new_tokens=made.new_tokens - 1, prompt=made.prompt + b'.'))], ids=str)
+def test_kept_answers_are_of_the_examples_of_now(tmp_path, monkeypatch, field, change):
+  """All of them: longer than those that are made at the start, and not the first alone."""
+  settings = dict(lengths=(2048,), samples=3, controls=False)
+  evaluate(Constant(Bytes(), b' odd'), tmp_path, **settings)
+  patched(monkeypatch, 'parity', make=remade(
+      'parity', lambda i, made: dataclasses.replace(made, **change(made)) if i == 2 else made))
+  with pytest.raises(ConfigError, match=r"tasks\.jsonl: task 'parity' makes other examples of this seed than when they were "
+                                        r'answered, such as example 2 of 2048 tokens; remove the file, or give'):
+    evaluate(Constant(Bytes(), b' odd'), tmp_path, **settings | dict(samples=5))
+  assert len(lines_of(tmp_path)) == 3
+
+
+def test_many_long_examples_are_compared_where_other_code_made_them(tmp_path, monkeypatch, capsys):
+  settings = dict(lengths=(2048,), samples=3, controls=False)
+  monkeypatch.setattr(tasks, 'CHEAP', 4096)
+  evaluate(Constant(Bytes(), b' odd'), tmp_path, **settings)
+  lines, made = lines_of(tmp_path), []
+  monkeypatch.setattr(tasks, 'example', lambda *args, **kwargs: made.append(1) or example.example(*args, **kwargs))
+  again = lambda: evaluate(Counted(Constant(Bytes(), b''), 0), tmp_path, **settings)
+  again()
+  assert len(made) == 1   # the first of a length, always
+  capsys.readouterr()
+  for other in (dict(code='another'), {}):   # or of before it was kept
+    (tmp_path / 'tasks.jsonl').write_text(''.join(
+        json.dumps({k: v for k, v in line.items() if k not in ('code', 'example_sha256')} | other) + '\n' for line in lines))
+    made.clear()
+    again()
+    assert len(made) == 3 and '3 answers are of other code than this; their examples are made again' in capsys.readouterr().out
+  lines[1]['new_tokens'] += 1
+  (tmp_path / 'tasks.jsonl').write_text(''.join(
+      json.dumps({k: v for k, v in line.items() if k not in ('code', 'example_sha256')}) + '\n' for line in lines))
+  with pytest.raises(ConfigError, match='such as example 1 of 2048 tokens'):
+    again()
+
+
+def test_the_code_of_a_task_is_known_where_it_is_of_the_house(monkeypatch):
+  assert all(version.code_of(name) == version.code_of('parity') for name in TASKS)
+  patched(monkeypatch, 'parity', score=functools.partial(lambda text, made, say: say, say=1.0))
+  assert version.code_of('parity') is None and version.code_of('s3') is not None
+
+
 def test_what_is_too_long_is_an_error_or_is_counted_and_never_cut(tmp_path):
   short = Constant(Bytes(), b' odd')
   short.max_length = 100
@@ -459,17 +533,17 @@ def test_a_run_is_trained_on_tasks_and_put_to_tasks(trained, capfd):
   for line in lines:
     assert line['step'] == 2 and np.isfinite(line['answer_logprob'])
     assert line['control_written'] is not None and len(line['checkpoint']) == 16
-    assert line['versions']['jax'] == jax.__version__
+    assert line['versions']['jax'] == jax.__version__ and line['commit'] == again.commit()
   # Killed after half of a line, on one device in place of eight: what is left is asked alone.
   whole = (trained / 'tasks.jsonl').read_bytes()
   (trained / 'tasks.jsonl').write_bytes(whole[:-30])
   assert main.main([*command, '--config.mesh.layout=single']) == 0
   assert 'carries on' in capfd.readouterr().out
-  again = lines_of(trained)
-  assert again[:-1] == lines[:-1]
+  later = lines_of(trained)
+  assert later[:-1] == lines[:-1]
   for field in ('key', 'prompt_sha256', 'written', 'score', 'control_written'):
-    assert again[-1][field] == lines[-1][field]
-  assert again[-1]['answer_logprob'] == pytest.approx(lines[-1]['answer_logprob'], rel=1e-4)
+    assert later[-1][field] == lines[-1][field]
+  assert later[-1]['answer_logprob'] == pytest.approx(lines[-1]['answer_logprob'], rel=1e-4)
 
 
 @pytest.mark.parametrize('args, message', [
@@ -487,12 +561,12 @@ def test_mistakes_on_the_command_line(trained, capfd, args, message):
   assert message in err and err.count('\n') == 1
 
 
-def command_of(folder, kind):
+def command_of(folder, kind, config='CONFIG'):
   """The words of a command in the report, after `python -m`."""
   text = (folder / 'report.html').read_text()
   found = re.search(rf'<h3>{kind}</h3>\s*<pre class=command>\n(.*?)</pre>', text, re.DOTALL)
   words = shlex.split(html.unescape(found[1]))
-  assert words[:4] == ['python', '-m', 'longctx.main', '--config=CONFIG']
+  assert words[:4] == ['python', '-m', 'longctx.main', f'--config={config}']
   return words[4:]
 
 
@@ -539,6 +613,39 @@ def test_the_printed_command_gives_the_same_config_and_the_same_answers(trained,
   assert parsed(words) == parsed(given)
   assert json.loads((folder / 'evaluation.json').read_text())['overrides'] == {
       'perplexity.use_ema': True, 'perplexity.max_tokens': 99}
+
+
+def test_the_command_gives_the_config_of_then_where_the_run_has_another_now(trained, tmp_path, capfd):
+  folder = tmp_path / 'w'
+  shutil.copytree(trained, folder)
+  (folder / 'tasks.jsonl').unlink(missing_ok=True)
+  given = [*RUN, '--mode=eval', f'--workdir={folder}', '--config.eval.lengths=(64,)', '--config.eval.samples=2',
+           '--config.perplexity.max_tokens=99']
+  assert main.main(['main', *given]) == 0
+  given = [*given, "--config.eval.tasks=('parity',)"]
+  assert main.main(['main', *given]) == 0
+  lines, held_out = lines_of(folder), json.loads((folder / 'evaluation.json').read_text())
+  kept = {path.stem for path in (folder / 'configs').iterdir()}
+  assert {lines[0]['config'], held_out['config']} <= kept
+  run = json.loads((folder / 'config.json').read_text())
+  run['model']['max_length'] = 3000   # as --allow_config_change leaves it
+  (folder / 'config.json').write_text(json.dumps(run))
+  report.write(str(folder))
+  page = (folder / 'report.html').read_text()
+  assert 'config.json has changed since' not in page and 'CONFIG' not in page
+  words = command_of(folder, 'Tasks', f'{folder}/configs/{lines[0]["config"]}.json')
+  assert '--allow_config_change=model.max_length' in words and not any(word.startswith('--config.') for word in words)
+  words = [f'--config={folder}/configs/{lines[0]["config"]}.json', *words]
+  assert parsed(words) == parsed(given)
+  capfd.readouterr()
+  assert main.main(['main', *words]) == 0   # answered from what is there
+  assert 'carries on: 128 of 128' in capfd.readouterr().out and lines_of(folder) == lines
+  words = command_of(folder, 'Held-out text', f'{folder}/configs/{held_out["config"]}.json')
+  assert again.digest(parsed([f'--config={folder}/configs/{held_out["config"]}.json', *words])) == held_out['config']
+  # Where it was not kept, it is said.
+  shutil.rmtree(folder / 'configs')
+  report.write(str(folder))
+  assert 'config.json has changed since: give as CONFIG' in (folder / 'report.html').read_text()
 
 
 @pytest.mark.parametrize('override, same', [

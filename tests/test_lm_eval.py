@@ -1,9 +1,11 @@
 """lm-evaluation-harness: oracles through its own command line, our scorers, exported tasks."""
 
+import hashlib
 import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -24,10 +26,10 @@ from longctx import assembly, configuration
 from longctx import lm_eval as face
 from longctx.data.tasks import example
 from longctx.data.tasks.table import TASKS
-from longctx.data.tokenizer import Bytes, SentencePiece, train_sentencepiece
+from longctx.data.tokenizer import Bytes, SentencePiece, load_tokenizer, train_sentencepiece
 from longctx.errors import ConfigError
-from longctx.evaluation import harness_ruler, harness_tasks, perplexity
-from longctx.evaluation.harness import Harness
+from longctx.evaluation import harness_ruler, harness_tasks, perplexity, tasks
+from longctx.evaluation.harness import Harness, cache_of_its_own
 from longctx.evaluation.subject import Constant, ModelSubject, Oracle, Scored
 from longctx.training import workdir
 from longctx.training.checkpoint import Checkpoints
@@ -126,7 +128,7 @@ def test_what_is_written_ends_before_the_first_stop():
   found = Harness(subject, batch_size=2, max_gen_toks=2).generate_until(
       requests('generate_until', *asked), disable_tqdm=True)
   assert found == ['bbb', '', '', 'aaaa', '\ufffd\ufffd']
-  assert sorted(subject.asked) == [1, 1, 1, 2]   # those of the same settings together
+  assert sorted(subject.asked) == [1, 2, 2]   # those of the same stops together
 
 
 def test_what_is_too_long_is_an_error_or_cut_and_counted():
@@ -205,6 +207,35 @@ def test_an_interrupted_run_carries_on_from_lm_evals_cache(tmp_path):
   assert found == Harness(Laplace(3)).loglikelihood_rolling(texts, disable_tqdm=True)
 
 
+def test_the_cache_of_other_parameters_or_settings_is_another(tmp_path):
+  """And of none but what changes an answer."""
+  alike = [Harness(Laplace(9), identity='a', batch_size=size, told=dict(seq=size)).key for size in (1, 2)]
+  other = [Harness(Laplace(9), **{'identity': 'a', **setting}).key for setting in (
+      dict(identity='b'), dict(max_length=8), dict(max_gen_toks=9), dict(truncate='left'))]
+  tokens = Laplace(9)
+  tokens.tokenizer = types.SimpleNamespace(fingerprint='other')
+  other.append(Harness(tokens, identity='a').key)
+  assert alike[0] == alike[1] and len({alike[0], *other}) == 6
+  before = lm_eval.api.model.CachingLM
+  with cache_of_its_own():
+    kept = lm_eval.api.model.CachingLM(Harness(Laplace(9), identity='a'), f'{tmp_path}/d_rank_1/c_rank0.db')
+  assert kept.cache_db == f'{tmp_path}/d_rank_1/c_{alike[0]}_rank0.db' and lm_eval.api.model.CachingLM is before
+
+
+def test_what_is_written_at_once_is_cut_to_each_ones_own_room():
+  """In tokens; and what would be too long together is written alone."""
+  class Counts(Laplace):
+    def generate(self, prompts, max_new_tokens, stops=()):
+      assert not super().generate(prompts, max_new_tokens, stops)[0][max_new_tokens:].size
+      return [tokens_of('0123456789', separator=False)[:max_new_tokens] for _ in prompts]
+  asked = requests('generate_until', *((text, {'until': [], 'max_gen_toks': count})
+                                       for text, count in (('ab', 3), ('abcd', 1), ('a', 5), ('', 2))))
+  for max_length, batches in ((0, [4]), (10, [4]), (8, [1, 1, 1, 1])):
+    subject = Counts(max_length)
+    assert Harness(subject, batch_size=4).generate_until(asked, disable_tqdm=True) == ['012', '0', '01234', '01']
+    assert subject.asked == batches
+
+
 # Through lm_eval's own command line.
 
 
@@ -259,9 +290,10 @@ def begun(folder, max_length=LENGTH):
   return folder
 
 
-def put(monkeypatch, tmp_path, subject):
+def put(monkeypatch, tmp_path, subject, step=1):
   """In place of a checkpoint."""
-  monkeypatch.setattr(face, 'open_subject', lambda *args: subject)
+  known = dict(step=step, checkpoint=f'of step {step}', model='m')
+  monkeypatch.setattr(face, 'open_subject', lambda *args: (subject, known))
   return f'--model_args=workdir={begun(tmp_path / "w")}'
 
 
@@ -337,7 +369,7 @@ def test_results_are_those_of_our_own_scorers(tmp_path, checkpoint):
       modes=('full',), segment=16, batch_size=2, max_tokens=len(text)), layout=layout)
   theirs = found['results']['rolling']['bits_per_byte,none']
   assert theirs == pytest.approx(ours.bits_per_byte, rel=1e-6)
-  subject = face.open_subject(checkpoint, 'newest', False, 1, 3, 16)
+  subject, _ = face.open_subject(checkpoint, 'newest', False, 1, 3, 16)
   for one in samples['copy']:
     written, = subject.generate([tokens_of(one['doc']['q'])], 5, [b'.'])
     text = tokenizer.decode(written).split(b'.')[0]
@@ -348,7 +380,38 @@ def test_results_are_those_of_our_own_scorers(tmp_path, checkpoint):
       scored, = subject.score([tokens_of(one['doc']['q'] + answer)])
       assert float(logprob) == pytest.approx(scored.logprobs[-len(answer):].sum(), rel=1e-6)
       assert str(greedy) == str(bool(scored.greedy[-len(answer):].all()))
-  assert found['config']['longctx']['max_length'] == LENGTH
+  told = found['config']['longctx']
+  assert told['max_length'] == LENGTH and told['checkpoint'] == 'newest' and told['step'] == 1
+  sums = pathlib.Path(checkpoint, 'checkpoints', '1', 'manifest.json').read_bytes()
+  assert told['checkpoint_hash'] == hashlib.sha256(sums + b'False').hexdigest()[:16]   # as in tasks.jsonl
+
+
+def test_a_cache_holds_no_answers_of_another_checkpoint(tmp_path, monkeypatch, capsys):
+  """Interrupted, trained on, the same command again; and the first checkpoint by its step carries on."""
+  include, cache = write_tasks(tmp_path / 't'), f'--use_cache={tmp_path}/cache'
+  class Says(Laplace):
+    def __init__(self, word, most=9):
+      super().__init__()
+      self.word, self.most = word, most
+    def generate(self, prompts, max_new_tokens, stops=()):
+      if len(self.asked) == self.most:
+        raise KeyboardInterrupt
+      self.asked.append(len(prompts))
+      return [tokens_of(self.word, separator=False)] * len(prompts)
+
+  def answers(subject, step, *more):
+    args = put(monkeypatch, tmp_path, subject, step) + ''.join(more)
+    found, samples = run(tmp_path / subject.word, include, 'copy', args, cache)
+    assert found['config']['longctx']['step'] == step
+    return [one['filtered_resps'][0] for one in samples['copy']]
+
+  args = put(monkeypatch, tmp_path, Says('old', most=2))
+  assert face.main(['longctx.lm_eval', '--model', 'longctx', '--tasks=copy', '--include_path', include, args, cache]) == 130
+  assert 'carries on; where a newer checkpoint may have been saved since, name the old' in capsys.readouterr().err
+  new, rest, cut = Says('new'), Says('old'), Says('cut')
+  assert answers(new, 2) == ['new'] * 3 and new.asked == [1, 1, 1]
+  assert answers(rest, 1) == ['old'] * 3 and rest.asked == [1]
+  assert answers(cut, 1, ',max_gen_toks=99') == ['cut'] * 3
 
 
 # Mistakes.
@@ -534,6 +597,47 @@ def test_an_exported_task_is_the_same_task(tmp_path, monkeypatch):
   args = put(monkeypatch, tmp_path, Constant(Bytes(), b' 1'))
   found, _ = run(tmp_path, str(moved), 'longctx_passkey_512', args)
   assert found['results']['longctx_passkey_512']['score,none'] == 0.0
+
+
+class WritesOn(Oracle):
+  """Right, and then more of the text for as long as it may."""
+
+  def generate(self, prompts, max_new_tokens, stops=()):
+    answers = [self._targets[self.tokenizer.decode(prompt[1:])] for prompt in prompts]
+    return [self.tokenizer.encode(answer + b' and so on' * 99)[:max_new_tokens] for answer in answers]
+
+
+@pytest.mark.parametrize('tokens', ['bytes', 'sentencepiece'])
+def test_an_exported_answer_has_the_room_of_its_own_example(tokens, tmp_path, monkeypatch):
+  """Of answers of unlike lengths, as MRCR's, what is written after them counts as in our own evaluation."""
+  if tokens != 'bytes':
+    (tmp_path / 'm.model').write_bytes(train_sentencepiece([pathlib.Path(__file__).read_bytes()], 400))
+    tokens = str(tmp_path / 'm.model')
+  tokenizer = load_tokenizer(tokens)
+  examples = [example.example('mrcr_2', TASKS['mrcr_2'], tokenizer, length=4096, index=i) for i in range(3)]
+  assert len({one.new_tokens for one in examples}) > 1
+  subject = WritesOn(tokenizer, examples)
+  assert face.main(['longctx.lm_eval', f'--export={tmp_path}/d', '--tasks=mrcr_2', '--samples=3', '--lengths=4096',
+                    f'--tokenizer={tokens}']) == 0
+  args = put(monkeypatch, tmp_path, subject)
+  found, _ = run(tmp_path, f'{tmp_path}/d', 'longctx_mrcr_2', args, '--batch_size=2')
+  ours = tasks.run(subject, tasks.Config(tasks=('mrcr_2',), samples=3, controls=False), str(tmp_path / 'w'),
+                   dict(checkpoint='c', model='m', tokenizer='t'), lengths=(4096,))
+  theirs = found['results']['longctx_mrcr_2_4096']['score,none']
+  assert theirs == pytest.approx(ours[0].score.mean, rel=1e-12) and (theirs == 1) == (tokens == 'bytes')
+  _, samples = run(tmp_path / 'n', f'{tmp_path}/d', 'longctx_mrcr_2', args, '--gen_kwargs=max_new_tokens=7', '--limit=1')
+  assert samples['longctx_mrcr_2_4096'][0]['filtered_resps'][0].encode() == tokenizer.decode(
+      tokenizer.encode(examples[0].target)[:7])
+
+
+@pytest.mark.parametrize('text', ['README', 'help'])
+def test_the_export_that_is_told_of_runs(text, tmp_path):
+  """Three examples of it."""
+  said = (pathlib.Path(__file__).parent.parent / 'README.md').read_text() if text == 'README' else face.__doc__
+  command, = re.findall(r'(?:`|longctx\.lm_eval )(--export=DIR [^`\n]+)', said)
+  words = shlex.split(command.replace('DIR', f'{tmp_path}/d'))
+  assert face.main(['longctx.lm_eval', *(word for word in words if '--samples' not in word), '--samples=3']) == 0
+  assert len((tmp_path / 'd' / 'passkey_4096.jsonl').read_text().splitlines()) == 3
 
 
 @pytest.fixture(scope='module')

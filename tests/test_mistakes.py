@@ -162,6 +162,9 @@ FILES = [
     ('c.py', BASE + '  pass\n', ['c.py: get_config returned NoneType; must be the ConfigDict']),
     ('c.py:debug', 'from longctx.configuration import base\ndef get_config():\n  return base()\n',
      ["c.py:debug: variant 'debug': get_config of this file takes no variant"]),
+    ('c.json', '{"seed": ', ['c.json: is no JSON (', 'give a config that a workdir keeps, or a Python file']),
+    ('c.json', '[1]', ["c.json: holds a list; must hold an object of sections, as a workdir's config.json does"]),
+    ('c.json:debug', '{}', ['c.json:debug: a JSON file has no variants; give the file without a colon']),
     ('c.py', BASE + '  return base("decodr")\n',
      ["model='decodr': must be one of decoder, memory, elman, lstm, gru, slstm, encoder, "
       'encoder_decoder (did you mean "decoder"?)']),
@@ -194,7 +197,7 @@ def test_a_mistake_in_a_config_file(tmp_path, capfd, name, content, expected):
   if content is None:
     (tmp_path / 'folder').mkdir()
   else:
-    (tmp_path / 'c.py').write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / ('c.json' if 'json' in name else 'c.py')).write_bytes(content if isinstance(content, bytes) else content.encode())
   args = [f'--config={tmp_path}/{name}', f'--workdir={tmp_path}/w']
   check_mistake(main, args, expected, capfd)
   assert not (tmp_path / 'w').exists()

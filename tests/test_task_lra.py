@@ -13,7 +13,7 @@ from longctx.data import tokenizer
 from longctx.data.tasks import example, lra
 from longctx.data.tasks.table import TASKS
 from longctx.errors import ConfigError
-from longctx.evaluation import tasks
+from longctx.evaluation import report, tasks
 from longctx.evaluation.subject import Constant, Oracle
 
 REVIEWS = {('test', 'pos'): {'0_9.txt': 'A joy.<br />Go.', '10_8.txt': 'Fine caf\u00e9 scenes.', '2_7.txt': 'x' * 900},
@@ -112,6 +112,20 @@ def test_reviews_and_those_that_do_not_fit(files):
       'positive', 'negative'}
 
 
+def test_how_many_items_fit_stands_in_each_line_and_below_the_tables(files, tmp_path, capsys):
+  put = lambda length: tasks.run(
+      Constant(tokenizer.Bytes(), b' positive'), tasks.Config(tasks=('lra_text',), lengths=(length,), samples=3, files=files),
+      str(tmp_path), dict(checkpoint='c', model='m', tokenizer='bytes'), lengths=(length,))
+  put(300)
+  assert {(one['fit'], one['of']) for one in map(json.loads, (tmp_path / 'tasks.jsonl').read_text().splitlines())} == {(3, 4)}
+  said = 'lra_text at 300: 3 of 4 items fit; the longer ones were left out.'
+  assert said in (tmp_path / 'tasks.md').read_text() and said in capsys.readouterr().out
+  (tmp_path / 'config.json').write_text(json.dumps(dict(model=dict(name='decoder'), data=dict(length=300, tokenizer='bytes'))))
+  assert said in report.render(str(tmp_path)).decode()
+  put(1300)
+  assert 'items fit' not in (tmp_path / 'tasks.md').read_text()
+
+
 def test_lists_lose_their_round_brackets(files):
   assert everything('lra_listops', files) == {b'[MAX 4 [MIN 2 3 ] 1 ]': '4', b'[SM 8 9 ]': '7'}
 
@@ -207,8 +221,8 @@ def test_files_that_are_wrong_are_named(tmp_path, name, path, text, said):
   elif text is not None:
     where.parent.mkdir(parents=True)
     where.write_text(text)
-  with pytest.raises(ConfigError, match=said):
-    draw(name, str(tmp_path))
+  with pytest.raises(ConfigError, match=rf"^data\.task_files='{tmp_path}': .*{said}"):
+    draw(name, str(tmp_path), setting='data.task_{}')
 
 
 def test_a_home_folder_is_found(files, monkeypatch):

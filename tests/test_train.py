@@ -23,8 +23,9 @@ import optax
 import pytest
 from flax import nnx
 
-from longctx import assembly, configuration, train
+from longctx import assembly, configuration, examine, train
 from longctx.data import stream
+from longctx.data.tasks import sources
 from longctx.errors import ConfigError
 from longctx.models import schedules
 from longctx.parallel import mesh
@@ -91,9 +92,9 @@ def logged(folder):
 
 
 def evaluation(folder):
-  """evaluation.json without what it says of time, memory and the command that made it."""
+  """evaluation.json without what it says of time, memory, the very files and the command that made it."""
   text = (Path(folder) / 'evaluation.json').read_text()
-  drop = ('seconds', 'tokens_per_second', 'peak_memory_bytes', 'config', 'overrides')
+  drop = ('seconds', 'tokens_per_second', 'peak_memory_bytes', 'config', 'overrides', 'checkpoint')
   return json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs
                                                            if k not in drop})
 
@@ -187,9 +188,17 @@ def test_what_a_run_writes(text, tmp_path, capsys, monkeypatch):
   assert len(traces) == 1
 
   # And by --mode=eval.
+  found = json.loads((tmp_path / 'evaluation.json').read_text())
   (tmp_path / 'evaluation.json').unlink()
   train.run(config, str(tmp_path), mode='eval')
   assert evaluation(tmp_path) == at_end
+  # Which model and text it is of, and which config and code made it.
+  told = examine.about(assembly.assemble(config), config, str(tmp_path), 12)
+  again = json.loads((tmp_path / 'evaluation.json').read_text())
+  content = stream.open_documents(assembly.assemble(config).parts.data, 'validation').content
+  assert told | dict(content=content) == {name: again[name] for name in (*told, 'content')}
+  assert told == {name: found[name] for name in told} and found['versions']['jax'] == jax.__version__
+  assert (tmp_path / 'configs' / f'{found["config"]}.json').read_bytes() == (tmp_path / 'config.json').read_bytes()
   assert logged(tmp_path) == before
 
 
@@ -282,7 +291,7 @@ def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost
     assert evaluation(broken) == evaluation(straight)
     config.perplexity.use_ema = False   # and these were the averaged parameters
     train.run(config, broken, mode='eval')
-    assert evaluation(broken) != evaluation(straight)
+    assert evaluation(broken)['loss'] != evaluation(straight)['loss']
 
 
 def test_terminated_while_it_evaluates(text, tmp_path, capsys, monkeypatch):
@@ -339,6 +348,27 @@ def test_another_tokenizer_is_refused(text, tmp_path, at_batch, monkeypatch):
   assert lines(tmp_path)[-1]['step'] == 4
   with pytest.raises(ConfigError, match=r'data\.tokenizer: the checkpoint was trained with'):
     train.run(config, str(tmp_path), mode='eval')
+
+
+@pytest.mark.parametrize('corpus', ['files', 'tasks'])
+def test_what_was_read_of_another_text_of_equal_lengths_is_read_again(tmp_path, corpus, monkeypatch):
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  (tmp_path / 'checkpoints' / '1' / 'manifest.json').write_text('{}')
+  path = tmp_path / 'text'
+  def key(sentence):
+    path.write_text(sentence * 50)
+    sources.forget()
+    given = dict(files=str(path), corpus=corpus, cache_dir=str(tmp_path / 'cache'))
+    if corpus == 'tasks':
+      given |= dict(files='', split='hash', tasks=('passkey',), task_haystack=str(path), length=320)
+    config = make_config(given, model_max_length=320)
+    train.workdir.agree(tmp_path, config)
+    a = assembly.assemble(config)
+    documents = assembly.open_documents(a)
+    lengths = documents.lengths.tolist()
+    return json.dumps(train._depends_on(a, train._about(a, config, str(tmp_path), 1, documents))), lengths
+  one, same, other = key('A word. '), key('A word. '), key('A wood. ')
+  assert one == same and one[1] == other[1] and one[0] != other[0]
 
 
 def test_eval_scores_with_the_config_that_was_trained(text, tmp_path, at_batch):

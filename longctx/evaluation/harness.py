@@ -13,6 +13,8 @@ Rolling windows are lm_eval's (max_length, stride = max_length): each token is s
 those before it in its window, and the last window reaches back to be full. A model without
 max_length reads a text whole. Which it was stands in the results, with how many texts were cut.
 
+Answers are cached (--use_cache) apart for each `key`: what differs in parameters or settings is asked anew.
+
 Differs: what is too long is an error unless truncate='left' is asked for, since a question that
 lost its context scores as one that was not answered; sampling is refused, for a subject writes
 what is likeliest; log-probabilities that are NaN end the run.
@@ -22,21 +24,24 @@ Held by: tests/test_lm_eval.py.
 """
 
 import collections
+import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from lm_eval import utils
+from lm_eval.api import model as model_lib
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from longctx.errors import ConfigError, check, check_choice, check_range, nearest
+from longctx.evaluation.exported_class import MAX_NEW
 from longctx.evaluation.subject import Scored, Subject, before_stop
 
 TRUNCATE = ('error', 'left')
-# Names of one setting; the first that is given counts.
-MAX_NEW = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
 # Settings that choose among likely tokens: without effect on the likeliest.
 OF_SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
 
@@ -46,7 +51,7 @@ class Harness(TemplateLM):
 
   def __init__(self, subject: Subject, *, batch_size: int = 1, max_length: int = 0,
                max_gen_toks: int = 256, truncate: str = 'error',
-               told: Mapping[str, Any] | None = None):
+               identity: str = '', told: Mapping[str, Any] | None = None):
     """Defaults are lm_eval's.
 
     Args:
@@ -55,6 +60,7 @@ class Harness(TemplateLM):
       max_length: tokens read of one text; 0: as many as the model can, which may be any number.
       max_gen_toks: written at most, where a task does not say.
       truncate: what becomes of a text that is too long: 'error', or 'left' to cut its beginning.
+      identity: which parameters the subject has, and how it reads: what answers are cached under.
       told: what the results are to tell of the model.
     """
     super().__init__()
@@ -67,7 +73,7 @@ class Harness(TemplateLM):
           f'max_length={max_length}: must be at most model.max_length={most}')
     self.subject, self.batch_size, self.truncate = subject, batch_size, truncate
     self.max_length, self.max_gen_toks = max_length or most, max_gen_toks   # max_length 0: any
-    self.told, self.cut = dict(told or {}), collections.Counter()
+    self.identity, self.told, self.cut = identity, dict(told or {}), collections.Counter()
 
   # What lm_eval asks of a tokenizer.
 
@@ -90,6 +96,12 @@ class Harness(TemplateLM):
     check(not chat_template, '--apply_chat_template: a model of longctx has no chat template; '
           'leave it out')
     return ''
+
+  @property
+  def key(self) -> str:
+    """The hash of all that an answer depends on, whatever is asked; rounding aside."""
+    parts = (self.identity, self.subject.tokenizer.fingerprint, self.max_length, self.max_gen_toks, self.truncate)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
   def get_model_info(self) -> dict[str, Any]:
     """What stands in the results beside lm_eval's own."""
@@ -139,21 +151,23 @@ class Harness(TemplateLM):
 
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
     kind, found = 'generate_until', [''] * len(requests)
-    alike: dict[tuple[int, tuple[bytes, ...]], list[int]] = {}   # settings -> their requests
-    for i, request in enumerate(requests):
-      alike.setdefault(self._settings(request.args[1]), []).append(i)
+    settings = [self._settings(request.args[1]) for request in requests]
+    alike: dict[tuple[bytes, ...], list[int]] = {}   # stops -> their requests
+    for i, (count, stops) in enumerate(settings):
+      check(not self.max_length or count < self.max_length,
+            f'max_gen_toks={count}: must be below max_length={self.max_length}, to leave room '
+            'for what is read; give --gen_kwargs max_gen_toks=N')
+      alike.setdefault(stops, []).append(i)
     with tqdm(total=len(requests), desc=kind, disable=disable_tqdm) as bar:
-      for (count, stops), those in alike.items():
-        check(not self.max_length or count < self.max_length,
-              f'max_gen_toks={count}: must be below max_length={self.max_length}, to leave room '
-              'for what is read; give --gen_kwargs max_gen_toks=N')
-        prompts = [self._fitted(self.tok_encode(requests[i].args[0]), self.max_length - count, 1,
+      for stops, those in alike.items():
+        prompts = [self._fitted(self.tok_encode(requests[i].args[0]), self.max_length - settings[i][0], 1,
                                 kind) for i in those]
-        for batch in self._batches(prompts):
-          written = self.subject.generate([prompts[at] for at in batch], count, stops)
+        for batch in self._to_write(prompts, [settings[i][0] for i in those]):
+          most = max(settings[those[at]][0] for at in batch)
+          written = self.subject.generate([prompts[at] for at in batch], most, stops)
           for at, tokens in zip(batch, written):
             i = those[at]
-            text = before_stop(self.subject.tokenizer.decode(tokens), stops)
+            text = before_stop(self.subject.tokenizer.decode(tokens[:settings[i][0]]), stops)
             found[i] = text.decode('utf-8', 'replace')
             self.cache_hook.add_partial(kind, requests[i].args, found[i])
           bar.update(len(batch))
@@ -179,6 +193,16 @@ class Harness(TemplateLM):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for at in range(0, len(order), self.batch_size):
       yield order[at:at + self.batch_size]
+
+  def _to_write(self, prompts: Sequence[np.ndarray], counts: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of prompts after which about as much is written, the most first; what does not fit together goes alone."""
+    order = sorted(range(len(prompts)), key=lambda i: (-counts[i], -len(prompts[i])))
+    for low in range(0, len(order), self.batch_size):
+      batch = order[low:low + self.batch_size]
+      if self.max_length and counts[batch[0]] + max(len(prompts[i]) for i in batch) > self.max_length:
+        yield from ([i] for i in batch)
+      else:
+        yield batch
 
   def _scored(self, rows: Sequence[np.ndarray], kind: str,
               disable_tqdm: bool) -> Iterator[tuple[int, Scored]]:
@@ -208,3 +232,19 @@ class Harness(TemplateLM):
                  self.max_gen_toks)
     check_range('max_gen_toks', int(count), low=1)
     return int(count), tuple(stop.encode('utf-8') for stop in until if stop)
+
+
+@contextlib.contextmanager
+def cache_of_its_own() -> Iterator[None]:
+  """Has lm_eval's --use_cache keep each `Harness.key` in a file of its own; its keys name what is asked and not who."""
+  theirs = model_lib.CachingLM
+
+  def caching(lm: Harness, cache_db: str) -> Any:
+    path, _, rank = cache_db.rpartition('_rank')
+    return theirs(lm, f'{path}_{lm.key}_rank{rank}')
+
+  model_lib.CachingLM = caching
+  try:
+    yield
+  finally:
+    model_lib.CachingLM = theirs

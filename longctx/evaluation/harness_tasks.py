@@ -3,8 +3,8 @@
 For each task and length, NAME_LENGTH.yaml and .jsonl, an example a line; beside them the Python
 that reads and scores them, which needs nothing of longctx. The tag longctx_NAME runs all lengths of
 a task. The folder can be moved. Lengths are counted with the tokenizer given here: with another
-model's, texts have more or fewer tokens. max_gen_toks is the most that an answer of the data set
-may take.
+model's, texts have more or fewer tokens. An answer may take its example's new_tokens, in tokens of
+the model that writes (exported_class.py); --gen_kwargs max_gen_toks=N gives all N.
 Held by: tests/test_lm_eval.py.
 """
 
@@ -26,6 +26,7 @@ from longctx.files import atomic_write
 # Where scores of tasks may stand: modules that need the standard library and each other alone.
 SCORES = (scoring, babilong_metric)
 YAML = """\
+class: !function longctx_class.Task
 task: {name}
 tag: [{tag}]
 dataset_path: ""
@@ -40,7 +41,7 @@ doc_to_target: target
 target_delimiter: ""
 process_results: !function longctx_tasks.process_results
 metric_list: [{{metric: score, aggregation: mean, higher_is_better: true}}]
-generation_kwargs: {{do_sample: false, max_gen_toks: {new_tokens}, until: []}}
+generation_kwargs: {{do_sample: false, until: []}}
 metadata: {metadata}
 """
 
@@ -65,7 +66,7 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
   made = {   # all before any is written: a length may be too short, or an example no text
       (name, length): [
           _line(name, index, example(name, TASKS[name], tokenizer, length=length, index=index, seed=seed,
-                                     depth=depth_of(TASKS[name], index, depths), **sources))
+                                     depth=depth_of(TASKS[name], index, depths), setting='--{}', **sources))
           for index in range(samples)]
       for name in names for length in lengths}
   try:
@@ -86,7 +87,9 @@ def export(folder: str, names: Sequence[str], *, lengths: Sequence[int], samples
 def _write_python(folder: pathlib.Path) -> None:
   package = folder / 'longctx_scores'
   package.mkdir(parents=True, exist_ok=True)
-  atomic_write(folder / 'longctx_tasks.py', pathlib.Path(exported.__file__).read_bytes())
+  source = pathlib.Path(exported.__file__)   # the class beside it imports lm_eval, which is not needed here
+  atomic_write(folder / 'longctx_tasks.py', source.read_bytes())
+  atomic_write(folder / 'longctx_class.py', source.with_name('exported_class.py').read_bytes())
   atomic_write(package / '__init__.py', b'"""How answers to tasks of longctx are scored."""\n')
   for module in SCORES:
     source = pathlib.Path(module.__file__).read_text(encoding='utf-8')
@@ -104,7 +107,6 @@ def _write(folder: pathlib.Path, name: str, length: int, lines: Sequence[dict],
   text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
   atomic_write(folder / file, text.encode())
   text = YAML.format(name=f'longctx_{name}_{length}', tag=f'longctx_{name}', file=file,
-                     new_tokens=max(line['new_tokens'] for line in lines),
                      metadata=json.dumps(about))
   atomic_write(folder / f'{name}_{length}.yaml', text.encode())
 

@@ -90,10 +90,12 @@ class Result:
 
 
 def open_rows(data: stream.Config, config: perplexity.Config, layout: mesh.Layout) -> Any:
-  """This host's rows of the split, in batches of perplexity.batch_size."""
+  """This host's rows of the split, in batches of perplexity.batch_size; `content` identifies what they hold."""
   index, count = layout.host_rows(config.batch_size)
-  return stream.open_rows(dataclasses.replace(data, batch_size=config.batch_size), split=config.split,
-                          seed=SEED, host_index=index, num_hosts=count)[0]
+  rows, content, _ = stream.open_rows(dataclasses.replace(data, batch_size=config.batch_size), split=config.split,
+                                      seed=SEED, host_index=index, num_hosts=count)
+  rows.content = content
+  return rows
 
 
 def evaluate(graphdef: nnx.GraphDef, params: Any, rows: Any, data: stream.Config, tokenizer: Any,

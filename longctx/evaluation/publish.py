@@ -20,7 +20,7 @@ def publish(found: result.Result | held_out.Result, folder: str, at: int,
             about: Mapping[str, Any] | None = None) -> bool:
   """Prints the table; writes evaluation.json and figures/loss_by_position.png. False: not all.
 
-  `about`: what evaluation.json tells besides, see again.about. How many examples are right is a number without a figure.
+  `about`: what evaluation.json tells of the model and the text, see examine.about. How many examples are right is a number without a figure.
   """
   if jax.process_index() != 0:
     return True
@@ -30,7 +30,7 @@ def publish(found: result.Result | held_out.Result, folder: str, at: int,
   written = []
   with refusal_is_told(values):
     workdir.atomic_write(values, (json.dumps(
-        dict(step=at, **(about or {}), **found.to_json()), indent=2) + '\n').encode())
+        dict(step=at) | dict(about or {}) | found.to_json(), indent=2) + '\n').encode())
     written.append(values)
   if isinstance(found, held_out.Result):
     return len(written) == 1

@@ -1,7 +1,7 @@
 """What was asked and answered, a JSON line an example, and the table that comes of it.
 
 W/tasks.jsonl grows a batch at a time, each written in one call: after a kill at most its last line is torn,
-and the same evaluation carries on behind it. A line's `key` is the hash of all that its answer depends on but
+and the same evaluation carries on behind it; of two lines of an example the later counts. A line's `key` is the hash of all that its answer depends on but
 the example itself (checkpoint, seed, the bytes of what its task reads, ...): lines of another key stay where they are
 and are not counted, so that one file may hold several evaluations. `settings` is the part of it that is no text's.
 Held by: tests/test_eval_records.py.
@@ -60,6 +60,8 @@ class Cell(NamedTuple):
   count: int                  # examples that were asked
   too_long: int               # and those that were not, being longer than the model takes
   text: Text = Text('', False, False)   # that the examples are made of
+  seed: int | None = None     # that they were drawn from; None: not known
+  fit: tuple[int, int] | None = None   # items that are short enough, of how many; None: examples are not items of files
 
   @property
   def name(self) -> str:
@@ -79,7 +81,8 @@ def cells(lines: Iterable[dict]) -> list[Cell]:
     mean = lambda values: math.fsum(values) / len(values) if values else None
     made.append(Cell(task, length, interval(of('score')) if asked else None, mean(of('control_score')),
                      mean(of('answer_logprob')), len(asked), len(group) - len(asked),
-                     *([text_of(task, group[-1])] if task in TASKS else [])))
+                     *([text_of(task, group[-1])] if task in TASKS else []), seed=group[-1].get('seed'),
+                     fit=(group[-1]['fit'], group[-1]['of']) if 'fit' in group[-1] else None))
   return made
 
 
@@ -94,7 +97,7 @@ def markdown(columns: Sequence[str], rules: Sequence[str], rows: Sequence[Sequen
 
 
 def footnotes(found: Sequence[Cell]) -> list[str]:
-  """What the mark means, and what the text was that was given."""
+  """What the mark means, what the text was that was given, and what was left out."""
   def of(chosen: Sequence[Cell]) -> str:
     tasks: dict[str, list[str]] = {}
     for c in chosen:
@@ -104,8 +107,11 @@ def footnotes(found: Sequence[Cell]) -> list[str]:
 
   made_up = of([c for c in found if c.text.synthetic])
   given = of([c for c in found if c.text.given and not c.text.synthetic])
+  short = [f'{c.task} at {c.length:,}: {c.fit[0]:,} of {c.fit[1]:,} items fit' for c in found
+           if c.fit and c.fit[0] < c.fit[1]]
   return ([f'{SYNTHETIC}: made-up text stands in for what the published task has. {made_up}.'] * bool(made_up)
-          + [f'Text given: {given}.'] * bool(given))
+          + [f'Text given: {given}.'] * bool(given)
+          + [f'{"; ".join(short)}; the longer ones were left out.'] * bool(short))
 
 
 def table(found: Sequence[Cell], floors: Mapping[str, float | None]) -> str:

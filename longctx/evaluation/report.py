@@ -26,6 +26,8 @@ from longctx.files import atomic_write
 
 BANDS = 10      # of depth, where depths were drawn and not asked for
 LINES = 10      # of a figure of accuracy; more tasks make more figures
+# Of a line or of evaluation.json what tells which model and text it is of, and what made it.
+IDENTITY = ('settings', 'checkpoint', 'step', 'use_ema', 'model', 'config', 'tokenizer', 'content', 'digests', 'versions', 'commit')
 
 
 def write(folder: str, sections: Sequence[str] = ()) -> str:
@@ -334,7 +336,7 @@ def answer(line: dict) -> str:
 def _held_out(found: dict) -> list[str]:
   if 'modes' not in found:   # rows that are right, see held_out.py
     rows = [[key.replace('_', ' '), f'{value:,.4g}' if isinstance(value, float) else f'{value}']
-            for key, value in found.items() if value is not None and key not in ('config', 'overrides')]
+            for key, value in found.items() if value is not None and key not in (*IDENTITY, 'overrides')]
     return [page.table(['measure', 'value'], rows)]
   number = lambda x, digits: '-' if x is None else f'{x:,.{digits}f}'
   rows = [
@@ -352,28 +354,24 @@ def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) 
     parts.append(page.paragraph('The answers to tasks were written before their settings were kept with them: '
                                 'evaluate again to have the command.', soft=True))
   elif lines:
-    parts += _command('Tasks', config, folder, lines[-1], again.of_tasks(config, lines))
+    parts += _command('Tasks', config, folder, lines[-1], lambda run: again.of_tasks(run, lines))
   if held_out:
-    parts += _command('Held-out text', config, folder, held_out, again.of_held_out(config, held_out))
-  if parts:
+    parts += _command('Held-out text', config, folder, held_out, lambda run: again.of_held_out(run, held_out))
+  if any('--config=CONFIG' in part for part in parts):
     parts.append(page.paragraph('CONFIG: the file whose config is printed below.', soft=True))
-  if lines:
-    line = lines[-1]
-    rows = [
-      [key, json.dumps(line[key]).strip('"')]
-      for key in ('settings', 'checkpoint', 'step', 'use_ema', 'config', 'tokenizer', 'digests', 'versions')
-      if key in line
-    ]
-    parts.append(page.table(['of the evaluation', 'value'], rows))
+  for title, found in (('of the evaluation', lines[-1] if lines else None), ('of held-out text', held_out)):
+    if found:
+      rows = [[key, json.dumps(found[key]).strip('"')] for key in IDENTITY if found.get(key) is not None]
+      parts.append(page.table([title, 'value'], rows))
   config_text = json.dumps(config, indent=2, sort_keys=True)
   return [*parts, page.details('config.json', page.preformatted(page.text(config_text)))]
 
 
-def _command(title: str, config: dict, folder: str, found: dict, flags: dict) -> list[str]:
+def _command(title: str, config: dict, folder: str, found: dict, overrides: Callable[[dict], dict]) -> list[str]:
   """Of a line or of evaluation.json."""
-  words = again.command(folder, found.get('step'), flags)
+  words, whole = again.of_now(folder, config, found, overrides)
   parts = [f'<h3>{page.text(title)}</h3>', page.preformatted(page.text(shlex.join(words)), 'command')]
-  if not again.is_made_by(config, found):
+  if not whole:
     parts.append(page.paragraph('config.json has changed since: give as CONFIG the config that the run had then.',
                                 soft=True))
   return parts

@@ -2,10 +2,12 @@
 
 Every task of data/tasks/table.py at every length, `samples` examples each, a batch at a time. The control
 puts the same questions without their context: what is right then was not read. Nothing is ever cut: what is
-longer than the model takes is an error, or counted.
+longer than the model takes is an error, or counted. What carries on is compared with the examples of now, and
+scored anew where its task scores otherwise than it did.
 Held by: tests/test_eval_tasks.py (oracle 100, constant the floor, interrupted == uninterrupted).
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -15,15 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from longctx.data.tasks import sources
+from longctx.data.tasks import sources, version
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, floor, text_of, unread
 from longctx.errors import ConfigError, check, check_choice, check_range
 from longctx.evaluation import course, records, ruler_summary
 from longctx.evaluation.subject import Subject, prompt_tokens
+from longctx.progress import moved
 from longctx.training import processes
 
 SMALL = 1024   # tokens of examples that are all made before the first is asked: thousands a second
+CHEAP = 2 ** 18   # tokens of kept answers of a task and length whose examples are made again whatever made them: a second
+ITEMS = ('fit', 'of')   # in Example.info: how many items of a benchmark's own are short enough, of how many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,10 +124,11 @@ def run(subject: Subject, config: Config, folder: str, about: Mapping[str, Any],
   # What was counted as too long is an error now, if that is asked for.
   answered = [list(one) for one, line in kept.lines.items() if config.too_long == 'count' or not line['too_long']]
   done = {tuple(one) for one in processes.of_first(answered)}
-  processes.together(lambda: maker.check_first(kept))
+  processes.together(lambda: kept.append(maker.check(kept)))
   progress = course.Progress(maker.tokens(), maker.tokens(done), enabled=main)
   for batch in maker.batches(done):
-    lines = [dict(key=keys[line['task']], settings=settings, **line, digests=digests[line['task']], **about)
+    lines = [dict(key=keys[line['task']], settings=settings, **line, code=version.code_of(line['task']),
+                  digests=digests[line['task']], **about)
              for line in _answered(subject, config, batch)]
     processes.together(lambda lines=lines: kept.append(lines))
     last = lines[-1]
@@ -182,17 +188,60 @@ class _Maker:
         for at in range(0, len(left), self.config.batch_size):
           yield [self.make(task, length, index) for index in left[at:at + self.config.batch_size]]
 
-  def check_first(self, kept: records.Records) -> None:
+  def check(self, kept: records.Records) -> list[dict]:
     """ConfigError where a length is too short for a task, or what was answered is no longer what it makes.
 
-    Examples of one length need not be alike: where it is small one may be too long and the first be not.
+    Examples of one length need not be alike: where it is small one may be too long and the first be not. Those of
+    kept answers are all made again, but for many long ones by the same code (version.py), which would take minutes.
+
+    Returns: the kept lines whose task scores them otherwise now, with the score of now.
     """
-    for task, length, index in self.identities():
-      if index == 0 or length <= SMALL:
-        made, line = self.make(task, length, index).made, kept.lines.get((task, length, index))
-        check(line is None or line['prompt_sha256'] == _digest(made.prompt), f'{kept.path}: task {task!r} '
-              'makes other examples of this seed than when they were answered; remove the file, or give '
-              'another workdir')
+    tokens = collections.Counter()
+    for task, length, _ in kept.lines:
+      tokens[task, length] += length
+    codes = {task: version.code_of(task) for task in self.config.tasks}
+    other = [one for one, line in kept.lines.items() if codes[one[0]] is None or line.get('code') != codes[one[0]]]
+    if sum(length for _, length, _ in other) > CHEAP:
+      print(f'{kept.path}: {len(other):,} answers are of other code than this; their examples are made again, to be '
+            'compared', flush=True)
+    changed = []
+    for one in dict.fromkeys([*(one for one in self.identities() if one[2] == 0 or one[1] <= SMALL), *other,
+                              *(one for one in kept.lines if tokens[one[:2]] <= CHEAP)]):
+      made, line = self.make(*one).made, kept.lines.get(one)
+      moved()
+      if line is not None:
+        check(_is_of(line, made), f'{kept.path}: task {one[0]!r} makes other examples of this seed than when they '
+              f'were answered, such as example {one[2]} of {one[1]} tokens; remove the file, or give another workdir')
+        found = _scored(line, made)
+        if any(line.get(name) != value for name, value in found.items()):
+          changed.append(line | found | dict(code=codes[one[0]]))
+    if changed:
+      print(f'{kept.path}: {len(changed):,} answers have another score or other references now than when they were '
+            'given; those of now count', flush=True)
+    return changed
+
+
+def _is_of(line: Mapping[str, Any], made: Example) -> bool:
+  """Whether a line is of this example; how an answer is scored aside."""
+  if 'example_sha256' not in line:   # lines of before it was kept
+    return (line['prompt_sha256'], line['new_tokens']) == (_digest(made.prompt), made.new_tokens)
+  return line['example_sha256'] == _digest_of(made)
+
+
+def _scored(line: Mapping[str, Any], made: Example) -> dict[str, Any]:
+  """What a line has of its example's score, as it is now; no answer is asked for."""
+  score = TASKS[line['task']].score
+  return _looked_for(made) | {f'{which}score': float(score(line[f'{which}written'], made))
+                              for which in ('', 'control_') if line.get(f'{which}written') is not None}
+
+
+def _looked_for(made: Example) -> dict[str, Any]:
+  return dict(references=list(made.references)) | {name: made.info[name] for name in ITEMS if name in made.info}
+
+
+def _digest_of(made: Example) -> str:
+  """Of all that is asked of a model: prompt, question, right answer, room."""
+  return _digest(b'%d %d %d ' % (len(made.prompt), made.question, made.new_tokens) + made.prompt + made.target)
 
 
 def _digest(text: bytes) -> str:
@@ -243,5 +292,5 @@ def _line(config: Config, one: Asked, **answer: Any) -> dict:
               **{source: value if source in TASKS[one.task].reads else ''
                  for source, value in config.sources().items()}, text=text_of(one.task, config.sources()).words,
               **({'depths': config.depths} if TASKS[one.task].placed else {}), depth_asked=one.depth, depth=one.made.depth,
-              prompt_sha256=_digest(one.made.prompt), prompt_tokens=len(one.tokens),
-              new_tokens=one.made.new_tokens, references=list(one.made.references), **answer)
+              prompt_sha256=_digest(one.made.prompt), example_sha256=_digest_of(one.made), prompt_tokens=len(one.tokens),
+              new_tokens=one.made.new_tokens, **_looked_for(one.made), **answer)
