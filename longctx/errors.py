@@ -48,6 +48,15 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
         f'{field}={value!r}: must be one of {", ".join(choices)}{nearest(value, choices)}')
 
 
+def check_choices(field: str, values: Iterable[str], choices: Iterable[str]) -> None:
+  """`check_choice` of each; two in one, with a comma between them, are told how to be given."""
+  choices = list(choices)
+  for value in values:
+    parts = tuple(str(value).split(','))
+    check(len(parts) == 1 or not set(parts) <= set(choices), f'{field}={value!r}: is one name; give them as "{parts}"')
+    check_choice(field, value, choices)
+
+
 def check_range(field: str, value: float, low: float | None = None,
                 high: float | None = None) -> None:
   """Raises unless low <= value <= high (an end that is None is open); refuses NaN."""

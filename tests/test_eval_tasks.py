@@ -548,6 +548,7 @@ def test_a_run_is_trained_on_tasks_and_put_to_tasks(trained, capfd):
 
 @pytest.mark.parametrize('args, message', [
     (['--config.eval.tasks=parety'], "eval.tasks='parety': must be one of"),
+    (['--config.eval.tasks=parity,s3'], """eval.tasks='parity,s3': is one name; give them as "('parity', 's3')\""""),
     (['--config.eval.samples=0'], 'eval.samples=0: must be at least 1'),
     (['--config.eval.sample=3'], 'eval.sample: no such field'),
     (['--config.eval.tasks=parity', '--config.eval.batch_size=3'], 'eval.batch_size=3: mesh.data=8 must'),

@@ -19,7 +19,7 @@ from longctx.data.tasks import sources
 from longctx.data.tasks.example import Example, example, generator
 from longctx.data.tasks.table import TASKS, unread
 from longctx.data.tokenizer import Tokenizer
-from longctx.errors import check_choice
+from longctx.errors import check_choices
 
 COUNTED = 64    # examples that the accounting tells of
 HELD_OUT = 64   # documents of the validation and the test split
@@ -30,8 +30,7 @@ class Examples:
   """Example n of a split, for any n."""
 
   def __init__(self, config: Any, tokenizer: Tokenizer, split: str, seed: int):
-    for name in config.tasks:
-      check_choice('data.tasks', name, TASKS)
+    check_choices('data.tasks', config.tasks, TASKS)
     self.tokenizer = tokenizer
     self._config, self._names = config, (split, seed)
     self._lengths = config.task_lengths or (config.length,)

@@ -20,7 +20,7 @@ import numpy as np
 from longctx.data.tasks import sources, version
 from longctx.data.tasks.example import SOURCES, Example, depth_of, example
 from longctx.data.tasks.table import TASKS, floor, text_of, unread
-from longctx.errors import ConfigError, check, check_choice, check_range
+from longctx.errors import ConfigError, check, check_choice, check_choices, check_range
 from longctx.evaluation import course, records, ruler_summary
 from longctx.evaluation.subject import Subject, prompt_tokens
 from longctx.progress import moved
@@ -49,8 +49,7 @@ class Config:
   too_long: str = 'error'  # than model.max_length: 'error', or 'count' and leave out
 
   def __post_init__(self):
-    for name in self.tasks:
-      check_choice('eval.tasks', name, TASKS)
+    check_choices('eval.tasks', self.tasks, TASKS)
     for length in self.lengths:
       check_range('eval.lengths', length, low=1)
     for name in ('tasks', 'lengths'):
