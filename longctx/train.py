@@ -414,7 +414,7 @@ class Trainer:
 
   def publish(self, at: int, found: result.Result | held_out.Result) -> bool:
     told = {}
-    with contextlib.suppress(OSError):   # a checkpoint that could not be saved has no hash
+    with contextlib.suppress(OSError, ConfigError):   # no hash of what could not be saved, no config to compare with
       told = self.about(at, self.documents) if self.about and self.main else {}
     return publish.publish(found, self.folder, at, told)
 

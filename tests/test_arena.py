@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -402,10 +403,14 @@ def test_the_readme_lists_the_predictions_and_takes_the_tables(the, tmp_path, mo
 
 
 def test_the_readme_has_the_tables_of_the_lines(the):
-  rows = [json.loads(line) for line in (FOLDER / 'results' / 'runs.jsonl').read_text().splitlines()]
+  """Of as many as it says: while runs are made there are more."""
   told = (FOLDER / 'README.md').read_text().split(the.leaderboard.BEGIN)[1].split(the.leaderboard.END)[0]
-  assert the.leaderboard.table(rows, 3) in told and the.leaderboard.verdicts(rows) in told
-  assert the.leaderboard.table(rows, 3) in (FOLDER / 'results' / 'leaderboard.md').read_text()
+  count = int(re.search(r'`, (\d+) runs, ', told)[1])
+  lines = (FOLDER / 'results' / 'runs.jsonl').read_text().splitlines()[:count]
+  rows = [json.loads(line) for line in lines]
+  assert len(rows) == count >= 220
+  for table in (the.leaderboard.table(rows, 3), the.leaderboard.verdicts(rows)):
+    assert table in told and table in (FOLDER / 'results' / 'leaderboard.md').read_text()
 
 
 def test_generators(tmp_path):

@@ -428,6 +428,20 @@ def test_kept_answers_are_of_the_examples_of_now(tmp_path, monkeypatch, field, c
   assert len(lines_of(tmp_path)) == 3
 
 
+def test_kept_answers_that_are_not_asked_for_stand_in_no_ones_way(tmp_path, monkeypatch):
+  settings = dict(lengths=(2048,), controls=False)
+  evaluate(Constant(Bytes(), b' odd'), tmp_path, samples=4, **settings)
+  def make(i, made):
+    if i == 3:
+      raise ConfigError('only 3 questions are there')
+    return made
+  patched(monkeypatch, 'parity', make=remade('parity', make))
+  found, = evaluate(Counted(Constant(Bytes(), b' odd'), 0), tmp_path, samples=3, **settings)
+  assert found.count == 3
+  with pytest.raises(ConfigError, match='only 3 questions are there'):
+    evaluate(Counted(Constant(Bytes(), b' odd'), 0), tmp_path, samples=9, **settings)
+
+
 def test_many_long_examples_are_compared_where_other_code_made_them(tmp_path, monkeypatch, capsys):
   settings = dict(lengths=(2048,), samples=3, controls=False)
   monkeypatch.setattr(tasks, 'CHEAP', 4096)
@@ -436,14 +450,18 @@ def test_many_long_examples_are_compared_where_other_code_made_them(tmp_path, mo
   monkeypatch.setattr(tasks, 'example', lambda *args, **kwargs: made.append(1) or example.example(*args, **kwargs))
   again = lambda: evaluate(Counted(Constant(Bytes(), b''), 0), tmp_path, **settings)
   again()
-  assert len(made) == 1   # the first of a length, always
+  assert len(made) == 2   # the first and the last of a length, always
   capsys.readouterr()
   for other in (dict(code='another'), {}):   # or of before it was kept
     (tmp_path / 'tasks.jsonl').write_text(''.join(
         json.dumps({k: v for k, v in line.items() if k not in ('code', 'example_sha256')} | other) + '\n' for line in lines))
-    made.clear()
-    again()
-    assert len(made) == 3 and '3 answers are of other code than this; their examples are made again' in capsys.readouterr().out
+    for count in (5, 2):   # once is enough
+      made.clear()
+      again()
+      assert len(made) == count
+      told = capsys.readouterr().out
+      assert ('3 answers are of other code than this; their examples are made again' in told) == (count == 5)
+      assert 'another score' not in told
   lines[1]['new_tokens'] += 1
   (tmp_path / 'tasks.jsonl').write_text(''.join(
       json.dumps({k: v for k, v in line.items() if k not in ('code', 'example_sha256')}) + '\n' for line in lines))

@@ -399,10 +399,11 @@ def test_a_cache_holds_no_answers_of_another_checkpoint(tmp_path, monkeypatch, c
       self.asked.append(len(prompts))
       return [tokens_of(self.word, separator=False)] * len(prompts)
 
-  def answers(subject, step, *more):
+  def answers(subject, step, *more, cached=0):
     args = put(monkeypatch, tmp_path, subject, step) + ''.join(more)
     found, samples = run(tmp_path / subject.word, include, 'copy', args, cache)
-    assert found['config']['longctx']['step'] == step
+    told = found['config']['longctx']
+    assert (told['step'], told['cached']) == (step, cached)   # of the cached ones it is not known how many were cut
     return [one['filtered_resps'][0] for one in samples['copy']]
 
   args = put(monkeypatch, tmp_path, Says('old', most=2))
@@ -410,7 +411,7 @@ def test_a_cache_holds_no_answers_of_another_checkpoint(tmp_path, monkeypatch, c
   assert 'carries on; where a newer checkpoint may have been saved since, name the old' in capsys.readouterr().err
   new, rest, cut = Says('new'), Says('old'), Says('cut')
   assert answers(new, 2) == ['new'] * 3 and new.asked == [1, 1, 1]
-  assert answers(rest, 1) == ['old'] * 3 and rest.asked == [1]
+  assert answers(rest, 1, cached=2) == ['old'] * 3 and rest.asked == [1]
   assert answers(cut, 1, ',max_gen_toks=99') == ['cut'] * 3
 
 

@@ -11,7 +11,8 @@ separator, as documents do in training; it is lm_eval's prefix token, and ends w
 
 Rolling windows are lm_eval's (max_length, stride = max_length): each token is scored once, after
 those before it in its window, and the last window reaches back to be full. A model without
-max_length reads a text whole. Which it was stands in the results, with how many texts were cut.
+max_length reads a text whole. Which it was stands in the results, with how many texts were cut, and how
+many answers a cache had before: of those it is not known.
 
 Answers are cached (--use_cache) apart for each `key`: what differs in parameters or settings is asked anew.
 
@@ -74,6 +75,7 @@ class Harness(TemplateLM):
     self.subject, self.batch_size, self.truncate = subject, batch_size, truncate
     self.max_length, self.max_gen_toks = max_length or most, max_gen_toks   # max_length 0: any
     self.identity, self.told, self.cut = identity, dict(told or {}), collections.Counter()
+    self.cached = 0   # answers of before, among which none is counted in `cut`
 
   # What lm_eval asks of a tokenizer.
 
@@ -108,7 +110,7 @@ class Harness(TemplateLM):
     return {'longctx': dict(
         self.told, tokenizer=self.subject.tokenizer.fingerprint, max_length=self.max_length,
         rolling=dict(max_length=self.max_length, stride=self.max_length),
-        truncate=self.truncate, truncated=dict(self.cut))}
+        truncate=self.truncate, truncated=dict(self.cut), cached=self.cached)}
 
   # The three requests.
 
@@ -241,7 +243,9 @@ def cache_of_its_own() -> Iterator[None]:
 
   def caching(lm: Harness, cache_db: str) -> Any:
     path, _, rank = cache_db.rpartition('_rank')
-    return theirs(lm, f'{path}_{lm.key}_rank{rank}')
+    made = theirs(lm, f'{path}_{lm.key}_rank{rank}')
+    lm.cached = len(made.dbdict)
+    return made
 
   model_lib.CachingLM = caching
   try:
