@@ -158,8 +158,8 @@ def test_arena(tmp_path):
     assert 0.35 < parity['parity_256'] < 0.65 and 0.35 < parity['validation'] < 0.65   # two steps teach nothing
     assert parity['validation'] != parity['parity_64'] and parity['examples']['parity_64'] == 256
     assert 0 < parity['standard_errors']['parity_256'] < 0.05
-    assert 7 < books['books_far'] < 9 and 7 < books['validation'] < 9     # bits of a byte that may be any
-    assert 7 < books['books'] < 9 and len(books['files']) == 16
+    for field in ('books', 'books_far', 'validation'):   # of bytes that follow each other two steps teach a little
+      assert 5 < books[field] < 9 and len(books['files']) == 16
     assert parity['commit'] and set(parity['versions']) == {'jax', 'longctx'}
     assert abs(parity['parameters'] / 150_000 - 1) < 0.02
     assert found[model, 'mqar']['mqar'] < 0.4 and found[model, 'passkey']['passkey_64'] < 0.4
