@@ -415,7 +415,8 @@ def test_kept_answers_have_the_score_that_their_task_gives_now(tmp_path, monkeyp
 @pytest.mark.parametrize('field, change', [
     ('prompt', lambda made: dict(prompt=b'1' + made.prompt[1:] if made.prompt[:1] != b'1' else b'0' + made.prompt[1:])),
     ('target', lambda made: dict(target=b' other')), ('question', lambda made: dict(question=made.question - 1)),
-    ('new_tokens', lambda made: dict(new_tokens=made.new_tokens - 1, prompt=made.prompt + b'.'))], ids=str)
+    ('new_tokens', lambda made: dict(new_tokens=made.new_tokens - 1, prompt=made.prompt + b'.'))],
+    ids=['prompt', 'target', 'question', 'new_tokens'])
 def test_kept_answers_are_of_the_examples_of_now(tmp_path, monkeypatch, field, change):
   """All of them: longer than those that are made at the start, and not the first alone."""
   settings = dict(lengths=(2048,), samples=3, controls=False)
