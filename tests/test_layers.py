@@ -138,7 +138,8 @@ def feed_forward(kind, block, cut=False):
     ('gelu', 20, False), ('gelu', 5, True)])
 def test_blocks_of_tokens_compute_the_feed_forward_layer(kind, block, cut):
   for a, b in zip(feed_forward(kind, block, cut), feed_forward(kind, 0), strict=True):
-    np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+    # An entry is a sum of terms as large as the largest entry, which may cancel to nearly nothing.
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
