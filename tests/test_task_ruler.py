@@ -2,12 +2,15 @@
 
 import collections
 import functools
+import pathlib
 import re
+import sysconfig
 
 import numpy as np
 import pytest
 
-from longctx.data.tasks import example, ruler_compat, ruler_prompts, words
+from longctx.data import tokenizer
+from longctx.data.tasks import example, ruler_compat, ruler_prompts, ruler_words, words
 from longctx.data.tasks.ruler import TASKS
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
@@ -137,6 +140,30 @@ def test_ten_words_are_most_common(length, tok, often, seldom):
     assert not {*shown_counts} & {*counts}
     orders.append([i for i, (_, word) in enumerate(listed) if word in one.references])
   assert orders[0] != orders[1] != orders[2]   # positions are drawn anew
+
+
+@pytest.fixture(scope='module')
+def subwords(tmp_path_factory):
+  """Two thousand pieces of Python's source, in which "100" and "probable" are fewer than other numbers and words."""
+  path = tmp_path_factory.mktemp('subwords') / 'x.model'
+  files = sorted(pathlib.Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
+  path.write_bytes(tokenizer.train_sentencepiece((file.read_bytes() for file in files), 2000, max_bytes=1_000_000))
+  return tokenizer.load_tokenizer(str(path))
+
+
+def often(one):
+  return min(len(re.findall(rf'\. {word} \d', one.prompt.decode())) for word in one.references)
+
+
+def test_no_list_of_common_words_is_refused_for_what_its_words_are(subwords, monkeypatch):
+  made = lambda length: [draw.__wrapped__('cwe', length, index, lambda: subwords) for index in range(40)]
+  assert {often(one) for one in made(4096)} == {6}
+  border = int(ruler_words.long_needs(subwords)) + 1
+  assert {often(one) for one in made(border - 1)} == {6} and min(map(often, made(border))) >= 29
+  # Words of which the long form does not fit are drawn anew: of one list in eight at this border.
+  lower = border * 19 // 20
+  monkeypatch.setattr(ruler_words, 'long_needs', lambda tokenizer: lower)
+  assert min(map(often, made(lower))) >= 29
 
 
 def test_where_the_list_of_words_ends_pairs_are_taken():

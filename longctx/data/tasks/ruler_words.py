@@ -6,7 +6,9 @@
 
 Differs from NVIDIA/RULER at c3f5e3b: see ruler.py; and
   * cwe takes its short form (6 times and once) where its long one does not fit, as there below 4096
-    tokens: in bytes the long one needs about 8,000. The worked example has no word of the list.
+    tokens: in bytes the long one needs about 8,000. All examples of a length have one form; words of which
+    the long one does not fit, near its border one draw in a thousand, are drawn anew. The worked example
+    has no word of the list.
   * cwe's words are adjective-noun pairs where the 8,166 words of the list would not do; there they
     are of a second list, which is a download.
   * fwe has enough words for rank 4 to be more frequent than rank 5. What is left over is noise,
@@ -15,15 +17,22 @@ Held by: tests/test_tasks.py, tests/test_task_ruler.py (counted).
 """
 
 import dataclasses
+import functools
 import string
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from longctx.data.tasks import ruler_prompts, scoring, units, words
-from longctx.data.tasks.example import Draw, Example, Task
+from longctx.data.tasks.example import Draw, Example, Task, generator
 from longctx.data.tasks.ruler_prompts import CWE, FWE, NEW_TOKENS
+from longctx.data.tokenizer import Tokenizer
+from longctx.errors import ConfigError
 
 COMMON, LONG_FROM = 10, 4096
+SAMPLE, DEVIATIONS = 128, 3   # lists that tell the long form's tokens, and what is added to their mean
+TRIES = 8   # draws of words for a list of the long form, then one more
 LETTERS, LEAST_WORDS = 6, 53   # with 42 to 52 words, rank 4 and rank 5 stand once each
 ALPHA = 2.0
 
@@ -50,16 +59,16 @@ def numbered(entries: list[str], first: int = 1) -> str:
   return ' '.join(f'{i}. {word}' for i, word in enumerate(entries, first))
 
 
-def cwe(draw: Draw) -> Example:
-  rng = draw.rng
-  head, question = CWE
-  entry = draw.count(b' 100. probable' * 64) / 64   # tokens of one, about, alike for all examples
-  fixed = 2 * draw.count((head + question).encode()) + NEW_TOKENS['cwe'] + COMMON * entry
-  least = entry * (LONG.shown_entries + COMMON * (LONG.often + LONG.seldom)) + fixed
-  form = LONG if draw.length >= max(LONG_FROM, least) else SHORT
+class Listed(NamedTuple):
+  lay: Callable[[int], bytes]    # n -> what stands before the question, with n words that are not common
+  tail: Callable[[int], bytes]   # n -> the words after these
+  target: bytes
+  common: tuple[str, ...]
 
-  # Entries: numbers and words differ in length.
-  most = int(draw.length / entry * 1.5) + COMMON * form.often
+
+def listed(rng: np.random.Generator, form: Form, most: int) -> Listed:
+  """A list of up to `most` words that are not common."""
+  head, question = CWE
   distinct = form.shown + COMMON + -(-most // form.seldom)
   pool = words.vocabulary() if distinct <= len(words.vocabulary()) else words.keys()
   drawn = [pool[i] for i in rng.choice(len(pool), size=distinct, replace=False).tolist()]
@@ -75,14 +84,45 @@ def cwe(draw: Draw) -> Example:
   size = lambda n: COMMON * form.often + n
   arranged = lambda n: [entries[i] for i in np.argsort(places[:size(n)])]
   first_seen = dict.fromkeys(arranged(0))   # of the common words; entries of others change nothing
-  target = f' {numbered([*first_seen])}'.encode()
-  new_tokens = max(NEW_TOKENS['cwe'], draw.count(target))
-  prompt, _ = units.fitted(
-      draw, 'ruler_cwe', lay=lambda n: before + numbered(arranged(n)).encode(),
-      tail=lambda n: f' {numbered(entries[size(n):size(n) + 4], size(n) + 1)}'.encode(),
-      after=question.encode(), new_tokens=new_tokens, least=COMMON * form.seldom)
-  return Example(prompt=prompt, question=len(prompt) - len(question.encode()), target=target,
-                 references=tuple(first_seen), new_tokens=new_tokens)
+  return Listed(lambda n: before + numbered(arranged(n)).encode(),
+                lambda n: f' {numbered(entries[size(n):size(n) + 4], size(n) + 1)}'.encode(),
+                f' {numbered([*first_seen])}'.encode(), tuple(first_seen))
+
+
+@functools.lru_cache(maxsize=8)
+def long_needs(tokenizer: Tokenizer) -> float:
+  """Tokens that the least list of the long form needs at most, but for one draw of words in a thousand.
+
+  Told by lists drawn for this, alike for all examples.
+  """
+  rng, least, found = generator('ruler_cwe', 'the long form'), COMMON * LONG.seldom, []
+  count = lambda text: len(tokenizer.encode(text))
+  for _ in range(SAMPLE):
+    one = listed(rng, LONG, least)
+    found.append(1 + count(one.lay(least) + CWE[1].encode()) + max(NEW_TOKENS['cwe'], count(one.target)))
+  return float(np.mean(found) + DEVIATIONS * np.std(found))
+
+
+def cwe(draw: Draw) -> Example:
+  form = LONG if draw.length >= LONG_FROM and draw.length >= long_needs(draw.tokenizer) else SHORT
+  # Entries: numbers and words differ in length.
+  entry = draw.count(b' 100. probable' * 64) / 64   # tokens of one, about
+  most = int(draw.length / entry * 1.5) + COMMON * form.often
+  for _ in range(TRIES if form is LONG else 0):
+    try:
+      return _made(draw, form, most)
+    except ConfigError:   # these words have too many tokens
+      continue
+  return _made(draw, form, most)
+
+
+def _made(draw: Draw, form: Form, most: int) -> Example:
+  one, question = listed(draw.rng, form, most), CWE[1].encode()
+  new_tokens = max(NEW_TOKENS['cwe'], draw.count(one.target))
+  prompt, _ = units.fitted(draw, 'ruler_cwe', lay=one.lay, tail=one.tail, after=question,
+                           new_tokens=new_tokens, least=COMMON * form.seldom)
+  return Example(prompt=prompt, question=len(prompt) - len(question), target=one.target,
+                 references=one.common, new_tokens=new_tokens)
 
 
 def coded_words(rng: np.random.Generator, count: int) -> list[str]:
