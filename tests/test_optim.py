@@ -1,5 +1,6 @@
 """Optimisers equal their definitions, schedules their closed forms, and only matrices decay."""
 
+import functools
 import math
 import re
 
@@ -14,6 +15,7 @@ from longctx.errors import ConfigError
 from longctx.training import optim
 from longctx.training.optim import Config, make_optimizer, make_schedule
 from tests import oracles
+from tests.test_models import CLASSES, MODELS
 
 L, D, N, H, F, V = 3, 8, 2, 4, 12, 17
 
@@ -208,6 +210,81 @@ def test_muon_leaves_embeddings_norms_and_biases_to_adamw():
   for name in start:
     same = np.allclose(muon[name], adamw[name], rtol=1e-5, atol=1e-6)
     assert same == (name not in MUONS), name
+
+
+# The models' own parameters.
+
+
+@functools.cache
+def own(model):
+  """{parameter: (its dims, whether it decays, (rows, columns) that Muon makes of these dims)} of a model."""
+  config, found = MODELS[model], {}
+
+  def one(path, param):
+    dims, muon = optim.own_dims(path, param), optim.muon_dims(path, param)
+    first = len(param.get_value().shape) - len(dims)
+    taken = muon and tuple(tuple(i - first for i in axes) for axes in (muon.reduction_axis, muon.output_axis))
+    name = re.sub(r'\b\d+/', '', optim.path_name(path))
+    found[re.sub(r'/\d+$', '', name)] = dims, optim.decays(path, param), taken
+    return 0
+
+  optim.map_params(one, nnx.state(nnx.eval_shape(lambda: CLASSES[config.name](config, rngs=nnx.Rngs(0)))))
+  return found
+
+
+OUT_OF_EMBED, INTO_EMBED, EACH_OF_TWO = ((0,), (1, 2)), ((0, 1), (2,)), ((0,), (2, 3))
+PLAIN = ((0,), (1,))
+MUON_OF = {   # all that Muon takes of models with a segment memory: rows and columns; other dims count matrices
+    'mixer/w_q': OUT_OF_EMBED, 'mixer/w_kv': EACH_OF_TWO, 'mixer/w_out': INTO_EMBED, 'mlp/w_in': ((0,), (2,)),
+    'mlp/w_out': PLAIN, 'relative/w_distance': OUT_OF_EMBED,
+    'w_qkv': EACH_OF_TWO, 'w_eta': PLAIN, 'start_W': ((1,), (2,)), 'w_out': INTO_EMBED,                     # ttt
+    'memory/w_qkv': EACH_OF_TWO, 'memory/w_gates': ((0,), (2,)), 'memory/start': ((1,), (2,)),
+    'memory/w_out': INTO_EMBED,                                                                             # titans
+    'w_query': PLAIN, 'w_key': PLAIN, 'w_value': PLAIN, 'w_beta': PLAIN,                  # armt; memory_caching
+    'w_u': PLAIN, 'w_compress': INTO_EMBED,                                 # memory_caching; compressive
+    'w_q_to_states': OUT_OF_EMBED, 'w_state_q': EACH_OF_TWO, 'w_state_kv': EACH_OF_TWO,   # block_recurrent
+    'w_out_of_states': INTO_EMBED, **dict.fromkeys(('w_z', 'w_input', 'w_forget'), ((0, 1, 2), (3,))),
+}
+
+
+def test_what_muon_takes_of_every_memory():
+  seen = set()
+  for model in MODELS:
+    if MODELS[model].name == 'memory':
+      for name, (_, _, taken) in own(model).items():
+        if '/cached/' not in name:   # a decoder's mixer
+          assert taken == MUON_OF.get(name.removeprefix('blocks/')), f'{model}: {name}'
+          seen.add(name.removeprefix('blocks/'))
+  assert seen >= MUON_OF.keys()
+
+
+def test_vectors_of_heads_and_taps_are_no_matrices_in_any_model():
+  seen = set()
+  for model in MODELS:
+    for name, (dims, decays, taken) in own(model).items():
+      last = name.split('/')[-1]
+      if dims == ('heads', None) or last in ('taps', 'table'):
+        assert taken is None, f'{model}: {name}'
+        assert decays == (last in ('taps', 'table')), f'{model}: {name}'
+        seen.add(last)
+  assert seen == {'taps', 'table', 'start_b', 'norm_scale', 'norm_bias', 'out_scale', 'out_bias', 'u_bias', 'v_bias'}
+
+
+@pytest.mark.parametrize('model, at', [('ttt', 'start_W'), ('titans mag', 'start')])
+def test_what_a_head_begins_with_is_orthogonalised_by_itself(model, at):
+  config = MODELS[model]
+  block = CLASSES[config.name](config, rngs=nnx.Rngs(0)).blocks[0]
+  params = nnx.state({at: getattr(getattr(block, 'memory', block), at)})
+  rng = np.random.default_rng(0)
+  def gradient(x):   # of singular values that five steps bring together: 1 to 3
+    u, s, v = np.linalg.svd(rng.standard_normal(x.shape), full_matrices=False)
+    return jnp.asarray(u * np.linspace(1, 3, s.shape[-1]) @ v, x.dtype)
+  grads, tx = jax.tree.map(gradient, params), make_optimizer(MUON, 10, params)
+  for update in jax.tree.leaves(jax.jit(lambda g: tx.update(g, tx.init(params), params)[0])(grads)):
+    assert len(update) == config.num_heads
+    for matrix in np.asarray(update):
+      values = np.linalg.svd(matrix / (optim.MUON_RMS * max(matrix.shape) ** 0.5))[1]
+      assert 0.6 < values.min() <= values.max() < 1.25
 
 
 # Clipping.

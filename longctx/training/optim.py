@@ -12,7 +12,8 @@ the same thing under all of them. Directions are optax's.
     sgd        g + momentum * trace
 
 Differs from the papers: adafactor's learning rate is absolute, not times the parameter's rms. Muon
-takes each matrix of each layer by itself; embedding, head, norms and biases go by adamw.
+takes each matrix of each layer, and of each head what its memory begins with, by itself; tables (embedding,
+head, positions), norms, biases and the taps of convolutions go by adamw.
 Held by: tests/test_optim.py.
 """
 
@@ -32,8 +33,9 @@ from longctx.errors import check, check_choice, check_range
 OPTIMIZERS = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
 SCHEDULES = ('constant', 'cosine', 'linear', 'wsd', 'staircase')
 GATE = 'gate'
-NO_DECAY = ('scale', 'bias', GATE)  # names of what never decays, whatever its rank,
-NO_DECAY_ENDS = ('_scale', '_bias')  # and their ends: norm_scale and u_bias are vectors of heads
+NO_DECAY = ('scale', 'bias', GATE, 'start_b')  # names of what never decays, whatever its rank,
+NO_DECAY_ENDS = ('_scale', '_bias')  # and their ends: norm_scale, u_bias and start_b are vectors of heads
+NO_MATRIX = ('taps', 'table')  # of a convolution, a few numbers a channel; of embeddings, and biases by distance
 MUON_RMS = 0.2  # rms of Muon's update: that of Adam's, so that one learning rate serves both
 
 
@@ -126,7 +128,7 @@ def _gates_faster(factor, params):
   """Gates that let a memory in are few numbers, and far from where they should be when one is added
   to a trained model: with a rate of their own, 30 times the others', it is used at all (2512.23862).
   """
-  rates = map_params(lambda path, _: factor if path_name(path).split('/')[-1] == GATE else 1.0, params)
+  rates = map_params(lambda path, _: factor if last_name(path) == GATE else 1.0, params)
   def update(updates, params):
     del params
     return jax.tree.map(lambda x, rate: x * rate, updates, rates)
@@ -184,9 +186,13 @@ def own_dims(path, param) -> tuple[str | None, ...]:
   return dims
 
 
+def last_name(path) -> str:
+  return path_name(path).split('/')[-1]
+
+
 def decays(path, param) -> bool:
   """True for a matrix of a layer; False for norms and biases, stacked over layers or not."""
-  name = path_name(path).split('/')[-1]
+  name = last_name(path)
   kept = name in NO_DECAY or name.endswith(NO_DECAY_ENDS)
   return not kept and len(own_dims(path, param)) >= 2
 
@@ -194,16 +200,19 @@ def decays(path, param) -> bool:
 def muon_dims(path, param) -> MuonDimensionNumbers | None:
   """Which dims make the rows and columns of the matrix that Muon orthogonalises; None: adamw.
 
-  (..., 'embed') maps all else to embed; anything else maps its first dim to all else. A nameless
-  dim behind the first, as in ('embed', None, 'mlp'), counts matrices (gate and input, key and
-  value, the gates of a cell): each is taken by itself, as each layer is.
+  (..., 'embed') maps all else to embed; ('heads', ...) maps the second dim to the third, of each head by
+  itself (what a memory begins with); anything else maps its first dim to all else. A nameless dim behind
+  the first, as in ('embed', None, 'mlp'), counts matrices (gate and input, key and value, the gates of
+  a cell): each is taken by itself, as each layer is.
   """
   dims = own_dims(path, param)
-  if not decays(path, param) or 'vocab' in dims or dims == (None, 'embed'):
+  if not decays(path, param) or last_name(path) in NO_MATRIX or 'vocab' in dims or dims == (None, 'embed'):
     return None   # the last two are tables: of symbols, of positions
   first, n = len(param.get_value().shape) - len(dims), len(dims)
   if dims[-1] == 'embed':
     rows, columns = range(n - 1), [n - 1]
+  elif dims[0] == 'heads' and n == 3:
+    rows, columns = [1], [2]
   else:
     rows, columns = [0], range(2 if n > 2 and dims[1] is None else 1, n)
   return MuonDimensionNumbers(tuple(first + i for i in rows), tuple(first + i for i in columns))
