@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import threading
 import time
@@ -32,7 +33,7 @@ from longctx.training.backoff import Backoff
 from longctx.training.checkpoint import Checkpoints
 
 MODES = ('train', 'eval')
-ASK_EVERY = 10.0  # seconds of steps between two questions to all processes whether one was asked to stop
+ASK_EVERY = 10.0  # seconds between two questions to all processes whether one was asked to stop
 MAX_RETURNS = 3   # to one checkpoint, by run.rollback_after
 
 
@@ -41,25 +42,27 @@ def run(config: Any, folder: str, *, mode: str = 'train', allow_config_change: s
   """Trains, or evaluates a checkpoint of, the workdir `folder`; 1 where what it made is lost."""
   if mode == 'eval':
     return evaluate_workdir(config, folder, allow_config_change, checkpoint)
-  a = processes.together(lambda: assembly.assemble(config))
   with contextlib.ExitStack() as exits:
-    processes.together(lambda: exits.enter_context(workdir.lock(folder)))
     agree = functools.partial(workdir.agree, folder, config, allow_config_change)
-    processes.together(lambda: agree(record=False))
+    # Whose file is not opened before the workdir is this run's alone.
+    with watchdog.watch(badput.Ledger(folder, enabled=False), config.run.watchdog_seconds):
+      a = processes.together(lambda: assembly.assemble(config))
+      processes.together(lambda: exits.enter_context(workdir.lock(folder)))
+      processes.together(lambda: agree(record=False))
     return Trainer(a, folder, exits, agree, functools.partial(_about, a, config, folder)).run()
 
 
 def evaluate_workdir(config: Any, folder: str, allow_config_change: str = '',
                      checkpoint: str = 'newest') -> int:
   """--mode=eval: puts a checkpoint to tasks, or else scores held-out text; see examine, publish."""
-  workdir.load_config(folder)   # a workdir without a run is refused by name
-  a = assembly.assemble(config)
-  # Another window, base or split of the text would be scored without an error.
-  workdir.agree(folder, config, allow_config_change, record=False,
-                free=workdir.EVALUATED)
   ledger = badput.Ledger(folder, enabled=False)   # W's is of its training
-  with (watchdog.watch(ledger, a.parts.run.watchdog_seconds), progress.told(ledger.tick),
+  with (watchdog.watch(ledger, config.run.watchdog_seconds), progress.told(ledger.tick),
         ledger.doing('evaluation')):
+    workdir.load_config(folder)   # a workdir without a run is refused by name
+    a = assembly.assemble(config)
+    # Another window, base or split of the text would be scored without an error.
+    workdir.agree(folder, config, allow_config_change, record=False,
+                  free=workdir.EVALUATED)
     if a.parts.eval.tasks:
       examine.run(a, config, folder, checkpoint)
       return 0
@@ -116,6 +119,32 @@ def shorter_rows(batch: stream.Batch, pieces: int) -> stream.Batch:
   return {name: x.reshape(x.shape[0] * pieces, -1) for name, x in batch.items()}
 
 
+class _StoppedError(Exception):
+  """An evaluation that gives way to the end of the run."""
+
+
+class Questions:
+  """What the processes ask each other now and then, all at the same counts of what they do."""
+
+  def __init__(self, at: int, most: int):
+    self.most = most   # of what is counted, between two questions
+    self.begin(at, time.monotonic())
+
+  def begin(self, at: int, now: float) -> None:
+    self.asked, self.next = (at, now), at
+
+  def ask(self, at: int, *own: Callable[[float], bool]) -> list[bool]:
+    """Whether it is so in any process; False where it is not time. Each of `own` is asked at a time."""
+    if jax.process_count() > 1 and at < self.next:
+      return [False] * len(own)
+    now, (before, then) = time.monotonic(), self.asked
+    *answers, seconds = zip(*processes.gather([*(one(now) for one in own), (now - then) / max(1, at - before)]))
+    # The first process's seconds, so that all ask at the same count.
+    self.begin(at, now)
+    self.next += max(1, min(self.most, int(ASK_EVERY / max(seconds[0], 1e-3))))
+    return list(map(any, answers))
+
+
 class Trainer:
   """One run over one workdir; `run` is its only call."""
 
@@ -130,7 +159,8 @@ class Trainer:
     self.programs: dict[int, Any] = {}   # the update, by the segments of run.curriculum (0: all of a row)
     self.backoff = Backoff()
     self.returns: collections.Counter[int] = collections.Counter()   # {step: how often gone back to}
-    self.asked_at, self.ask_at = (0, time.monotonic()), 0   # (step, seconds); the step to ask at
+    self.questions = Questions(0, self.config.log_every)
+    self.owes_evaluation = False   # of the step it begins with: the run was stopped in it
     self.tokens, self.trained = 0, 0.0   # since the last logged step; seconds of training until then
 
   # The state, and where it goes.
@@ -171,13 +201,15 @@ class Trainer:
           f'run.num_steps={self.config.num_steps}: the workdir has already done '
           f'{restored.step} steps; give more, or another workdir')
     self.stream.restore(restored.stream_state)
+    self.owes_evaluation = bool(restored.meta.get('owes_evaluation'))
     self.say(f'resumed at step {restored.step} from {self.folder}/checkpoints')
     return restored.state
 
   def save(self, at: int, state: step.TrainState, found: Any = None) -> None:
     import longctx
     meta = dict(tokenizer=self.a.tokenizer.fingerprint, seed=self.a.parts.seed,
-                versions=dict(longctx=longctx.__version__, jax=jax.__version__))
+                versions=dict(longctx=longctx.__version__, jax=jax.__version__),
+                owes_evaluation=self.owes_evaluation)
     scores = {} if found is None else {'validation_loss': found.loss}
     with self.ledger.doing('checkpoints'):
       # A checkpoint of this step without a score gives way to one with it.
@@ -217,7 +249,7 @@ class Trainer:
         exits.callback(self.ledger.write)
         state = self.open(exits)
         state, done, found = self.loop(state, int(state.step))
-      finished = done == self.config.num_steps
+      finished = done == self.config.num_steps and not self.owes_evaluation
       written = not finished or self.publish(done, found or self.evaluate(state))
       newest, saved = processes.of_first([self.checkpoints.newest() or 0, self.checkpoints.has(done)])
     lost = not saved
@@ -239,6 +271,9 @@ class Trainer:
     # While the step compiles.
     if done < c.num_steps:
       threading.Thread(target=_import_slow_packages, args=(self.main,), daemon=True).start()
+    if self.owes_evaluation:
+      found = self.score(done, state)
+      self.save(done, state, found)
     while done < c.num_steps:
       stop, save_again = self.asked(done)
       if save_again or stop:
@@ -279,12 +314,12 @@ class Trainer:
       if alike and (done % c.check_hosts_every == 0 or saves):   # none of other bits is saved
         alike.check(done, state.params)
       if evaluates or saves:
-        found = self.evaluate(state) if evaluates else None
-        if found is not None:
-          self.log_evaluation(done, found)
-        if saves:
+        found = self.score(done, state) if evaluates else None
+        if saves or self.owes_evaluation:
           self.save(done, state, found)
       self.tell_failures()
+      if self.owes_evaluation:
+        break
     if waiting is not None:
       self.account(*waiting)
     if profiling:
@@ -324,15 +359,9 @@ class Trainer:
 
   def asked(self, done: int) -> tuple[bool, bool]:
     """Whether a process was asked to stop, and whether a failed save is due again; all answer alike."""
-    if jax.process_count() > 1 and done < self.ask_at:
-      return False, False
-    now, (before, then) = time.monotonic(), self.asked_at
-    own = (self.stop.requested, self.backoff.due(self.checkpoints.failing, now),
-           (now - then) / max(1, done - before))
-    answers = list(zip(*processes.gather(own)))
-    a_step = max(answers[2][0], 1e-3)   # the first process's, so that all ask at the same step
-    self.asked_at, self.ask_at = (done, now), done + max(1, min(self.config.log_every, int(ASK_EVERY / a_step)))
-    return any(answers[0]), any(answers[1])
+    stop, save_again = self.questions.ask(
+        done, lambda now: self.stop.requested, lambda now: self.backoff.due(self.checkpoints.failing, now))
+    return stop, save_again
 
   def roll_back(self, before: int, state: step.TrainState) -> step.TrainState | None:
     """The newest checkpoint of at most `before` steps, whose run goes on with the data to come.
@@ -346,7 +375,7 @@ class Trainer:
                f'{before + 1} to return to; going on')
       return None
     at = restored.step
-    self.asked_at, self.ask_at = (at, time.monotonic()), at
+    self.questions.begin(at, time.monotonic())
     self.returns[at] += 1
     check(self.returns[at] <= MAX_RETURNS, f'run.rollback_after={self.config.rollback_after}: has returned to '
           f'step {at} {MAX_RETURNS} times, and other data is no better; lower optimizer.learning_rate='
@@ -405,12 +434,25 @@ class Trainer:
     return (f'the loss {loss:.4g} or the gradient norm {norm:.4g} is {self.config.spike_sigmas:g} standard '
             'deviations above those before')
 
-  def evaluate(self, state: step.TrainState) -> result.Result | held_out.Result:
+  def evaluate(self, state: step.TrainState) -> result.Result | held_out.Result | None:
+    """None, and `owes_evaluation`, where a process was asked to stop meanwhile."""
     use_ema = self.a.parts.perplexity.use_ema
     check(not use_ema or state.ema is not None,
           'perplexity.use_ema=True: this run keeps no averaged parameters; set optimizer.ema')
-    with self.ledger.doing('evaluation'):
-      return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
+    questions, pieces = Questions(0, most=1_000_000), itertools.count(1)
+
+    def moved() -> None:   # at the same pieces in all processes
+      self.ledger.tick()
+      if any(questions.ask(next(pieces), lambda now: self.stop.requested)):
+        raise _StoppedError
+
+    self.owes_evaluation = False
+    with self.ledger.doing('evaluation'), progress.told(moved):
+      try:
+        return evaluate(self.a, state.ema if use_ema else state.params, self.documents)
+      except _StoppedError:
+        self.owes_evaluation = True
+        return None
 
   def publish(self, at: int, found: result.Result | held_out.Result) -> bool:
     told = {}
@@ -418,9 +460,12 @@ class Trainer:
       told = self.about(at, self.documents) if self.about and self.main else {}
     return publish.publish(found, self.folder, at, told)
 
-  def log_evaluation(self, at: int, found: Any) -> None:
-    self.writer.write(at, found.scalars())
-    self.say(f'step {at}: validation {found.line()}')
+  def score(self, at: int, state: step.TrainState) -> result.Result | held_out.Result | None:
+    """`evaluate`, and its result logged."""
+    if found := self.evaluate(state):
+      self.writer.write(at, found.scalars())
+      self.say(f'step {at}: validation {found.line()}')
+    return found
 
   # What a reader wants to know at the start.
 

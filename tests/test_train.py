@@ -294,20 +294,59 @@ def test_interrupted_is_straight(text, tmp_path, capsys, at_batch, variant, lost
     assert evaluation(broken)['loss'] != evaluation(straight)['loss']
 
 
-def test_terminated_while_it_evaluates(text, tmp_path, capsys, monkeypatch):
-  """Before the first step a signal ends all at once: tests/test_distributed.py."""
-  config, evaluate = make_config(text), train.evaluate
+@pytest.mark.parametrize('changes', [
+    {}, dict(run_keep_best=False, run_checkpoint_every=5)])   # no save is due where it evaluates
+def test_terminated_while_it_evaluates(text, tmp_path, capsys, monkeypatch, changes):
+  """It leaves between two pieces with what was trained, and evaluates first when it is started again.
+
+  Before the first step a signal ends all at once: tests/test_distributed.py.
+  """
+  config, evaluate, tick, pieces = make_config(text, **changes), train.evaluate, badput.Ledger.tick, []
+  straight, broken = str(tmp_path / 'straight'), str(tmp_path / 'broken')
+  assert train.run(config, straight) == 0
   with monkeypatch.context() as m:
-    m.setattr(train, 'evaluate', lambda *a: (terminate(), evaluate(*a))[1])
-    train.run(config, str(tmp_path))
+    m.setattr(badput.Ledger, 'tick', lambda ledger: (tick(ledger), pieces.append(ledger.step)))
+    m.setattr(train, 'evaluate', lambda *a: (pieces.clear(), terminate(), evaluate(*a))[2])
+    assert train.run(config, broken) == 75
+    assert pieces == [6]
     assert 'SIGTERM: saved step 6; the same' in capsys.readouterr().out
-    assert lines(tmp_path)[-1]['step'] == 6
-    assert 'validation_loss' in lines(tmp_path)[-1]
-    # At the last evaluation there is nothing to carry on with.
-    train.run(config, str(tmp_path))
-  assert 'carries on' not in capsys.readouterr().out
-  assert evaluation(tmp_path)['step'] == 12
-  assert len([line for line in lines(tmp_path) if 'loss' in line]) == 6
+    assert not [line for line in lines(broken) if 'validation_loss' in line]
+    m.setattr(train, 'evaluate', lambda a, params, documents: (
+        [terminate() for _ in lines(broken) if _['step'] == 12], evaluate(a, params, documents))[1])
+    assert train.run(config, broken) == 75   # steps 6 to 12; the last evaluation is given up too
+    assert 'SIGTERM: saved step 12; the same' in capsys.readouterr().out
+    assert [line['step'] for line in lines(broken) if 'validation_loss' in line] == [6]
+    assert not (tmp_path / 'broken' / 'evaluation.json').exists()
+  assert train.run(config, broken) == 0
+  assert logged(broken) == logged(straight)
+  assert evaluation(broken) == evaluation(straight)
+  ours, theirs = saved(config, broken), saved(config, straight)
+  assert ours[12] == theirs[12]
+  best = [Checkpoints(Path(folder) / 'checkpoints', read_only=True).best_step() for folder in (broken, straight)]
+  assert best == [12, 12]
+
+
+@pytest.mark.parametrize('pace, apart', [(0.5, 20), (50.0, 1), (0.0, 300)])
+def test_all_processes_ask_each_other_at_the_same_counts(monkeypatch, pace, apart):
+  """By the pace of the first, 300 apart at most; the second alone is asked to stop, at 2,000."""
+  one, at, seconds, said, asked = 0, 0, [0.0, 0.0], {}, ([], [])
+  stops = lambda now: one == 1 and at >= 2000
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(train, 'time', types.SimpleNamespace(monotonic=lambda: seconds[one]))
+  def gather(own):
+    said[one] = own
+    asked[one].append(at)
+    return [said[0], own if one else [at >= 2000, 7.0]]
+  monkeypatch.setattr(train.processes, 'gather', gather)
+  both, told = [train.Questions(0, most=300) for _ in seconds], []
+  for at in range(0, 3000):
+    told.append([])
+    for one, questions in enumerate(both):  # noqa: B007 (what the stand-ins go by)
+      told[-1].append(questions.ask(at, stops))
+    seconds = [seconds[0] + pace, seconds[1] + 3.0]
+  assert asked[0] == asked[1] == [0, *range(300, 3000, apart)]
+  assert [ours for ours, theirs in told if ours != theirs] == []
+  assert told.index([[True], [True]]) == min(at for at in asked[0] if at >= 2000)
 
 
 @pytest.mark.slow
@@ -549,6 +588,22 @@ def test_a_run_of_one_process_that_stands_still_ends(text, tmp_path, capfd, leav
                    r'where the processes stood:\n  process 0: step 2, input', said)
   assert 'in next_batch' in said   # where it waits
   assert [(e['step'], e['what']) for e in events(tmp_path)] == [(2, 'ended')]
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+@pytest.mark.parametrize('where, mode', [('lock', 'train'), ('agree', 'train'), ('load_config', 'eval')])
+def test_a_file_system_that_hangs_at_the_very_start_is_noticed(text, tmp_path, capfd, monkeypatch, leaving, where, mode):
+  statuses, noticed = leaving
+  monkeypatch.setattr(watchdog.Watchdog, '_limit', lambda self: self.seconds)   # it may last ten times as long
+  def hang(*args, **kwargs):
+    assert noticed.wait(60)
+    raise ConfigError('over')
+  monkeypatch.setattr(train.workdir, where, hang)
+  with pytest.raises(ConfigError, match='over'):
+    train.run(make_config(text, run_watchdog_seconds=1), str(tmp_path), mode=mode)
+  assert statuses == [75]
+  assert 'run.watchdog_seconds=1: nothing has moved in process 0 for ' in capfd.readouterr().err
+  assert {p.name for p in tmp_path.iterdir()} <= {'.lock'}
 
 
 def test_a_cache_that_is_built_and_an_evaluation_go_on(text, tmp_path, monkeypatch):
