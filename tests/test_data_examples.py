@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
 
-from longctx.data import examples, generators, masking, stream
+from longctx.data import corpus, examples, generators, masking, stream
 from longctx.data.tokenizer import Bytes
 from longctx.errors import ConfigError
 
@@ -124,6 +125,23 @@ def test_no_source_is_in_two_splits():
     assert all(low <= u < high for u in share)   # however many sources there may be
   assert not sources['train'] & (sources['validation'] | sources['test'])
   assert not sources['validation'] & sources['test']
+
+
+def test_a_text_in_two_files_is_in_one_split(tmp_path):
+  classes = ('bad', 'good')
+  for part, label, i in itertools.product(('train', 'test'), classes, range(40)):
+    file = tmp_path / part / label / f'{i}.txt'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'text {i % 20}, {label if i < 10 else "alike"}')   # of a class twice, of both four times
+  (tmp_path / 'train/bad/latin.txt').write_bytes(b'caf\xe9')
+  rule = corpus.SplitRule(kind='hash', validation=0.5, test=0.3)
+  found = {split: examples.read_folder(str(tmp_path), split, rule) for split in ('train', 'validation', 'test')}
+  texts = {split: {text for _, text, _ in of} for split, of in found.items()}
+  assert not texts['train'] & texts['validation'] and min(map(len, texts.values())) > 5
+  assert len(found['train']) + len(found['validation']) == 81 and len(found['test']) == 80
+  assert texts['test'] < texts['train'] | texts['validation']   # the folder's own: its copies stay
+  for split, high in (('validation', True), ('train', False)):
+    assert all((int(hashlib.sha256(text).hexdigest()[:16], 16) < 2 ** 63) == high for text in texts[split])
 
 
 def test_rows_are_of_their_seed_and_of_any_number_of_hosts():

@@ -7,8 +7,9 @@
 Pairs come from data.generator or from lines `source TAB target` of the files of data.files; labelled texts
 from data.generator or from a folder as aclImdb has it, ROOT/train/CLASS/*.txt and ROOT/test/CLASS/*.txt. Either may
 be a URL (remote.py).
-Splits are by the hash of the source (SplitRule), so that no split has a source of another; of a folder of
-classes the test split is its own. An example that is longer than a row is left out or cut as
+Splits are by the hash of the source (SplitRule), so that no split has a source of another, in whatever lines
+or files it stands. Only a folder of classes has a test split of its own, which is taken as its authors made it:
+what it has of ROOT/train too stays in both. An example that is longer than a row is left out or cut as
 data.long_documents says, and counted.
 Held by: tests/test_data_examples.py.
 
@@ -141,6 +142,11 @@ def rule_of(config: Any) -> SplitRule:
   return SplitRule(kind='hash', validation=config.validation_fraction, test=config.test_fraction)
 
 
+def _named(source: bytes) -> str:
+  """What a SplitRule knows a source by."""
+  return source.decode('utf-8', 'surrogateescape')
+
+
 def read_pairs(pattern: str) -> list[tuple[str, bytes, bytes]]:
   """(place, source, target) of every line of the files that a glob matches."""
   paths = matching(pattern)
@@ -160,13 +166,10 @@ def read_pairs(pattern: str) -> list[tuple[str, bytes, bytes]]:
 def read_folder(root: str, split: str, rule: SplitRule) -> list[tuple[str, bytes, int]]:
   """(name, text, class) of a split; classes are the folders of ROOT/test, by name."""
   classes = folder_classes(root)
-  found = []
-  for name, label, file in _texts(root, 'test' if split == 'test' else 'train'):
-    # Of the train folder a part is the validation split.
-    held_out = dataclasses.replace(rule, test=0.0).holds(name, 'validation')
-    if label in classes and (split == 'test' or held_out == (split == 'validation')):
-      found.append((name, _read(file), classes.index(label)))
-  return found
+  rule = dataclasses.replace(rule, test=0.0)   # of the train folder a part is the validation split
+  found = ((name, _read(file), classes.index(label))
+           for name, label, file in _texts(root, 'test' if split == 'test' else 'train') if label in classes)
+  return [x for x in found if split == 'test' or rule.holds(_named(x[1]), split)]
 
 
 def _texts(root: str, part: str) -> list[tuple[str, str, pathlib.Path | RemoteFile]]:
@@ -216,8 +219,7 @@ def open_examples(config: Any, tokenizer: Tokenizer, split: str, seed: int) -> G
   if config.form == 'labels':
     named = read_folder(config.files, split, rule)
   else:
-    named = [x for x in read_pairs(config.files)
-             if rule.holds(x[1].decode('utf-8', 'surrogateescape'), split)]
+    named = [x for x in read_pairs(config.files) if rule.holds(_named(x[1]), split)]
   return Given(named, fit, split, seed, config.files)
 
 
