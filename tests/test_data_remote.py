@@ -1,5 +1,6 @@
 """Corpora and their tokens behind a URL, and parts that several processes build together."""
 
+import errno
 import json
 import os
 import signal
@@ -164,6 +165,16 @@ def test_a_bucket_that_may_not_be_read_or_written(bucket, folder, monkeypatch, p
     raise error
   monkeypatch.setattr(type(bucket), call, refuse)
   with pytest.raises(ConfigError, match=rf"^data\.cache_dir='memory://tokens': {said}; check the bucket"):
+    stream.open_documents(config_of(folder / 'texts/a/*.txt', 'memory://tokens'), 'train')
+  assert pauses == []
+
+
+def test_a_full_disk_of_this_host_is_not_the_buckets_fault(bucket, folder, monkeypatch, pauses):
+  def full(path):
+    raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+  monkeypatch.setattr(cache, 'synced', full)
+  with pytest.raises(ConfigError, match=r"^data\.cache_dir='memory://tokens': /\S+/longctx-\w+, where its parts are made "
+                                        r'first: No space left on device; free some space, or set TMPDIR to another'):
     stream.open_documents(config_of(folder / 'texts/a/*.txt', 'memory://tokens'), 'train')
   assert pauses == []
 

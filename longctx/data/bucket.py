@@ -8,6 +8,7 @@ Held by: tests/test_data_remote.py.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -152,7 +153,13 @@ class Bucket:
     del wait   # there are no locks: who builds which is agreed
     fs = self._files()
     with tempfile.TemporaryDirectory(prefix='longctx-') as folder:
-      meta = write(pathlib.Path(folder))
+      try:
+        meta = write(pathlib.Path(folder))
+      except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+          raise
+        raise ConfigError(f'data.cache_dir={self.root!r}: {folder}, where its parts are made first: {e.strerror}; free '
+                          'some space, or set TMPDIR to another disk') from e
       for file in meta['sizes']:
         remote.put(fs, os.path.join(folder, file), self._url(name, file))
     remote.patiently(self.root, fs.pipe_file, self._url(name, 'meta.json'), parts.encoded(meta))
