@@ -234,12 +234,15 @@ def test_hidden_tokens_are_80_10_10_of_15_percent_of_the_text():
   assert SEP not in others and set(others.tolist()) == set(range(256))
 
 
-def test_masked_rows_guess_their_own_tokens_and_are_of_their_seed(tmp_path):
+def masked_config(folder, **settings):
   for i in range(8):
-    (tmp_path / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog ' * 9)
-  config = stream.Config(form='masked', corpus='files', files=f'{tmp_path}/*.txt', length=64,
-                         batch_size=4, cache_dir=f'{tmp_path}/cache', threads=0, prefetch=0,
-                         split='contiguous')
+    (folder / f'{i}.txt').write_text(f'the quick brown fox {i} jumps over the lazy dog ' * 9)
+  return stream.Config(form='masked', corpus='files', files=f'{folder}/*.txt', length=64,
+                       cache_dir=f'{folder}/cache', threads=0, prefetch=0, split='contiguous', **settings)
+
+
+def test_masked_rows_guess_their_own_tokens_and_are_of_their_seed(tmp_path):
+  config = masked_config(tmp_path, batch_size=4)
   plain = rows(dataclasses.replace(config, form='packed'))[2]
   found = rows(config)[2]
   np.testing.assert_array_equal(found['targets'], plain['tokens'])
@@ -249,3 +252,30 @@ def test_masked_rows_guess_their_own_tokens_and_are_of_their_seed(tmp_path):
   np.testing.assert_array_equal(rows(config, host_index=1, num_hosts=2)[2]['tokens'],
                                 found['tokens'][2:])
   assert (rows(config)[3]['loss_mask'] != found['loss_mask']).any()
+
+
+def test_the_hidden_tokens_of_a_row_are_the_same_in_batches_of_any_size(tmp_path):
+  whole = masked_config(tmp_path, batch_size=12)
+  expected, count = rows(whole), rows(whole).num_rows
+  assert 24 < count < 60   # a second epoch is read too
+  for size, hosts in ((4, 1), (6, 2), (1, 1)):
+    config = dataclasses.replace(whole, batch_size=size)
+    parts = [rows(config, host_index=host, num_hosts=hosts) for host in range(hosts)]
+    found = [part[i] for i in range(60 // size) for part in parts]
+    for name in ('tokens', 'targets', 'loss_mask'):
+      np.testing.assert_array_equal(np.concatenate([batch[name] for batch in found]),
+                                    np.concatenate([expected[i][name] for i in range(5)]))
+  hidden = np.concatenate([expected[i]['loss_mask'] for i in range(5)])
+  assert len(np.unique(hidden, axis=0)) == 60   # and another row's, or another visit's, are others
+
+
+def test_a_stream_of_masked_rows_carries_on_where_it_was(tmp_path):
+  config = masked_config(tmp_path, batch_size=4)
+  stream_ = stream.open_stream(config, seed=3)
+  first, state = [next(stream_) for _ in range(4)], stream_.state()
+  again = stream.open_stream(config, seed=3)
+  again.restore(state | {'next_index': 2})
+  for batch in first[2:]:
+    found = next(again)
+    for name in ('tokens', 'loss_mask'):
+      np.testing.assert_array_equal(found[name], batch[name])

@@ -2,7 +2,8 @@
 
 Of the tokens of text a part (data.mask_rate, 15 %) is to be guessed. Of these 80 % are the mask, the
 symbol after the tokenizer's last, 10 % are any other token, and 10 % stand as they are. Which, is a pure
-function of the seed, the batch's index and the row, whatever the hosts.
+function of the seed and of the row's number from the first batch's first row on, whatever the hosts and the
+batch size: held-out rows are scored on the same hidden tokens in batches of any size.
 Source: Devlin et al. 2018, arXiv:1810.04805, section 3.1. Differs: each token is drawn by itself and at
 every visit anew (their data was drawn ten times beforehand).
 Held by: tests/test_data_examples.py.
@@ -49,8 +50,9 @@ class MaskedRows:
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     batch = self._rows[i]
     batch['targets'] = batch['tokens'].copy()
+    first = i * self._rows._config.batch_size   # of all hosts
     for local, row in enumerate(self._rows.rows):
-      rng = generator('mask', self._seed, i, row)
+      rng = generator('mask', self._seed, first + row)
       batch['tokens'][local], chosen_T = masked(
           batch['tokens'][local], batch['segment_ids'][local] > 0, self._rate, self._tokenizer, rng)
       batch['loss_mask'][local] = chosen_T
