@@ -75,6 +75,22 @@ need_config() {
     die '--config: missing; give a config file, such as --config=configs/quickstart.py'
 }
 
+# check_config: that workers will have --config=FILE[:VARIANT]; they get the repository without .venv, runs and .git.
+check_config() {
+  local argument path
+  for argument in "${MAIN[@]}"; do
+    [[ $argument == --config=* ]] || continue
+    path=${argument#*=}
+    path=${path%%:*}
+    while [[ $path == ./* ]]; do path=${path#./}; done
+    case /$path in
+      //* | */../* | /.venv/* | /runs/* | /.git/*)
+        die "$argument: the workers will not have this file: they get the repository without .venv, runs and .git;" \
+          "give a path from its root, such as --config=configs/mine.py" ;;
+    esac
+  done
+}
+
 check_number() {   # check_number NAME LOW
   local value=${OPTION[$1]}
   if ! [[ $value =~ ^[0-9]+$ ]] || ((value < $2)); then
@@ -103,14 +119,16 @@ need_command() {   # need_command NAME WHERE
   $DRY_RUN || command -v "$1" >/dev/null || die "$1: not found; $2, or look with --dry_run"
 }
 
-# with_restarts COMMAND...: again while it fails, OPTION[restarts] times at most. Status 2, a mistake in
-# the arguments, and 130, an interruption, do not mend themselves.
+# with_restarts COMMAND...: again while it fails, OPTION[restarts] times at most, unless the launcher was `asked_to_stop`
+# (status 143 alone may be a SIGTERM of the cluster's that came before its handler). Status 2, a mistake in the
+# arguments, and 130, an interruption, do not mend themselves.
 with_restarts() {
   local code restarts=0
   while true; do
     code=0
     "$@" || code=$?
-    case $code in 0 | 2 | 130 | 143) return "$code" ;; esac
+    case $code in 0 | 2 | 130) return "$code" ;; esac
+    if asked_to_stop; then return "$code"; fi
     if ((restarts >= OPTION[restarts])); then
       say "given up with status $code after $restarts restarts (--restarts=${OPTION[restarts]}); the same" \
         "command carries on from the last checkpoint"

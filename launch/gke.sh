@@ -30,6 +30,7 @@ main() {
   check_number poll 0
   if [[ $ACTION =~ ^(run|manifest)$ ]]; then
     need_config
+    check_config
     read_slice
     check_workdir "$HOSTS" "${OPTION[slice]}"
     [[ ${OPTION[workdir]} == gs://* ]] ||
@@ -171,12 +172,12 @@ follow() {
       return
     fi
     read -r pod phase < <(kubectl get pods "$FIRST" "--output=jsonpath=$name_and_phase") || true
-    if [[ -n $pod && $pod != "$last" ]]; then
+    if [[ -n $pod && $pod != "$last" && $phase != Pending ]]; then   # one that is Pending has no log
       kubectl logs "$pod" "${log[@]}" --tail=-1 || true
+      last=$pod
     elif [[ $phase == Running ]]; then   # the connection broke
       kubectl logs "$pod" "${log[@]}" --tail=20 || true
     fi
-    last=$pod
     if ended=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.terminalState}') &&
       restarts=$(kubectl get "jobset/${OPTION[name]}" '--output=jsonpath={.status.restarts}'); then
       failures=0

@@ -40,6 +40,8 @@ main() {
   with_restarts attempt
 }
 
+asked_to_stop() { ((SIGNALS)); }
+
 forward() {
   SIGNALS=$((SIGNALS + 1))
   if ((SIGNALS > 1)); then kill_all; else kill -"$1" "${PIDS[@]}" 2>/dev/null || true; fi

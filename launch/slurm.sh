@@ -23,7 +23,7 @@ main() {
   read_arguments 'run status stop' "$@"
   check_name
   case $ACTION in
-    status) run squeue --me "--name=${OPTION[name]}" ;;
+    status) status ;;
     stop) stop ;;
     run)
       need_config
@@ -52,29 +52,48 @@ mark_workdir() {
 }
 
 # mark_run: MARK, a file in the home folder, where `stop` writes: a run that saved and left with 75 is started
-# again where the cluster asked for it, and not where the user did.
+# again where the cluster asked for it, and not where the user did. Its first line is the allocation that the run is a
+# step of, if any: there --name is the step's alone, and by it neither scancel nor squeue find the job.
 mark_run() {
   MARK=$STATE/slurm.${OPTION[name]}.$HOSTNAME.$$
   if $DRY_RUN; then return; fi
   mkdir -p "$STATE" || exit 2
-  : >"$MARK"
+  echo "${SLURM_JOB_ID:-}" >"$MARK"
   trap 'rm -f "$MARK"' EXIT
 }
 
-stopping() { [[ $(<"$MARK") == stopping ]]; }   # read: of a file on NFS that is looked at, not opened, news is late
+asked_to_stop() { [[ $(<"$MARK") == *stopping ]]; }   # opened: else news of a file on NFS is late
+
+# read_marks: MARKS of the launchers of this name; ALLOCATIONS, whose steps the runs of some are.
+read_marks() {
+  local mark job
+  declare -A jobs=()
+  MARKS=()
+  for mark in "$STATE/slurm.${OPTION[name]}."*; do
+    read -r job 2>/dev/null <"$mark" || continue
+    MARKS+=("$mark")
+    if [[ -n $job ]]; then jobs[$job]=1; fi
+  done
+  ALLOCATIONS=("${!jobs[@]}")
+}
+
+status() {
+  local job
+  read_marks
+  run squeue --me "--name=${OPTION[name]}"
+  for job in "${ALLOCATIONS[@]}"; do run squeue "--jobs=$job" || true; done   # one may have ended
+}
 
 stop() {
-  local mark found=false
-  for mark in "$STATE/slurm.${OPTION[name]}."*; do
-    if [[ -e $mark ]]; then
-      found=true
-      $DRY_RUN || echo stopping >"$mark"
-    fi
-  done
-  if ! $found; then
+  local mark
+  read_marks
+  $DRY_RUN || for mark in "${MARKS[@]}"; do echo stopping >>"$mark"; done
+  if ((${#MARKS[@]} == 0)); then
     say "${OPTION[name]}: no launcher of it has left a mark in $STATE; one whose home folder is another starts the" \
       'run again: end it first'
   fi
+  # With --signal, without --batch or --full: all steps of an allocation and not its batch script; it stays the user's.
+  if ((${#ALLOCATIONS[@]})); then run scancel --signal=TERM "${ALLOCATIONS[@]}" || true; fi   # one may have ended
   run scancel --me "--name=${OPTION[name]}" --state=PENDING || true   # a signal does not reach one that waits
   run scancel --me "--name=${OPTION[name]}" --signal=TERM   # saves, and leaves
 }
@@ -95,12 +114,12 @@ step() {
   # Not killed at the first bad status: who saves leaves with 75, and the others may still be saving.
   # srun's status is the highest: the killing of the others hides the mistake of one.
   if ((code)) && grep -qE 'Exited with exit code 2$' "$errors"; then code=2; fi
-  if ((code == 75)) && stopping; then
+  if ((code == 75)) && asked_to_stop; then
     say 'stopped, and saved; the same command carries on'
     code=0
   elif ((code)); then
     say "lost: $(grep -E 'task' "$errors" | paste -sd ';' || true)"
-    if ((code != 2)) && stopping; then code=143; fi   # it could not save; asked to stop it is, all the same
+    if ((code != 2)) && asked_to_stop; then code=143; fi   # it could not save; asked to stop it is, all the same
   fi
   rm -f "$errors"
   return "$code"

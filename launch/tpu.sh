@@ -33,6 +33,7 @@ main() {
     die '--spot and --reserved: give one of them'
   if [[ $ACTION == run ]]; then
     need_config
+    check_config
     read_slice
     check_workdir "$HOSTS" "${OPTION[slice]}"
     if [[ ${OPTION[spot]} == true && ${OPTION[workdir]} != gs://* ]]; then

@@ -408,6 +408,10 @@ BAD = [
     (['tpu.sh', 'fly'], r'fly: no such action; give one of: run status log stop delete'),
     (['tpu.sh', 'run', 'fast'], r'fast: not an argument'),
     (['tpu.sh', '--slice=v5e:4x4'], r'--config: missing; give a config file'),
+    *[([*command, f'--config={path}'], rf'--config={re.escape(path)}: the workers will not have this file: .* without '
+       r'\.venv, runs and \.git; give a path from its root') for command, path in (
+           (TPU, '/home/me/mine.py'), (TPU, '../mine.py:debug'), (TPU, 'configs/../../mine.py'),
+           (TPU, './runs/a/config.py:debug'), (TPU, '.venv/mine.py'), (['gke.sh', '--slice=v5e:4x4', *GKE, *PLACE, '--cluster=c'], '.git/mine.py'))],
     (['gke.sh', '--slice=v5e:4x4', *GKE, *PLACE], r'--cluster: missing; give the GKE cluster'),
     (['gke.sh', '--slice=v5e:2x2', *GKE, '--workdir=runs/a'], r'--workdir=runs/a: a path in a pod'),
     (['gke.sh', '--slice=v5e:4x4', *GKE, '--image='], r'--image: missing; .* launch/gke.sh image builds it'),
@@ -424,6 +428,12 @@ def test_a_mistake_is_one_line_that_names_the_remedy(stand, command, said):
   line, = done.stderr.splitlines()
   assert re.match(f'launch: {said}', line), line
   assert [c for c in stand.calls() if 'config get-value' not in c and not c.startswith('ssh-')] == []
+
+
+@pytest.mark.parametrize('path', ['./configs/mine.py:debug', 'configs/mine.py:a/../b'])
+def test_a_config_that_the_workers_will_have(stand, path):
+  done = stand.run('gke.sh', 'manifest', *GKE, '--slice=v5e:4x4', f'--config={path}')
+  assert done.returncode == 0, done.stderr
 
 
 def test_project_and_zone_come_from_gcloud(stand):
@@ -510,6 +520,15 @@ def test_a_jobset_is_submitted_and_followed_over_a_restart(stand, end, status):
   assert yaml.safe_load((stand.folder / 'longctx.jobset.yaml').read_text()) == manifest(stand, '--slice=v5e:4x4')
   assert 'restart 1 of 10' in done.stderr
   assert f'JobSet longctx: {end}' in done.stderr
+
+
+def test_the_log_of_a_pod_that_has_to_wait_is_told_from_its_head(stand):
+  look = lambda pod: ('kubectl get pods*', 0, pod)
+  ended = [('kubectl get jobset/longctx --output*terminalState*', 0, each) for each in ('', '', '', 'Completed')]
+  done, calls = gke(stand, 'run', '--check=none', answers=[look(f'first {phase}') for phase in (
+      'Pending', 'Running', 'Running', 'Succeeded')] + ended)
+  assert done.returncode == 0, done.stderr
+  assert [c.split(' ')[-1] for c in calls if c.startswith('kubectl logs')] == ['--tail=-1', '--tail=20']
 
 
 def test_what_an_earlier_start_left_is_removed_and_made_again(stand):
@@ -619,7 +638,8 @@ def test_a_mistake_in_one_task_is_not_tried_again(stand, tmp_path):
 @pytest.mark.parametrize('stop, status, attempts, code, said', [
     (True, 75, 1, 0, 'stopped, and saved; the same command carries on'),
     (True, 137, 1, 143, 'lost: srun: error: node1: task 0'),   # it could not save in time
-    (False, 75, 2, 0, 'restart 1 of 3, from the last checkpoint')])   # as at a preemption
+    (False, 75, 2, 0, 'restart 1 of 3, from the last checkpoint'),   # as at a preemption
+    (False, 143, 2, 0, 'restart 1 of 3, from the last checkpoint')])   # that comes before there is a handler
 def test_a_job_that_saves_and_leaves_is_started_again_unless_it_was_told_to_stop(stand, stop, status, attempts, code, said):
   name = 'longctx' if stop else 'other'
   srun_says(stand, status, f'srun: error: node1: task 0: Exited with exit code {status}',
@@ -637,6 +657,20 @@ def test_the_other_actions_of_a_job(stand):
   assert stand.run('slurm.sh', 'stop').returncode == stand.run('slurm.sh', 'status', '--name=a').returncode == 0
   assert stand.calls() == ['scancel --me --name=longctx --state=PENDING', 'scancel --me --name=longctx --signal=TERM',
                            'squeue --me --name=a']
+
+
+def test_a_step_of_an_allocation_is_found_by_its_job(stand):
+  """There --name is the step's alone. The allocation is the user's, and stays."""
+  launcher = f'{ROOT}/launch/slurm.sh'
+  srun_says(stand, 75, 'srun: error: node1: task 0: Exited with exit code 75',
+            first=f'{launcher} status && {launcher} stop || exit 1')
+  stand.answers(('scancel --signal*', 1, 'Invalid job id'), ('squeue --jobs*', 1, 'Invalid job id'))   # as of one that ended
+  done = stand.run('slurm.sh', CONFIG, '--workdir=gs://bucket/a', SLURM_JOB_ID='77')
+  assert done.returncode == 0, done.stderr
+  of_name = 'scancel --me --name=longctx'
+  assert stand.calls()[1:] == ['squeue --me --name=longctx', 'squeue --jobs=77', 'scancel --signal=TERM 77',
+                               f'{of_name} --state=PENDING', f'{of_name} --signal=TERM']
+  assert list((stand.folder / '.longctx').iterdir()) == []
 
 
 # All of them.

@@ -70,7 +70,8 @@ def test_gpus_are_one_process_or_one_each(stand, tmp_path):
 
 
 @pytest.mark.parametrize('loss, said', [
-    ('kill -KILL $$', 'killed by SIGKILL'), ('echo its last words; exit 7', 'status 7')])
+    ('kill -KILL $$', 'killed by SIGKILL'), ('echo its last words; exit 7', 'status 7'),
+    ('kill -TERM $$', 'killed by SIGTERM')])   # which this launcher was not asked for
 def test_a_lost_process_is_named_and_all_start_again(stand, tmp_path, loss, said):
   done = stand.run('local.sh', CONFIG, f'--workdir={tmp_path}/w', '--patience=1', LOSS=loss, LOSSES='2')
   assert done.returncode == 0, done.stderr
