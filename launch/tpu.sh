@@ -3,7 +3,8 @@
 #
 # A run on a Cloud TPU slice of one host or many: compiles its step for the slice first, asks for the
 # slice, waits, sets up every worker with this machine's versions, starts the run on all of them and
-# follows worker 0. A slice that was preempted is made again, and the same command carries on.
+# follows worker 0. A slice that was preempted is made again, and the same command carries on. One of --name that is
+# there is taken, if it is of the type that is asked for and no run is going on it.
 # All paths are relative to the repository's root, which is what the workers get.
 #
 #   run (default), status, log, stop (the run; the slice stays), delete (the slice)
@@ -53,8 +54,17 @@ main() {
     status) status ;;
     log) on_workers 0 'follow 100' ;;
     stop) on_workers all stop ;;
-    delete) delete_slice ;;
+    delete) delete_any ;;
   esac
+}
+
+RUN=$HOSTNAME.$$   # this launcher's name, for the workers
+FOUND=true         # the slice was there before this launcher, and what is on it was not looked at
+
+hint() {   # hint ACTION: the command that does it to this slice
+  local kind=''
+  if [[ ${OPTION[create]} != queued ]]; then kind=" --create=${OPTION[create]}"; fi
+  echo "launch/tpu.sh $1 --name=${OPTION[name]} ${PLACE[*]}$kind"
 }
 
 whole_run() {
@@ -67,6 +77,7 @@ whole_run() {
   FAILURES=0
   while true; do
     ready_slice
+    if $FOUND; then check_type; fi
     code=0
     { set_up && run_on_slice; } || code=$?
     if ((code != LOST)); then break; fi
@@ -75,7 +86,7 @@ whole_run() {
   if [[ ${OPTION[delete_after]} == true ]]; then
     delete_slice
   elif ! $DRY_RUN; then
-    say "the slice ${OPTION[name]} is still there, and costs: launch/tpu.sh delete --name=${OPTION[name]}"
+    say "the slice ${OPTION[name]} is still there, and costs: $(hint delete)"
   fi
   return "$code"
 }
@@ -93,7 +104,7 @@ check_agent() {
 }
 
 left_alone() {
-  say "left alone: slice and run go on, and cost; launch/tpu.sh log, stop or delete --name=${OPTION[name]}"
+  say "left alone: slice and run go on, and cost; $(hint 'log, stop or delete')"
   exit 130
 }
 
@@ -108,10 +119,11 @@ pause() {   # pause ATTEMPT: --poll seconds, and each time twice as long, but no
   sleep "$((seconds < 300 ? seconds : 300))"
 }
 
-# ask FINE COMMAND...: FINE is what gcloud says where nothing is left to do, if anything.
+# ask FINE COMMAND...: FINE is what gcloud says where nothing is left to do, if anything; MISSING: it said so at once.
 ask() {
   local fine=$1 attempt code
   shift
+  MISSING=false
   if $DRY_RUN; then
     run "$@"
     return
@@ -119,7 +131,10 @@ ask() {
   for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     code=0
     { "$@" 2>&1 1>&4 | tee "$TEMPORARY/errors" >&2; } 4>&1 || code=$?
-    if ((code == 0)) || { [[ -n $fine ]] && grep -q "$fine" "$TEMPORARY/errors"; }; then return 0; fi
+    if ((code == 0)) || { [[ -n $fine ]] && grep -q "$fine" "$TEMPORARY/errors"; }; then
+      if ((code && attempt == 1)); then MISSING=true; fi
+      return 0
+    fi
     # 2: gcloud does not take the arguments. So many requests a minute: a quota that is soon there again.
     if ((code == 2)) || { grep -Eq "$FINAL" "$TEMPORARY/errors" && ! grep -q 'per minute' "$TEMPORARY/errors"; }; then
       return 1
@@ -192,16 +207,25 @@ ready_slice() {
       ready) return ;;
       lost) delete_slice ;;
       halted) die "${OPTION[name]} was stopped by hand, and what is on its disks is still there; gcloud compute tpus" \
-        "tpu-vm start ${OPTION[name]} ${PLACE[*]}, or launch/tpu.sh delete --name=${OPTION[name]}, and this again" ;;
+        "tpu-vm start ${OPTION[name]} ${PLACE[*]}, or $(hint delete), and this again" ;;
       failed) die "the request ${OPTION[name]} failed (gcloud compute tpus queued-resources describe" \
-        "${OPTION[name]} says why); launch/tpu.sh delete --name=${OPTION[name]}, then try another --zone" \
-        "or --slice" ;;
+        "${OPTION[name]} ${PLACE[*]} says why); $(hint delete), then try another --zone or --slice" ;;
     esac
   done
 }
 
+# check_type: of a slice that was found.
+check_type() {
+  local said
+  said=$(described tpu-vm acceleratorType) || exit 2
+  [[ ${said:-ABSENT} =~ ^(ABSENT|"$ACCELERATOR")$ ]] ||
+    die "--slice=${OPTION[slice]}: is a $ACCELERATOR, and the slice ${OPTION[name]} that is there a $said;" \
+      "$(hint delete), or give another --name"
+}
+
 create_slice() {
   local more=()
+  FOUND=false
   if [[ ${OPTION[spot]} == true ]]; then more+=(--spot); fi
   if [[ ${OPTION[reserved]} == true ]]; then more+=(--reserved); fi
   more+=(--scopes=https://www.googleapis.com/auth/cloud-platform)   # else the bucket is read-only
@@ -217,14 +241,31 @@ create_slice() {
   DRY_STATE=READY
 }
 
+other_kind() {
+  if [[ ${OPTION[create]} == queued ]]; then OPTION[create]=direct; else OPTION[create]=queued; fi
+}
+
+# delete_any: the slice of this name, however it was made.
+delete_any() {
+  delete_slice
+  if $MISSING; then
+    other_kind
+    delete_slice
+  fi
+  if $MISSING; then
+    say "--name=${OPTION[name]}: no such slice in project ${OPTION[project]}, zone ${OPTION[zone]}, and nothing was" \
+      "deleted; gcloud compute tpus tpu-vm list ${PLACE[*]} names those that are there"
+    return 1
+  fi
+}
+
 delete_slice() {
   local what=(tpu-vm delete "${OPTION[name]}" "${PLACE[@]}" --quiet)
   if [[ ${OPTION[create]} == queued ]]; then
     what=(queued-resources delete "${OPTION[name]}" "${PLACE[@]}" --force --quiet)
   fi
   ask NOT_FOUND gcloud compute tpus "${what[@]}" || {
-    say "the slice ${OPTION[name]} could not be deleted, as said above, and may cost; launch/tpu.sh delete" \
-      "--name=${OPTION[name]}"
+    say "the slice ${OPTION[name]} could not be deleted, as said above, and may cost; $(hint delete)"
     exit 1
   }
 }
@@ -246,13 +287,26 @@ pack_code() {
     --exclude=__pycache__ . -C "$TEMPORARY" constraints.txt python_version
 }
 
+# look: at a slice that was found: somebody's run is not stopped unasked. Fails where the workers do not answer.
+look() {
+  local states
+  states=$(run gcloud compute tpus tpu-vm ssh "${OPTION[name]}" "${PLACE[@]}" --worker=all --quiet \
+    '--command=[ ! -e longctx/launch/worker.sh ] || bash longctx/launch/worker.sh state') || return 1
+  if grep -q 'running$' <<<"$states"; then
+    die "--name=${OPTION[name]}: a run that this launcher did not start is going on this slice" \
+      "($(paste -sd ';' <<<"$states")); $(hint stop), or give another --name"
+  fi
+  FOUND=false
+}
+
 # set_up: on every worker, or LOST; a slice that is just up may refuse the first connections.
 set_up() {
   local attempt state tpu=(gcloud compute tpus tpu-vm) unpack='mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx'
   for attempt in 1 2 3 4 5; do
-    if run "${tpu[@]}" scp "$TEMPORARY/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
+    if { ! $FOUND || look; } &&
+      run "${tpu[@]}" scp "$TEMPORARY/longctx.tar.gz" "${OPTION[name]}:" "${PLACE[@]}" --worker=all --quiet &&
       run "${tpu[@]}" ssh "${OPTION[name]}" "${PLACE[@]}" --worker=all --quiet \
-        "--command=$unpack && bash longctx/launch/worker.sh setup"; then
+        "--command=$unpack && bash longctx/launch/worker.sh setup --run=$RUN"; then
       return
     fi
     state=$(slice_state) || exit 2
@@ -260,8 +314,8 @@ set_up() {
     say "setting up the workers failed (attempt $attempt of 5)"
     if ((attempt < 5)); then pause "$attempt"; fi
   done
-  die "the workers could not be set up, as said above; the slice ${OPTION[name]} is still there:" \
-    "launch/tpu.sh delete --name=${OPTION[name]}"
+  die "the workers could not be set up, as said above; the slice ${OPTION[name]} is still there, and costs:" \
+    "$(hint delete)"
 }
 
 # run_on_slice: starts and follows the run; its status, or LOST.
@@ -271,8 +325,8 @@ run_on_slice() {
   while true; do
     code=0
     if ! $started; then
-      on_workers all stop || true   # what an earlier start has left
-      if on_workers all "start --platform=tpu $(quoted "${arguments[@]}")"; then started=true lines=+1; fi
+      on_workers all end || true   # what an earlier start has left
+      if on_workers all "start --run=$RUN --platform=tpu $(quoted "${arguments[@]}")"; then started=true lines=+1; fi
     fi
     if $started; then
       on_workers 0 "follow $lines" || code=$?
@@ -288,16 +342,21 @@ run_on_slice() {
       if [[ $state != ready ]]; then return "$LOST"; fi
     fi
     if grep -q 'exited 2$' <<<"$states"; then
-      on_workers all stop || true
+      on_workers all end || true
       say 'a mistake in the arguments or the files, as said above'
       return 2
     fi
-    if grep -q 'exited 143$' <<<"$states"; then
+    if grep -q 'stopped$' <<<"$states"; then   # status 143 alone may be of a SIGTERM that nobody asked for
+      on_workers all end || true   # the others may still be saving
       say 'stopped, before it could save; the same command carries on from the last checkpoint'
       return 143
     fi
-    if $started && ! grep -vq 'running$' <<<"$states"; then
-      lines=20   # the connection broke; the run goes on
+    if $started && ! grep -Evq '(running|exited 0)$' <<<"$states"; then   # the connection broke
+      lines=20
+      if ! grep -q 'running$' <<<"$states"; then
+        on_workers 0 "follow $lines" || true   # what it has said since
+        return 0
+      fi
       sleep "${OPTION[poll]}"
       continue
     fi
@@ -305,7 +364,7 @@ run_on_slice() {
       "$(paste -sd ';' <<<"$states")"
     started=false
     if ((FAILURES >= OPTION[restarts])); then
-      on_workers all stop || true
+      on_workers all end || true
       say "given up after $FAILURES restarts (--restarts=${OPTION[restarts]}); the same command carries on" \
         "from the last checkpoint"
       return 1
@@ -318,7 +377,11 @@ run_on_slice() {
 status() {
   local state
   state=$(slice_state) || exit 2
-  $DRY_RUN || echo "slice ${OPTION[name]}: $state"
+  if [[ $state == none ]] && ! $DRY_RUN; then   # however it was made
+    other_kind
+    state=$(slice_state) || exit 2
+  fi
+  $DRY_RUN || echo "slice ${OPTION[name]} (project ${OPTION[project]}, zone ${OPTION[zone]}): $state"
   if [[ $state == ready ]] || $DRY_RUN; then on_workers all state; fi
 }
 

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # launch/worker.sh ACTION: what a launcher has done on each host; for hands only when something is amiss.
 #
-#   setup                  a virtual environment with the pinned requirements (../constraints.txt)
-#   start ARGUMENTS        main.py in the background: ~/.longctx/{log,pid,status}
+#   setup [--run=ID]       a virtual environment with the pinned requirements (../constraints.txt)
+#   start [--run=ID] ARGUMENTS   main.py in the background: ~/.longctx/{log,pid,status}
 #   follow [LINES]         prints the log, from its start or its last LINES, until the run ends; its status
-#   state                  HOST running | exited STATUS | killed | none
+#   state                  HOST running | exited STATUS | stopped (before it could save) | killed | none
 #   stop                   SIGTERM, so that the run saves and leaves; SIGKILL after 120 seconds
+#   end                    the same, by a launcher that may start it again
 #   exec ARGUMENTS         main.py in the foreground
 #
+# ID is the launcher's: what `stop` ended, or found between two starts, is not started again for the same ID.
 # ARGUMENTS are main.py's, with --workdir of a folder or bucket, --platform=tpu or gpu before them, and
 # --seen=ID, which WORKDIR/.seen must hold where all hosts share it.
 
@@ -37,7 +39,19 @@ prepare() {
     "$PYTHON" -m longctx.main "${rest[@]}" "--workdir=$WORKDIR_HERE")
 }
 
+# take RUN: what was said to the launchers before it is not said to this one.
+take() {
+  if [[ -n $1 && -e $STATE/run && $(<"$STATE/run") == "$1" ]]; then return; fi
+  mkdir -p "$STATE"
+  rm -f "$STATE/stopping"
+  echo "$1" >"$STATE/run" || no_room
+}
+
+no_room() { die "$STATE: cannot be written to on $(hostname); see that its disk is not full (df $STATE)"; }
+
 setup() {
+  local run=${1:-}
+  take "${run#--run=}"
   command -v gcsfuse >/dev/null || install_gcsfuse
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --user --quiet uv
@@ -62,20 +76,35 @@ running() {
 }
 
 start() {
+  local run='' i
   if running; then die "$(hostname): a run is still going (pid $(cat "$STATE/pid")); stop it first"; fi
+  if [[ ${1:-} == --run=* ]]; then
+    run=${1#*=}
+    shift
+  fi
   mkdir -p "$STATE"
-  rm -f "$STATE"/{status,pid,stopping,log}   # else an earlier run's are told, should this one not start
+  rm -f "$STATE"/{status,pid,log}   # else an earlier run's are told, should this one not start
   trap 'echo "$?" >"$STATE/status"' EXIT
+  take "$run"
   prepare "$@"
-  trap - EXIT
   # A session of its own, which outlives the connection, and outlives SIGTERM to tell the run's status,
   # which is there whole or not at all. 75, saved and not finished, is no failure where it was asked for.
+  # `stop` leaves its mark before it looks for the pid, and here it is the other way round: none is missed.
   # shellcheck disable=SC2016
-  nohup setsid bash -c 'trap : TERM; echo $$ >"$1/pid"; code=0; "${@:2}" || code=$?
+  nohup setsid bash -c 'trap : TERM; echo $$ >"$1/pid" || exit
+    code=143; if [[ ! -e $1/stopping ]]; then code=0; "${@:2}" || code=$?; fi
     if [[ $code == 75 && -e $1/stopping ]]; then code=0; fi
     echo "$code" >"$1/status.new"; mv "$1/status.new" "$1/status"' - "$STATE" "${COMMAND[@]}" \
     >"$STATE/log" 2>&1 </dev/null 3>&- &
-  until [[ -s $STATE/pid ]]; do sleep 0.1; done
+  for ((i = 0; i < 300; i++)); do
+    if [[ -s $STATE/pid ]]; then
+      trap - EXIT
+      return
+    fi
+    sleep 0.1
+  done
+  kill -KILL "$!" 2>/dev/null || true
+  no_room
 }
 
 follow() {
@@ -89,30 +118,41 @@ state() {
   local said=none
   if running; then
     said=running
+  elif stopped; then
+    said=stopped
   elif [[ -s $STATE/status ]]; then
     said="exited $(ended)"
-  elif [[ -e $STATE/stopping ]]; then
-    said="exited $STOPPED"
   elif [[ -s $STATE/pid ]]; then
     said=killed
   fi
   echo "$(hostname) $said"
 }
 
-STOPPED=143   # asked to stop, it could not save, and is not to be started again all the same
+# stopped: by `stop`, before it could save, and is not to be started again all the same; a mistake stays one. Status 143
+# alone may be of a SIGTERM that nobody asked for.
+stopped() { [[ -e $STATE/stopping && ! $(cat "$STATE/status" 2>/dev/null) =~ ^[02]$ ]]; }
 
-ended() {   # the status of a run that has ended; a mistake stays one
-  local code=137
-  if [[ -s $STATE/status ]]; then code=$(cat "$STATE/status"); fi
-  if [[ -e $STATE/stopping && $code != 0 && $code != 2 ]]; then code=$STOPPED; fi
-  echo "$code"
+ended() {   # the status of a run that has ended
+  if stopped; then
+    echo 143
+  elif [[ -s $STATE/status ]]; then
+    cat "$STATE/status"
+  else
+    echo 137
+  fi
 }
 
 stop() {
+  mkdir -p "$STATE"
+  touch "$STATE/stopping"
+  running || say "$(hostname): no run is going; if its launcher still is, it starts none"
+  end
+}
+
+end() {
   local pid i
   running || return 0
   pid=$(cat "$STATE/pid")
-  touch "$STATE/stopping"
   pkill -TERM --session "$pid" || true
   for ((i = 0; i < ${STOP_SECONDS:-120}; i++)); do
     running || return 0
@@ -125,8 +165,8 @@ stop() {
 action=${1:-}
 shift || true
 case $action in
-  setup | start | follow | state | stop) "$action" "$@" ;;
+  setup | start | follow | state | stop | end) "$action" "$@" ;;
   exec) prepare "$@"; exec "${COMMAND[@]}" ;;
   --help | -h) usage "$0" ;;
-  *) die "$action: no such action; give setup, start, follow, state, stop or exec" ;;
+  *) die "$action: no such action; give setup, start, follow, state, stop, end or exec" ;;
 esac

@@ -25,33 +25,40 @@ CONFIG = '--config=configs/quickstart.py'
 TPU = ('tpu.sh', '--slice=v5e:4x4', CONFIG, '--workdir=gs://bucket/runs/a', '--poll=0')
 PLACE = ('--project=p', '--zone=z')
 GKE = (CONFIG, '--workdir=gs://bucket/runs/a', '--image=registry/longctx:1', '--poll=0')
-TAKEN = r'--project=p --zone=z', '--quiet', r'--scopes=\S+'   # flags of each call
+TAKEN = r'--project=p --zone=z', '--quiet', r'--scopes=\S+', r'--run=here\.\d+'   # flags of each call
 SSH = 'gcloud compute tpus tpu-vm ssh longctx'
 DESCRIBE = 'gcloud compute tpus queued-resources describe longctx --format=value(state.state)'
 NODE = 'gcloud compute tpus tpu-vm describe longctx --format=value(state)'
+TYPE = 'gcloud compute tpus tpu-vm describe longctx --format=value(acceleratorType)'
 CREATE = ('gcloud compute tpus queued-resources create longctx --node-id=longctx --accelerator-type=v5litepod-16 '
           '--runtime-version=v2-alpha-tpuv5-lite')
 DELETE = 'gcloud compute tpus queued-resources delete longctx --force'
+DELETE_NODE = 'gcloud compute tpus tpu-vm delete longctx'
 FIT = f'python -m longctx.main {CONFIG} --mode=compile --topology=v5e:4x4 --workdir=TMP'
 SET_UP = ['gcloud compute tpus tpu-vm scp TMP/longctx.tar.gz longctx: --worker=all',
           f'{SSH} --worker=all --command=mkdir -p longctx && tar -xzf longctx.tar.gz -C longctx && '
           'bash longctx/launch/worker.sh setup']
-START = [f'{SSH} --worker=all --command=bash longctx/launch/worker.sh stop',
+LOOK = f'{SSH} --worker=all --command=[ ! -e longctx/launch/worker.sh ] || bash longctx/launch/worker.sh state'
+FOUND = [DESCRIBE, NODE, TYPE, LOOK]   # of a slice that is there before the launcher
+START = [f'{SSH} --worker=all --command=bash longctx/launch/worker.sh end',
          f'{SSH} --worker=all --command=bash longctx/launch/worker.sh start --platform=tpu {CONFIG} '
          '--workdir=gs://bucket/runs/a --distributed']
 FOLLOW = f'{SSH} --worker=0 --command=bash longctx/launch/worker.sh follow'
 STATE = f'{SSH} --worker=all --command=bash longctx/launch/worker.sh state'
-STOP = START[0]
+END = START[0]
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='the launchers are for Linux')
 
 # Answers.
 VERSIONS = [('python */launch/versions.py', '0+', r'jax==0.10.2\nflax==0.12.8'), ('python -c*', '0+', '3.12')]
 ABSENT = ('*queued-resources describe*', 1, 'ERROR: NOT_FOUND')
-ACTIVE, UP = ('*queued-resources describe*', '0+', 'ACTIVE'), ('*tpu-vm describe*', '0+', 'READY')
+ACTIVE, UP = ('*queued-resources describe*', '0+', 'ACTIVE'), ('*tpu-vm describe*(state)', '0+', 'READY')
 request = lambda state: ('*queued-resources describe*', 0, state)
-node = lambda state: ('*tpu-vm describe*', 0, state)
+OF_TYPE = ('*(acceleratorType)', '0+', 'v5litepod-16')
+node = lambda state: ('*tpu-vm describe*(state)', 0, state)
 followed = lambda status: ('*worker.sh follow*', status, '')
-states = lambda *each: ('*worker.sh state*', 0, r'\n'.join(f't1v-w-{i} {s}' for i, s in enumerate(each)))
+lines = lambda each: r'\n'.join(f't1v-w-{i} {s}' for i, s in enumerate(each))
+states = lambda *each: ('*=bash longctx/launch/worker.sh state', 0, lines(each))
+found = lambda *each: ('*|| bash longctx/launch/worker.sh state', 0, lines(each))
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def stand(tmp_path):
 
 
 def tpu(stand, *more, answers=()):
-  stand.answers(*answers, *VERSIONS)
+  stand.answers(*answers, OF_TYPE, *VERSIONS)
   done = stand.run(*TPU, *PLACE, *more)
   return done, [c for c in stand.calls(*TAKEN) if not re.match(r'tar|python \S+/versions\.py|python -c|ssh-', c)]
 
@@ -73,7 +80,7 @@ def test_a_slice_is_asked_for_waited_for_set_up_and_followed(stand):
                    *SET_UP, *START, f'{FOLLOW} +1']
   said = re.findall(r'slice longctx \(v5e:4x4\): (\w+)', done.stderr)
   assert said == ['none', 'waiting', 'ready']
-  assert 'still there, and costs: launch/tpu.sh delete --name=longctx' in done.stderr
+  assert 'still there, and costs: launch/tpu.sh delete --name=longctx --project=p --zone=z\n' in done.stderr
 
 
 def test_workers_get_this_environments_versions(stand, tmp_path):
@@ -150,17 +157,17 @@ def test_an_environment_without_the_requirements_is_told_in_one_line(stand, laun
 
 
 def test_a_worker_that_fails_once_is_set_up_again(stand):
-  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', 1, '')])
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup*', 1, '')])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
+  assert calls == [*FOUND, *SET_UP, DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
   assert 'setting up the workers failed (attempt 1 of 5)' in done.stderr
 
 
 def test_workers_that_cannot_be_set_up(stand):
-  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup', '1+', '')])
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh setup*', '1+', '')])
   assert done.returncode == 2
-  assert calls == [DESCRIBE, NODE, *[*SET_UP, DESCRIBE, NODE] * 5]
-  assert 'launch/tpu.sh delete --name=longctx' in done.stderr
+  assert calls == [*FOUND, *[*SET_UP, DESCRIBE, NODE] * 5]
+  assert 'and costs: launch/tpu.sh delete --name=longctx --project=p --zone=z\n' in done.stderr
 
 
 # What is told of a slice that is gone, and what is then asked.
@@ -169,7 +176,8 @@ GONE = {
     'on its way': ([request('SUSPENDING')] * 2 + [request('SUSPENDED')], [DESCRIBE] * 3 + [DELETE]),
     'no request left': ([ABSENT], [DESCRIBE]),
     'still active': ([request('ACTIVE'), node('PREEMPTED')] * 2, [DESCRIBE, NODE] * 2 + [DELETE]),
-    'an empty request': ([request('ACTIVE'), ('*tpu-vm describe*', 1, 'NOT_FOUND')] * 2, [DESCRIBE, NODE] * 2 + [DELETE]),
+    'an empty request': ([request('ACTIVE'), ('*tpu-vm describe*(state)', 1, 'NOT_FOUND')] * 2,
+                         [DESCRIBE, NODE] * 2 + [DELETE]),
 }
 
 
@@ -178,7 +186,7 @@ def test_a_preempted_slice_is_made_again_and_the_same_command_started(stand, gon
   done, calls = tpu(stand, '--check=none', '--spot', '--restarts=0', answers=[
       request('ACTIVE'), node('READY'), followed(1), *gone, ABSENT, ACTIVE, UP])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', *looked, DESCRIBE,
+  assert calls == [*FOUND, *SET_UP, *START, f'{FOLLOW} +1', *looked, DESCRIBE,
                    f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
   assert 'preempted or lost; making it again' in done.stderr
 
@@ -186,20 +194,20 @@ def test_a_preempted_slice_is_made_again_and_the_same_command_started(stand, gon
 @pytest.mark.parametrize('gone, looked', GONE.values(), ids=GONE)
 @pytest.mark.parametrize('step', [0, 1], ids=['copying', 'setting up'])
 def test_a_slice_preempted_while_it_is_set_up_is_made_again(stand, step, gone, looked):
-  failed = [('*tpu-vm scp*', 1, 'ERROR: 503'), ('*worker.sh setup', 255, '')][step]
+  failed = [('*tpu-vm scp*', 1, 'ERROR: 503'), ('*worker.sh setup*', 255, '')][step]
   done, calls = tpu(stand, '--check=none', '--spot', '--restarts=0', answers=[
       request('ACTIVE'), node('READY'), failed, *gone, ABSENT, ACTIVE, UP])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP[:step + 1], *looked, DESCRIBE, f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP,
+  assert calls == [*FOUND, *SET_UP[:step + 1], *looked, DESCRIBE, f'{CREATE} --spot', DESCRIBE, NODE, *SET_UP,
                    *START, f'{FOLLOW} +1']
 
 
 def test_a_slice_that_is_ready_for_a_while_after_its_preemption(stand):
   done, calls = tpu(stand, '--check=none', '--restarts=0', answers=[
-      request('ACTIVE'), node('READY'), followed(255), request('ACTIVE'), node('READY'), ('*worker.sh state*', 1, ''),
-      request('SUSPENDED'), ABSENT, ACTIVE, UP])
+      request('ACTIVE'), node('READY'), followed(255), request('ACTIVE'), node('READY'),
+      ('*=bash longctx/launch/worker.sh state', 1, ''), request('SUSPENDED'), ABSENT, ACTIVE, UP])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, DESCRIBE, DESCRIBE, CREATE,
+  assert calls == [*FOUND, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, DESCRIBE, DESCRIBE, CREATE,
                    DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1']
 
 
@@ -235,7 +243,65 @@ def test_a_slice_that_cannot_be_deleted_is_said_to_cost(stand):
   done = stand.run('tpu.sh', 'delete', *PLACE, '--poll=0')
   assert done.returncode == 1
   assert stand.calls(*TAKEN) == [DELETE] * 3
-  assert 'the slice longctx could not be deleted, as said above, and may cost' in done.stderr
+  assert ('the slice longctx could not be deleted, as said above, and may cost; '
+          'launch/tpu.sh delete --name=longctx --project=p --zone=z\n') in done.stderr
+
+
+NO_REQUEST, NO_NODE = [(f'*{kind} de*', '1+', 'ERROR: NOT_FOUND') for kind in ('queued-resources', 'tpu-vm')]
+
+
+@pytest.mark.parametrize('kind, asked, answers, state', [
+    ('queued', [DELETE, DELETE_NODE], [NO_REQUEST, UP], 'ready'),
+    ('direct', [DELETE_NODE, DELETE], [NO_NODE, ('*queued-resources describe*', 0, 'ACCEPTED')], 'waiting')])
+def test_a_slice_is_found_and_deleted_however_it_was_made(stand, kind, asked, answers, state):
+  stand.answers(*answers)
+  done = stand.run('tpu.sh', 'delete', f'--create={kind}', *PLACE)
+  assert done.returncode == 0, done.stderr
+  assert stand.calls(*TAKEN) == asked
+  done = stand.run('tpu.sh', 'status', f'--create={kind}', *PLACE)
+  assert (done.returncode, done.stdout) == (0, f'slice longctx (project p, zone z): {state}\n')
+  stand.calls_file.unlink()
+  stand.answers(NO_REQUEST, NO_NODE)
+  done = stand.run('tpu.sh', 'delete', f'--create={kind}', *PLACE)
+  assert done.returncode == 1
+  assert stand.calls(*TAKEN) == asked
+  assert 'launch: --name=longctx: no such slice in project p, zone z, and nothing was deleted; gcloud' in done.stderr
+  done = stand.run('tpu.sh', 'status', f'--create={kind}', *PLACE)
+  assert (done.returncode, done.stdout) == (0, 'slice longctx (project p, zone z): none\n')
+  # What is gone when it is asked again was there.
+  stand.calls_file.unlink()
+  stand.answers(('*tpus * delete*', 1, PASSES), NO_REQUEST, NO_NODE)
+  assert stand.run('tpu.sh', 'delete', f'--create={kind}', *PLACE, '--poll=0').returncode == 0
+  assert stand.calls(*TAKEN) == asked[:1] * 2
+
+
+def test_a_slice_of_another_type_is_not_taken(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*(acceleratorType)', 0, 'v5litepod-64')])
+  assert done.returncode == 2
+  assert calls == [DESCRIBE, NODE, TYPE]
+  assert ('launch: --slice=v5e:4x4: is a v5litepod-16, and the slice longctx that is there a v5litepod-64; '
+          'launch/tpu.sh delete --name=longctx --project=p --zone=z, or give another --name\n') in done.stderr
+
+
+def test_a_run_that_another_launcher_started_is_not_stopped(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, found('exited 0', 'running')])
+  assert done.returncode == 2
+  assert calls == FOUND
+  assert ('(t1v-w-0 exited 0;t1v-w-1 running); launch/tpu.sh stop --name=longctx --project=p --zone=z, or give another '
+          '--name\n') in done.stderr
+  # Workers that do not answer are asked again; of a slice that this launcher made nothing is asked.
+  stand.calls_file.unlink()
+  done, calls = tpu(stand, '--check=none', answers=[
+      ACTIVE, UP, ('*|| bash longctx/launch/worker.sh state', 255, ''), found('running')])
+  assert (done.returncode, calls) == (2, [*FOUND, DESCRIBE, NODE, LOOK])
+
+
+def test_a_launcher_tells_workers_that_it_is_the_same(stand):
+  done, _ = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, followed(1), states('exited 1', 'running')])
+  assert done.returncode == 0, done.stderr
+  runs = [re.search(r'(setup|start) --run=(here\.\d+)', c) for c in stand.calls() if 'setup' in c or 'start --' in c]
+  assert [run[1] for run in runs] == ['setup', 'start', 'start']
+  assert len({run[2] for run in runs}) == 1
 
 
 def test_a_slice_found_preempted_is_made_again(stand):
@@ -250,7 +316,7 @@ def test_a_run_that_fails_is_restarted_so_many_times(stand):
       ACTIVE, UP, followed(1), broken, followed(1), broken])
   assert done.returncode == 1
   once = [*START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE]
-  assert calls == [DESCRIBE, NODE, *SET_UP, *once, *once, STOP]
+  assert calls == [*FOUND, *SET_UP, *once, *once, END]
   assert 'the run failed; these say: t1v-w-0 running;t1v-w-1 exited 134;t1v-w-2 running;t1v-w-3 killed' in done.stderr
   assert 'restart 1 of 1' in done.stderr
   assert 'given up after 1 restarts' in done.stderr
@@ -260,20 +326,37 @@ def test_a_broken_connection_is_not_a_failed_run(stand):
   done, calls = tpu(stand, '--check=none', '--restarts=0', '--delete_after', answers=[
       ACTIVE, UP, followed(255), states(*['running'] * 4)])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, f'{FOLLOW} 20', DELETE]
+  assert calls == [*FOUND, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, f'{FOLLOW} 20', DELETE]
+
+
+def test_a_run_that_ended_while_the_connection_was_broken_ended_well(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, ('*worker.sh follow*', '255+', ''),
+                                                    states('exited 0', 'running'), states('exited 0', 'exited 0')])
+  assert done.returncode == 0, done.stderr
+  again = [f'{FOLLOW} 20', DESCRIBE, NODE, STATE]
+  assert calls == [*FOUND, *SET_UP, *START, f'{FOLLOW} +1', DESCRIBE, NODE, STATE, *again, f'{FOLLOW} 20']
+  assert 'failed' not in done.stderr
+
+
+def test_a_sigterm_that_nobody_asked_for_is_a_failure(stand):
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(143), states('exited 143', 'running')])
+  assert done.returncode == 0, done.stderr
+  assert len([c for c in calls if 'worker.sh start' in c]) == 2
+  assert 'restart 1 of 3' in done.stderr
 
 
 def test_a_mistake_found_by_the_workers_is_not_tried_again(stand):
   done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(2), states('exited 2', 'running')])
   assert done.returncode == 2
-  assert calls[-2:] == [STATE, STOP]
+  assert calls[-2:] == [STATE, END]
   assert len([c for c in calls if 'worker.sh start' in c]) == 1
 
 
 def test_a_run_that_was_stopped_and_could_not_save_is_not_started_again(stand):
-  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(143), states('exited 143', 'exited 0')])
+  done, calls = tpu(stand, '--check=none', answers=[ACTIVE, UP, followed(143), states('stopped', 'running')])
   assert done.returncode == 143
   assert 'stopped, before it could save; the same command carries on from the last checkpoint' in done.stderr
+  assert calls[-2:] == [STATE, END]   # which waits for those that are still saving
   assert len([c for c in calls if 'worker.sh start' in c]) == 1
 
 
@@ -282,6 +365,7 @@ def test_a_slice_that_was_stopped_by_hand_keeps_its_disks(stand):
   done, calls = tpu(stand, '--check=none', answers=[ACTIVE, halted])
   assert done.returncode == 2 and not [c for c in calls if 'delete' in c]
   assert 'gcloud compute tpus tpu-vm start longctx' in done.stderr
+  assert 'or launch/tpu.sh delete --name=longctx --project=p --zone=z, and this again' in done.stderr
 
 
 def test_a_run_that_starts_on_some_workers_alone_is_no_run(stand):
@@ -290,13 +374,13 @@ def test_a_run_that_starts_on_some_workers_alone_is_no_run(stand):
   some = states('running', 'exited 2', 'running', 'none')
   done, calls = tpu(stand, '--check=none', '--delete_after', answers=[ACTIVE, UP, refused, some])
   assert done.returncode == 2
-  assert calls == [DESCRIBE, NODE, *SET_UP, *START, DESCRIBE, NODE, STATE, STOP, DELETE]
+  assert calls == [*FOUND, *SET_UP, *START, DESCRIBE, NODE, STATE, END, DELETE]
   # What is no mistake, such as a connection that broke, is tried again.
   stand.calls_file.unlink()
   once = [('*worker.sh start*', 255, 'ERROR: 503'), states('running', 'none', 'running', 'running')]
   done, calls = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, *once])
   assert done.returncode == 0, done.stderr
-  assert calls == [DESCRIBE, NODE, *SET_UP, *START, DESCRIBE, NODE, STATE, *START, f'{FOLLOW} +1']
+  assert calls == [*FOUND, *SET_UP, *START, DESCRIBE, NODE, STATE, *START, f'{FOLLOW} +1']
   assert 'the run did not start on all workers; these say: t1v-w-0 running;t1v-w-1 none;' in done.stderr
   done, calls = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, *once, *once])
   assert done.returncode == 1
@@ -311,14 +395,15 @@ def test_a_slice_made_directly_and_of_one_host(stand):
   calls = [c.replace('mine', 'longctx') for c in stand.calls(*TAKEN) if c.startswith('gcloud')]
   start = START[1].replace(' --distributed', '').replace('gs://bucket/', '')
   assert calls == [NODE, 'gcloud compute tpus tpu-vm create longctx --accelerator-type=v5p-8 '
-                   '--version=v2-alpha-tpuv5 --reserved', NODE, *SET_UP, STOP, start, f'{FOLLOW} +1']
+                   '--version=v2-alpha-tpuv5 --reserved', NODE, *SET_UP, END, start, f'{FOLLOW} +1']
+  assert 'launch/tpu.sh delete --name=mine --project=p --zone=z --create=direct\n' in done.stderr
 
 
 def test_a_failed_request_says_what_to_do(stand):
   done, calls = tpu(stand, '--check=none', answers=[request('FAILED')])
   assert done.returncode == 2
   assert calls == [DESCRIBE]
-  assert 'try another --zone or --slice' in done.stderr
+  assert 'launch/tpu.sh delete --name=longctx --project=p --zone=z, then try another --zone or --slice' in done.stderr
 
 
 def test_what_gcloud_cannot_tell_ends_it(stand):
@@ -334,14 +419,15 @@ def test_what_gcloud_cannot_tell_ends_it(stand):
 
 
 @pytest.mark.parametrize('action, asked', [
-    ('status', [DESCRIBE, NODE, STATE]), ('stop', [STOP]), ('delete', [DELETE]), ('log', [f'{FOLLOW} 100'])])
+    ('status', [DESCRIBE, NODE, STATE]), ('stop', [END.replace('end', 'stop')]), ('delete', [DELETE]),
+    ('log', [f'{FOLLOW} 100'])])
 def test_the_other_actions_of_a_slice(stand, action, asked):
   stand.answers(ACTIVE, UP, states('running'))
   done = stand.run('tpu.sh', action, *PLACE)
   assert done.returncode == 0, done.stderr
   assert stand.calls(*TAKEN) == asked
   if action == 'status':
-    assert done.stdout == 'slice longctx: ready\nt1v-w-0 running\n'
+    assert done.stdout == 'slice longctx (project p, zone z): ready\nt1v-w-0 running\n'
 
 
 def test_a_step_that_does_not_fit_asks_for_nothing(stand):
@@ -383,7 +469,8 @@ def test_an_agent_where_gcloud_has_no_key_yet(stand):
   done, _ = tpu(stand, '--check=none', answers=agent)
   assert done.returncode == 2
   assert done.stderr.endswith('; ssh-keygen -t rsa -f ~/.ssh/google_compute_engine && ssh-add ~/.ssh/google_compute_engine\n')
-  done, _ = tpu(stand, '--check=none', '--slice=v5e:2x4', answers=[*agent, ACTIVE, UP])   # one worker: no need
+  there = [ACTIVE, UP, ('*(acceleratorType)', 0, 'v5litepod-8')]
+  done, _ = tpu(stand, '--check=none', '--slice=v5e:2x4', answers=[*agent, *there])   # one worker: no need
   assert done.returncode == 0, done.stderr
 
 

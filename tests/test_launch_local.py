@@ -224,7 +224,7 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
                 LOSS='trap "" TERM; echo ready; while :; do sleep 0.05; done').returncode == 0
   await_text(tmp_path / 'state/log', 'ready')
   assert worker(stand, 'stop', STOP_SECONDS='1').returncode == 0
-  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '143']   # stopped, and not to be started again
+  assert worker(stand, 'state').stdout.split()[1:] == ['stopped']   # and is not to be started again
   assert worker(stand, 'follow').returncode == 143
   (tmp_path / 'state/stopping').unlink()   # as if the host had killed it
   assert worker(stand, 'state').stdout.split()[1:] == ['killed']
@@ -233,7 +233,49 @@ def test_a_run_in_the_background_is_followed_told_of_and_stopped(stand, tmp_path
   assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=of_machine.replace('75', '1')).returncode == 0
   await_text(tmp_path / 'state/log', 'ready')
   assert worker(stand, 'stop').returncode == 0
+  assert worker(stand, 'state').stdout.split()[1:] == ['stopped']
+  # SIGTERM that nobody asked for, before there is a handler; and what a launcher ends, which it may start again.
+  assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS='kill -TERM $$').returncode == 0
+  assert worker(stand, 'follow').returncode == 143
   assert worker(stand, 'state').stdout.split()[1:] == ['exited', '143']
+  assert worker(stand, 'start', *given, LOSSES='9', LOST_PROCESS='0', LOSS=of_machine).returncode == 0
+  await_text(tmp_path / 'state/log', 'ready')
+  assert worker(stand, 'end').returncode == 0
+  assert worker(stand, 'state').stdout.split()[1:] == ['exited', '75']
+
+
+def test_stop_between_two_starts_of_a_launcher_holds_for_that_launcher(stand, tmp_path):
+  given = CONFIG, f'--workdir={tmp_path}/w'
+  state = lambda: worker(stand, 'state').stdout.split(None, 1)[1]
+  done = worker(stand, 'start', '--run=a', *given, LOSSES='1', LOST_PROCESS='0', LOSS='exit 5')
+  assert done.returncode == 0, done.stderr
+  assert worker(stand, 'follow').returncode == 5
+  done = worker(stand, 'stop')
+  assert done.returncode == 0
+  assert 'no run is going; if its launcher still is, it starts none' in done.stderr
+  assert worker(stand, 'start', '--run=a', *given).returncode == 0
+  assert worker(stand, 'follow').returncode == 143
+  assert state() == 'stopped\n'
+  assert len(starts(stand)) == 1
+  for run in (['--run=b'], []):   # another launcher; by hand
+    worker(stand, 'stop')
+    assert worker(stand, 'start', *run, *given).returncode == 0
+    assert worker(stand, 'follow').returncode == 0
+  assert len(starts(stand)) == 3
+  assert state() == 'exited 0\n'
+
+
+def test_a_full_disk_ends_a_start(stand, tmp_path):
+  full = '#!/bin/sh\ntrap "" XFSZ\nulimit -f 0\nexec /usr/bin/setsid "$@"\n'   # no file may grow
+  for name, script in dict(setsid=full, sleep='#!/bin/sh\nexec /bin/sleep 0\n').items():
+    (tmp_path / 'bin' / name).write_text(script)
+    (tmp_path / 'bin' / name).chmod(0o755)
+  done = worker(stand, 'start', CONFIG, f'--workdir={tmp_path}/w', LOSSES='9', LOST_PROCESS='0', timeout=30,
+                LOSS=f'touch {tmp_path}/began')
+  assert done.returncode == 2
+  assert re.match(rf'launch: {tmp_path}/state: cannot be written to on \S+; see that its disk is not full',
+                  done.stderr.splitlines()[-1])
+  assert not (tmp_path / 'began').exists()   # which nobody could stop
 
 
 def test_a_run_that_cannot_start_leaves_its_own_status(stand, tmp_path):
@@ -364,3 +406,9 @@ def test_setting_up_makes_the_environment_of_the_constraints(stand, tmp_path):
       'uv venv --quiet --python 3.12 .venv',
       'uv pip install --quiet --python .venv/bin/python --requirement requirements.txt jax[tpu] gcsfs '
       '--constraint constraints.txt']
+  # `stop` while a launcher sets up holds for that one.
+  mark = tmp_path / '.longctx/stopping'
+  for run, left in (('a', False), ('a', True), ('b', False)):
+    mark.touch()
+    subprocess.run(['bash', tree / 'launch/worker.sh', 'setup', f'--run={run}'], env=env, check=True)
+    assert mark.exists() == left
