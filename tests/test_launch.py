@@ -296,6 +296,18 @@ def test_a_run_that_another_launcher_started_is_not_stopped(stand):
   assert (done.returncode, calls) == (2, [*FOUND, DESCRIBE, NODE, LOOK])
 
 
+def test_a_launcher_that_is_interrupted_says_what_goes_on(stand):
+  (stand.folder / 'bin/gcloud').unlink()
+  (stand.folder / 'bin/gcloud').write_text(
+      f'#!/bin/sh\ncase "$*" in *follow*) kill -TERM $PPID;; esac\nexec {ROOT}/tests/programs/stand_in.sh "$@"\n')
+  (stand.folder / 'bin/gcloud').chmod(0o755)
+  stand.answers(UP, *VERSIONS)
+  done = stand.run(*TPU, *PLACE, '--check=none', '--create=direct')
+  assert done.returncode == 130
+  assert done.stderr.endswith('left alone: slice and run go on, and cost; launch/tpu.sh log, stop or delete --name=longctx '
+                              '--project=p --zone=z --create=direct\n')
+
+
 def test_a_launcher_tells_workers_that_it_is_the_same(stand):
   done, _ = tpu(stand, '--check=none', '--restarts=1', answers=[ACTIVE, UP, followed(1), states('exited 1', 'running')])
   assert done.returncode == 0, done.stderr
