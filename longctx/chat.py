@@ -191,6 +191,7 @@ class Chat:
         except OSError as e:
           raise ConfigError(f'/read {path}: cannot be read: {e.strerror or e}; '
                             f'{self._kept(before)}') from e
+    reader.check_finite(f'/read {path}')
     took, seconds = reader.tokens - before, time.monotonic() - start
     how = 'stopped after' if self.interrupts.requested else 'read'
     self.say(f'{how} {took:,} tokens of {path} in {seconds:.1f} s ({took / seconds:,.0f} tokens/s)')
@@ -238,7 +239,10 @@ class Chat:
     check(name != self.name, f'/merge {name}: is this conversation; give another context')
     other = self.reader.another()
     other.restore(self.store.load(name, other.identity), f'context {name!r}')
-    self.reader.merge(other)
+    try:
+      self.reader.merge(other)
+    except FloatingPointError as e:   # of the sum: this conversation is as it was
+      raise ConfigError(f'/merge {name}: nothing was merged: {e}') from e
     self.changed = True
     self.say(f'{self.name}: remembers {name} too, {self.reader.tokens:,} tokens in all')
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -719,6 +720,59 @@ def test_parameters_that_are_not_finite_save_nothing(talk, tmp_path, loader):
   assert status == 2
   assert 'hold NaN' in told
   assert not (tmp_path / 'store' / 'alice.lcm').exists()
+
+
+@pytest.mark.parametrize('lines, is_told', [
+    ((), True), ((), False), (('/save',), False), (('/fork bob',), False), (('/quit',), False)])
+def test_a_memory_that_is_no_longer_finite_leaves_the_saved_one(
+    talk, tmp_path, loader, monkeypatch, lines, is_told):
+  """No token is made that would show it; `is_told`: by /read itself, or whatever saves after it refuses."""
+  loader.name, loader.params = 'infini', jax.tree.map(lambda x: x, made('infini')[2])
+  table = loader.params['embedding']['table']
+  table.set_value(table.get_value().at[ord('z')].set(jnp.nan))
+  (tmp_path / 'good').write_bytes(b'a good book. ' * 5)
+  (tmp_path / 'bad').write_bytes(b'a bad one. z ' * 5)
+  assert talk(f'/read {tmp_path}/good')[0] == 0
+  before = (tmp_path / 'store' / 'alice.lcm').read_bytes()
+  if not is_told:
+    monkeypatch.setattr(reader_lib.Reader, 'check_finite', lambda self, what: None)
+  status, _, told = talk(f'/read {tmp_path}/bad', *lines)
+  last = told.splitlines()[-1]
+  assert (status, told.count('longctx: ')) == (2, 1)
+  assert (f'/read {tmp_path}/bad: ' in last) == is_told
+  assert re.search('longctx: .*: memory.layers.0.store.* of what is remembered is NaN or infinite, and must be '
+                   'finite; go on from .*, without .*; what was saved before is as it was$', last)
+  assert [path.name for path in (tmp_path / 'store').glob('*.lcm')] == ['alice.lcm']
+  assert (tmp_path / 'store' / 'alice.lcm').read_bytes() == before
+
+
+def with_numbers(tmp_path, name, number):
+  """The saved context with another number for each of its own, as none would be saved where it is not finite."""
+  path = tmp_path / 'store' / f'{name}.lcm'
+  context = store.load(path)
+  store.save(path, dataclasses.replace(context, arrays={
+      key: np.full_like(x, number) if x.dtype == np.float32 else x for key, x in context.arrays.items()}))
+
+
+def test_a_saved_memory_that_is_not_finite_is_refused(talk, tmp_path, loader):
+  loader.name = 'adds'
+  talk('one')
+  talk('two', context='bob')
+  with_numbers(tmp_path, 'bob', np.nan)
+  status, _, told = talk('more', context='bob')
+  assert (status, "context 'bob': layers.0" in told, told.count('\n')) == (2, True, 1)
+  assert 'must be finite: nothing can be read on from it; delete it (python -m longctx.contexts delete ' in told
+  status, _, told = talk('more', '/merge bob')
+  assert (status, "context 'bob': layers.0" in told, 'alice: saved, ' in told) == (2, True, True)
+
+
+def test_memories_whose_sum_overflows_are_not_merged(talk, tmp_path, loader):
+  loader.name = 'adds'
+  for name in ('alice', 'bob'):
+    talk('/read ' + str(ROOT / 'pyproject.toml'), context=name)
+    with_numbers(tmp_path, name, 3e38)
+  status, _, told = talk('/merge bob')
+  assert (status, '/merge bob: nothing was merged: the state: layers.0' in told, 'alice: saved, ' in told) == (2, True, False)
 
 
 def test_an_encrypted_conversation(talk, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from longctx.errors import ConfigError
 from longctx.models import decoder, memory_config, memory_decoder, recurrent
 from longctx.store import file, identity, seal
 from tests import toy_models
+from tests.test_models import CLASSES, MODELS
 
 ROOT = Path(__file__).parents[1]
 VOCAB, ROOM = 13, 40
@@ -134,7 +135,7 @@ def test_every_type_and_shape_of_a_state_comes_back():
   state = {name: jnp.asarray(rng.normal(size=(1, 2, 3)) * 9, name) for name in (
       'float32', 'bfloat16', 'float16', 'int32', 'int8', 'uint32', 'bool', 'float8_e4m3fn')}
   state |= {'empty': jnp.zeros((1, 0, 4)), 'one': jnp.ones(1), 'deep': [(jnp.arange(4)[None],)]}
-  state['nan'] = jnp.array([[np.nan, -0.0, np.inf, 1e-45]], jnp.float32)
+  state['edges'] = jnp.array([[np.finfo(np.float32).max, -0.0, -1e30, 1e-45]], jnp.float32)
   context = store.take(state, identity_of('count'), tokens=1)
   data = file.encode(context)
   assert data == file.encode(context)   # the same bytes each time
@@ -178,6 +179,27 @@ def test_rows_that_are_not_there_and_arrays_without_rows():
     store.take({'step': jnp.zeros(())}, identity_of('lstm'), tokens=0)
   with pytest.raises(ValueError, match='key<fry>, which no file holds'):
     store.take({'key': jax.random.split(jax.random.key(0))}, identity_of('lstm'), tokens=0)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float8_e4m3fn'])
+def test_a_state_that_is_not_finite_is_refused_of_its_own_row_alone(bad, dtype):
+  if dtype.startswith('float8') and np.isinf(bad):
+    return   # it has none
+  state = {'S': jnp.ones((2, 3), dtype).at[1, 2].set(bad), 'n': jnp.arange(2), 'm': jnp.zeros((2, 1))}
+  store.take(state, identity_of('count'), row=0, tokens=1)
+  with pytest.raises(FloatingPointError, match='the state: S of what is remembered is NaN or infinite, and must be '):
+    store.take(state, identity_of('count'), row=1, tokens=1)
+  state['m'] = state['m'].at[1].set(bad)
+  assert (store.spoilt(state), store.spoilt(state, 1)) == ('', 'S and 1 more')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_an_empty_state_of_every_kind_is_accepted(name):
+  """None begins with an infinity that a running maximum or a mask might have."""
+  model = nnx.eval_shape(lambda: CLASSES[MODELS[name].name](MODELS[name], rngs=nnx.Rngs(0)))
+  state = model.init_state(2, capacity=8)
+  assert store.take(state, identity_of('count'), row=1, tokens=0).num_bytes
 
 
 # --- Whole or refused.

@@ -166,8 +166,12 @@ class Reader:
       self.tokens += 1
       yield int(token_B[0])
 
+  def check_finite(self, what: str) -> None:
+    """FloatingPointError where what is remembered is NaN or infinite; what waits was not read yet."""
+    store.check_finite(self.memory.state, what)
+
   def context(self) -> store.Context:
-    """All of it, to be saved."""
+    """All of it, to be saved; FloatingPointError where it is not finite."""
     return store.take(self.memory.state, self.identity, capacity=self.capacity,
                       tokens=self.tokens - self.waiting, tail=self.memory.tail[0].tolist())
 
@@ -181,8 +185,11 @@ class Reader:
     _, shardings = self._shapes(header.capacity)
     put = lambda x, sharding: jax.device_put(x, sharding, may_alias=False)   # it will be donated
     leaves = [put(x, sharding) for x, sharding in zip(jax.tree.leaves(state), shardings)]
-    self.memory = s.Memory(jax.tree.structure(state).unflatten(leaves),
-                           [np.array(header.tail, np.int32)])
+    state = jax.tree.structure(state).unflatten(leaves)
+    bad = store.spoilt(state)
+    check(not bad, f'{where}: {bad} in it is NaN or infinite, and must be finite: nothing can be read on from it; '
+          'delete it (python -m longctx.contexts delete NAME --store=DIR), or give another')
+    self.memory = s.Memory(state, [np.array(header.tail, np.int32)])
     self.capacity = header.capacity
     self.tokens = header.tokens + len(header.tail)
 

@@ -9,11 +9,20 @@ Knows no model: a state is a pytree of arrays, batch first. longctx.inference.re
 on from one.
 """
 
-from longctx.store.context import Context, Header, check_merge, merge, state_of, take
+from longctx.store.context import (
+  Context,
+  Header,
+  check_finite,
+  check_merge,
+  merge,
+  spoilt,
+  state_of,
+  take,
+)
 from longctx.store.directory import Store
 from longctx.store.file import Sealed, fork, inspect, load, save
 from longctx.store.identity import Identity, check_same, identify
 from longctx.store.seal import read_key
 
-__all__ = ['Context', 'Header', 'Identity', 'Sealed', 'Store', 'check_merge', 'check_same', 'fork',
-           'identify', 'inspect', 'load', 'merge', 'read_key', 'save', 'state_of', 'take']
+__all__ = ['Context', 'Header', 'Identity', 'Sealed', 'Store', 'check_finite', 'check_merge', 'check_same',
+           'fork', 'identify', 'inspect', 'load', 'merge', 'read_key', 'save', 'spoilt', 'state_of', 'take']

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from longctx.errors import check
@@ -52,9 +53,37 @@ def named(state: Any) -> dict[str, Any]:
   return leaves
 
 
+@jax.jit
+def _finite(leaves: list[jax.Array], row: int) -> list[jax.Array]:
+  return [jnp.isfinite(x if x.shape[0] == 1 else x[row]).all() for x in leaves]
+
+
+def spoilt(state: Any, row: int = 0) -> str:
+  """What of a row holds NaN or infinity: 'layers.0.S', or 'layers.0.S and 2 more'; '' where all is finite.
+
+  No state has an infinity of its own: running maxima begin at 0, and what stands for minus infinity in a
+  sum or a mask is finite (-1e30).
+  """
+  leaves = {name: leaf for name, leaf in named(state).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+  finite = jax.device_get(_finite(list(leaves.values()), row))
+  bad = [name for name, is_finite in zip(leaves, finite) if not is_finite]
+  return f'{bad[0]}{f" and {len(bad) - 1} more" * (len(bad) > 1)}' if bad else ''
+
+
+def check_finite(state: Any, what: str = 'the state', row: int = 0) -> None:
+  """FloatingPointError where a row holds NaN or infinity: nothing that is read on from it is worth saving."""
+  if bad := spoilt(state, row):
+    raise FloatingPointError(f'{what}: {bad} of what is remembered is NaN or infinite, and must be finite; go '
+                             'on from what was saved before, without what was read since, or with other '
+                             'parameters')
+
+
 def take(state: Any, identity: Identity, *, row: int = 0, capacity: int = 0, tokens: int,
          tail: Sequence[int] = ()) -> Context:
-  """One row of a state as a context of its own; the state itself is left as it is."""
+  """One row of a state as a context of its own; the state itself is left as it is.
+
+  FloatingPointError where the row is not finite, so that it takes the place of nothing that was saved.
+  """
   arrays = {}
   for name, leaf in named(state).items():
     shape = np.shape(leaf)
@@ -65,6 +94,7 @@ def take(state: Any, identity: Identity, *, row: int = 0, capacity: int = 0, tok
       raise ValueError(f'{name} of the state is {leaf.dtype}, which no file holds; keep its words '
                        '(jax.random.key_data) in the state')
     arrays[name] = np.array(leaf if shape[0] == 1 else leaf[row:row + 1], order='C')
+  check_finite(state, row=row)
   dtypes = ', '.join(sorted({str(x.dtype) for x in arrays.values()}))
   return Context(Header(identity=identity, capacity=capacity, tokens=int(tokens),
                         tail=tuple(map(int, tail)), dtype=dtypes, created=int(time.time())), arrays)
