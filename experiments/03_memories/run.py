@@ -7,11 +7,12 @@
     python experiments/03_memories/run.py --part=inner_rate # Titans' step, with and without its clip
     python experiments/03_memories/run.py --tier=smoke      # all (books with --books), tiny, minutes
 
-Each run is one line of results/<part>.jsonl; a run that is there is not done again. Then the tables of
-README.md are printed and the figures drawn from all lines.
+Each run is one line of results/<part>.jsonl, with the commit and versions that made it; a run that is there is
+not done again. Then the tables of README.md are printed and the figures drawn from all lines.
 """
 
 import argparse
+import functools
 import os
 import sys
 
@@ -69,11 +70,15 @@ def main() -> None:
     parser.error("--books: missing; --part=books reads text files, such as --books='books/*.txt'")
   host_memory.keep_freed_memory()
   os.makedirs(args.out, exist_ok=True)
+  made_by = shared.provenance()   # now: files may change while it runs, and what was imported does not
+  def runs(part, done):
+    for key, work in part.runs(args, TIERS[args.tier], done):
+      yield key, lambda work=work: work() | made_by
   for name, part in PARTS.items():
     if name != args.part and (args.part or (name == 'books' and not args.books)):
       continue
     path = os.path.join(args.out, f'{name}.jsonl')
-    done = shared.carry_on(path, lambda done, part=part: part.runs(args, TIERS[args.tier], done))
+    done = shared.carry_on(path, functools.partial(runs, part))
     print(part.table(done), flush=True)
     part.draw(done, os.path.join(args.out, f'{name}.png'))
 
