@@ -69,12 +69,40 @@ def test_saved_amid_a_segment_it_goes_on_bit_for_bit(name, tmp_path):
   same_bits(ending(name, restored), ending(name, state))
 
 
+# Of a row's memory under bfloat16, by the last name: all else adds up, or is read by what does, and is float32.
+KEPT_AS_IT_CAME = ('hidden', 'k', 'v')   # hidden states, and Memorizing's keys and values: bfloat16
+COUNTED = ('count', 'written')           # int32
+
+
+def kept_as_it_came(config):
+  """Numbers of a row, all layers together, that are no sums: 2 bytes each under bfloat16."""
+  c, D = config, config.embed_dim
+  heads = (c.num_kv_heads or c.num_heads) * D // c.num_heads
+  own = {
+      'compressive': (c.memory_size or c.short_term) * D, 'memorizing': 2 * c.memory_size * heads,
+      'titans': c.short_term * D * (c.memory_variant == 'mac'),           # what waits beside the window
+      'memory_caching': 3 * D * (c.memory_width > 0 or 'rglru' in c.memory_variant),   # a convolution of 4 taps
+  }.get(c.long_term, 0)
+  return c.num_layers * c.short_term * D + len(c.memory_layers or range(c.num_layers)) * own
+
+
 @pytest.mark.parametrize('name', ALL)
-def test_it_keeps_as_many_numbers_as_declared(name):
-  model = made(name)[0]
-  kept = jax.eval_shape(lambda: model.init_state(1)).memory
-  assert sum(math.prod(x.shape) for x in jax.tree.leaves(kept)) == sum(
-      facts.state for facts in MODELS[name].layer_facts(24))
+def test_it_keeps_as_many_numbers_and_bytes_as_declared(name):
+  """Under bfloat16, before and after a call."""
+  config = dataclasses.replace(MODELS[name], dtype='bfloat16')
+  def states():
+    model = memory_decoder.MemoryDecoder(config, rngs=nnx.Rngs(0))
+    before = model.init_state(1)
+    return before, model(tokens()[:1, :STEP], before)[1]
+  declared = sum(facts.state for facts in MODELS[name].layer_facts(24))
+  for state in jax.eval_shape(states):
+    kept = store.context.named(state.memory)
+    assert sum(math.prod(x.shape) for x in kept.values()) == declared
+    for path, x in kept.items():
+      last = path.split('.')[-1]
+      assert x.dtype == ('bfloat16' if last in KEPT_AS_IT_CAME else 'int32' if last in COUNTED else 'float32'), path
+    assert sum(math.prod(x.shape) * x.dtype.itemsize for x in kept.values()) == (
+        4 * declared - 2 * kept_as_it_came(config))
 
 
 def loss(name, state):
