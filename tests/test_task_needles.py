@@ -83,8 +83,8 @@ def test_needles_stand_whole_between_two_sentences(name, count):
       assert re.match('[A-Z\n]', one.prompt[stop:].decode())
 
 
-@pytest.mark.parametrize('name', ['passkey', 'niah', 'niah_multi', 'association', 'json_kv',
-                                  'mrcr_2'])
+@pytest.mark.parametrize('name', ['passkey', 'niah', 'niah_multi', 'association', 'json_kv', 'mrcr_2',
+                                  *(name for name in ruler.TASKS if 'niah' in name or 'qa' in name)])
 def test_depths_of_two_hundred_are_uniform(name):
   depths = np.sort([draw(name, 4096, index).depth for index in range(200)])
   grid = np.arange(201) / 200
