@@ -70,6 +70,29 @@ def test_tokens_of_two_bytes_are_met():
     assert len(Pairs().encode(prompt)) == length - 2
 
 
+def test_few_whole_prompts_are_counted_and_the_cut_is_that_of_counting_all(monkeypatch):
+  tok, text = small_sentencepiece(), haystack.noise(np.random.default_rng(1), 16_000)
+  build = lambda part: b'Begin. ' + part + b'\nWhat?'
+  whole = []
+
+  class Counted:
+    vocab_size, num_bytes = tok.vocab_size, tok.num_bytes
+
+    def encode(self, data):
+      whole[-1] += data.endswith(b'What?') and data.startswith(b'Begin. ')
+      return tok.encode(data)
+
+  def cut(length):
+    whole.append(0)
+    return fit.filled(draw(length, Counted()), build, text, 5, 'x')[0]
+
+  few = [cut(length) for length in range(723, 729)]
+  assert max(whole) <= 8   # of twenty nearby
+  monkeypatch.setattr(fit, 'told', lambda *args: 10**9)   # none is likely, none short enough: all are counted
+  monkeypatch.setattr(fit, 'STOPS', 0)   # and no ending is tried before
+  assert [cut(length) for length in range(723, 729)] == few and max(whole) >= 16
+
+
 def test_bytes_for_is_by_the_longest_token_within_reason():
   assert fit.bytes_for(draw(100)) == 100 + fit.NEAR
   assert fit.bytes_for(draw(100, Pairs())) == 200 + fit.NEAR

@@ -3,7 +3,8 @@
 A prompt is `build(filler)` for some text that may be cut anywhere. Tokens of subwords do not add
 up: where a cut goes through a word, its rest is other tokens. So the cut is found by trying: by the
 rate of tokens a byte so far, then byte by byte about the place, and at last with a few full stops,
-or words of one token in most tokenizers, in place of what is there.
+or words of one token in most tokenizers, in place of what is there. Whole prompts take time to count: byte by
+byte only those are of which the tokens about the cut say that they are right, as long as that finds one.
 Held by: tests/test_task_fit.py.
 """
 
@@ -18,6 +19,7 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import ConfigError
 
 NEAR = 48          # bytes tried on either side of the cut
+WINDOW = 256       # bytes on either side of what differs, whose tokens tell a prompt from another
 # of many and of few tokens a byte; so many at the end, at most
 ENDS, STOPS = (b' .', b' the', b'.'), 8
 # a token of running text, at most, on average; with fewer an example is refused, not short
@@ -42,6 +44,19 @@ def bytes_for(draw: Draw) -> int:
 def _longest(tokenizer: Tokenizer) -> int:
   """Bytes of the longest token."""
   return int(tokenizer.num_bytes(np.arange(tokenizer.vocab_size)).max())
+
+
+def told(count: Callable[[bytes], int], new: bytes, old: bytes, tokens: int) -> int:
+  """Tokens of a text as those about where it differs from another, of so many, say: seldom others than it has."""
+  size = min(len(new), len(old))
+  a, b = (np.frombuffer(text, np.uint8) for text in (new, old))
+  same = lambda a, b: int(differ[0]) if (differ := np.flatnonzero(a != b)).size else size
+  start = same(a[:size], b[:size])
+  left = between(old, max(0, start - WINDOW))
+  stop = min(same(a[::-1][:size], b[::-1][:size]), size - start)
+  right = len(old) - between(old, len(old) - max(0, stop - WINDOW))
+  window = lambda text: count(text[left:len(text) - right])
+  return tokens + window(new) - window(old)
 
 
 def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens: int,
@@ -80,14 +95,21 @@ def filled(draw: Draw, build: Callable[[bytes], bytes], text: bytes, new_tokens:
   if best == len(text) and seen[best] < want:
     raise AssertionError(f'{name}: {len(text)} bytes of filler are too few for {draw.length} '
                          'tokens')
-  for away in range(1, NEAR + 1):   # the nearest first, and on: seldom more than a few
-    for cut in (between(text, max(0, best - away)), between(text, min(best + away, len(text)))):
-      if exact(cut):
+  # First by what tokens about a cut tell, which leaves few to count, then all.
+  prompt, tokens, guessed = build(text[:best]), seen[best], {}
+  once = functools.cache(draw.count)
+  nearby = [between(text, min(max(0, best + away), len(text)))   # the nearest first
+            for far in range(1, NEAR + 1) for away in (-far, far)]
+  for every in (False, True):
+    for cut in nearby:
+      if not every:
+        guessed[cut] = told(once, build(text[:cut]), prompt, tokens)
+      if (every or guessed[cut] == want) and exact(cut):
         return build(text[:cut]), text[:cut]
-  best = max(cut for cut, found in seen.items() if found <= want)
-  for back, count, stop in itertools.product(range(NEAR), range(1, STOPS + 1), ENDS):
-    filler = text[:between(text, max(0, best - back))] + count * stop
-    if draw.count(build(filler)) == want:
-      return build(filler), filler
+    best = max(cut for cut, found in (guessed | seen).items() if found <= want)
+    for back, count, stop in itertools.product(range(NEAR), range(1, STOPS + 1), ENDS):
+      filler = text[:between(text, max(0, best - back))] + count * stop
+      if draw.count(build(filler)) == want:
+        return build(filler), filler
   raise ConfigError(f'{name}: length={draw.length}: no cut of the text gives exactly so many '
                     f'tokens with this tokenizer; try {draw.length + 1}')
