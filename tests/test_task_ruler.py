@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import pathlib
 import re
 import sysconfig
@@ -207,6 +208,21 @@ def test_the_published_scores_have_the_published_means():
     scores = [TASKS[f'ruler_{name}'].published[model] for name in names]
     assert np.mean(scores) == pytest.approx(mean, abs=0.06)
     assert ruler_prompts.published('cwe')[model] == TASKS['ruler_cwe'].published[model]
+
+
+def test_the_speeds_that_are_told_are_those_of_all_thirteen_in_bytes_and_in_subwords():
+  folder = pathlib.Path(__file__).parent.parent / 'experiments' / '04_arena'
+  found = json.loads((folder / 'results' / 'generators.json').read_text())
+  slowest = {}
+  for what, rows in (('bytes', found['rows']), ('pieces', found['subwords']['rows'])):
+    for length in {row['length'] for row in rows}:
+      speeds = {row['task']: row['per_second'] for row in rows if row['length'] == length}
+      assert [*speeds] == [*TASKS]
+      slowest[what, length] = f'{min(speeds.values()):,.0f}'
+  told = re.search(r'comes to ([\d,]+) examples a second .* at 4,096 bytes \(([\d,]+) at 131,072\), and to (\d+) at 4,096\n'
+                   r'tokens of a SentencePiece tokenizer of 8,000', (folder / 'README.md').read_text())
+  assert found['subwords']['pieces'] == 8000 and int(told[3]) >= 50
+  assert told.groups() == (slowest['bytes', 4096], slowest['bytes', 131_072], slowest['pieces', 4096])
 
 
 def test_a_prompt_that_has_no_room_says_how_much_it_needs():
