@@ -40,8 +40,9 @@ def masked(tokens_T: np.ndarray, is_text_T: np.ndarray, rate: float, tokenizer: 
 class MaskedRows:
   """The batches of another source, some of whose tokens are hidden and are the targets."""
 
-  def __init__(self, rows: Any, tokenizer: Tokenizer, rate: float, seed: int):
-    self._rows, self._tokenizer, self._rate, self._seed = rows, tokenizer, rate, seed
+  def __init__(self, rows: Any, tokenizer: Tokenizer, rate: float, seed: int, batch_size: int):
+    """`batch_size`: rows of a batch, of all hosts."""
+    self._rows, self._tokenizer, self._rate, self._seed, self._size = rows, tokenizer, rate, seed, batch_size
     self.num_rows = rows.num_rows
 
   def __len__(self) -> int:
@@ -50,9 +51,8 @@ class MaskedRows:
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     batch = self._rows[i]
     batch['targets'] = batch['tokens'].copy()
-    first = i * self._rows._config.batch_size   # of all hosts
     for local, row in enumerate(self._rows.rows):
-      rng = generator('mask', self._seed, first + row)
+      rng = generator('mask', self._seed, i * self._size + row)
       batch['tokens'][local], chosen_T = masked(
           batch['tokens'][local], batch['segment_ids'][local] > 0, self._rate, self._tokenizer, rng)
       batch['loss_mask'][local] = chosen_T

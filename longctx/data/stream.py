@@ -342,5 +342,5 @@ def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num
   store, tokenizer = _open(config, split, builders)
   rows = BatchSource(config, store, seed=seed, **hosts)
   if config.form == 'masked':
-    rows = MaskedRows(rows, tokenizer, config.mask_rate, seed)
+    rows = MaskedRows(rows, tokenizer, config.mask_rate, seed, config.batch_size)
   return rows, store.content, tokenizer
