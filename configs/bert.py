@@ -2,8 +2,10 @@
 
 Command:  python -m longctx.main --config=configs/bert.py --workdir=runs/bert
 Debug:    python -m longctx.main --config=configs/bert.py:debug --workdir=runs/debug
-Expected: not seen to its end yet; no more of it was run than the debug variant
-Last checked: debug variant, ed51f86
+Expected: 63.7 % of 20,285 hidden bytes of held-out files right, 1.35 nats a byte. Some four minutes of a core.
+          With model.position=learned, as BERT has it, it learns in as many steps little more than how often each
+          byte is: 36.8 %, 2.72 nats (the most frequent one alone is 31.0 %, their entropy 3.13 nats).
+Last checked: to its end, aeffb23
 """
 
 from longctx.configuration import base, check_variant
@@ -19,7 +21,7 @@ def get_config(variant: str = ''):
   config.model.embed_dim = 128
   config.model.num_heads = 4
   config.model.mlp = 'gelu'
-  config.model.position = 'learned'
+  config.model.position = 'rope'
   config.model.layer_loop = 'unrolled'
   config.optimizer.learning_rate = 1e-3
   config.optimizer.warmup_steps = 100

@@ -2,8 +2,9 @@
 
 Command:  python -m longctx.main --config=configs/sentiment.py --workdir=runs/sentiment
 Debug:    python -m longctx.main --config=configs/sentiment.py:debug --workdir=runs/debug
-Expected: the loss of a coin, 0.69, for 350 steps at least, and 0.66 at step 400; not seen to its end yet
-Last checked: debug variant and 400 steps, d5840c1
+Expected: 99.8 % of 512 held-out texts right; 61 % after 500 steps, 79 % after 1,000, 98 % after 2,000, since the
+          loss stays near a coin's, 0.69, for some hundreds of steps. Some eight minutes of a core.
+Last checked: to its end, aeffb23
 IMDb:     --config.data.corpus=files --config.data.generator= --config.data.files=PATH/aclImdb
           --config.data.long_documents=trim --config.data.length=1024 --config.model.max_length=1024
 """
@@ -29,9 +30,9 @@ def get_config(variant: str = ''):
   config.optimizer.warmup_steps = 100
   config.optimizer.beta2 = 0.98
   config.mesh.layout = 'single'
-  config.run.num_steps = 1000
+  config.run.num_steps = 3000
   config.run.log_every = 50
-  config.run.eval_every = 250
+  config.run.eval_every = 500
   config.run.checkpoint_every = 250
   config.perplexity.batch_size = 64
   config.perplexity.segment = 288

@@ -2,10 +2,8 @@
 
 Command:  python -m longctx.main --config=configs/translate.py --workdir=runs/translate
 Debug:    python -m longctx.main --config=configs/translate.py:debug --workdir=runs/debug
-Expected: at step 500 92.9 % of the bytes of held-out sentences right and 2 % of sentences wholly; at the end 82 % of
-          512 held-out sentences wholly, 99.55 % of bytes. Some 150 seconds of one core.
-          Seen in a run whose rate began to fall at step 699 only.
-Last checked: ed51f86
+Expected: 99.4 % of 512 held-out sentences wholly right, 99.99 % of their bytes. Some five minutes of a core.
+Last checked: to its end, aeffb23
 Use:      python -m longctx.generate --workdir=runs/translate --source='two old birds follow one fox' --temperature=0 --max_new_tokens=63
 Your own: --config.data.corpus=files --config.data.generator= --config.data.files='PAIRS/*.tsv' (source TAB target)
 """
@@ -31,7 +29,7 @@ def get_config(variant: str = ''):
   config.optimizer.warmup_steps = 100
   config.optimizer.beta2 = 0.98
   config.mesh.layout = 'single'
-  config.run.num_steps = 800
+  config.run.num_steps = 1600
   config.run.log_every = 50
   config.run.eval_every = 400
   config.run.checkpoint_every = 200
