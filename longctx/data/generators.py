@@ -2,7 +2,7 @@
 
     translate   English sentences of few words into an invented language: verb last, adjectives after
                 their noun and in its gender and number, the object marked, 'not' before the verb
-    summarise   news of several sentences; who announced what, in order, and nothing else
+    summarise   news of two to ten sentences; who announced what, in order, and nothing else
     sentiment   opinions on a film, some denied; 1 if more of them are good than bad, else 0
 
 Each takes a NumPy generator and gives (text, answer): bytes, or for `sentiment` the number of the class.
@@ -68,8 +68,8 @@ def translate(rng: np.random.Generator) -> tuple[bytes, bytes]:
 
 
 def summarise(rng: np.random.Generator) -> tuple[bytes, bytes]:
-  count = int(rng.integers(5, 11))
-  chosen = set(rng.choice(count, rng.integers(1, 4), replace=False).tolist())
+  count = int(rng.integers(2, 11))   # short ones among them, from which it is learned what is asked
+  chosen = set(rng.choice(count, rng.integers(1, min(3, count) + 1), replace=False).tolist())
   sentences, said = [], []
   for i in range(count):
     name, thing, kind = _one(rng, NAMES), _one(rng, THINGS), _one(rng, KINDS)
