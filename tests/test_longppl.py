@@ -137,11 +137,15 @@ def test_long_texts_are_compared_in_pieces(monkeypatch):
   rng = np.random.default_rng(0)
   full, short = rng.exponential(3, (2, 1000)).astype(np.float32)
   bins = rng.integers(0, 5, 1000).astype(np.int8)
-  whole = longppl.compare(full, short, bins, short=4, stride=1)
+  sizes = np.array([300, 0, 1, 1, 13, 685])
+  whole = longppl.compare(full, short, bins, sizes, short=4, stride=1)
   monkeypatch.setattr(longppl, 'CHUNK', 7)
-  pieces = longppl.compare(full, short, bins, short=4, stride=1)
+  pieces = longppl.compare(full, short, bins, sizes, short=4, stride=1)
   np.testing.assert_array_equal(whole.keys, pieces.keys)
   np.testing.assert_allclose(whole.gain, pieces.gain)
+  np.testing.assert_array_equal(whole.documents, pieces.documents)
+  np.testing.assert_allclose([*whole.gain_half, whole.all_gain_half, whole.key_half],
+                             [*pieces.gain_half, pieces.all_gain_half, pieces.key_half])
   assert whole.key_nats == pytest.approx(pieces.key_nats) and whole.keys.sum() > 50
 
 

@@ -23,6 +23,7 @@ from longctx.training import processes
 from longctx.training.metrics import refusal_is_told
 
 NAME = 'evaluation.partial'
+FORMAT = 2   # of the sums in it: what an earlier version of them wrote is not used
 Arrays = dict[str, np.ndarray]
 
 
@@ -73,7 +74,7 @@ class Course:
 
   def __init__(self, folder: str = '', key: Any = None):
     self._path = os.path.join(folder, NAME) if folder else ''
-    self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    self._key = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()
     self._main = bool(folder) and jax.process_index() == 0
     self._passes = self._found() if folder else {}
     self._progress: Progress | None = None

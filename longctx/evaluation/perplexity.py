@@ -9,12 +9,15 @@ on `length`, and that of `sliding` on `stride` too: both are part of the result.
 
 Windows are put into the rows of a batch, longest first, and streamed in calls of `segment` tokens
 with the state carried; a row that has ended is padding. Live memory is one state and one segment,
-whatever the documents' length; with short_context also four bytes a token and pass, on the host. Where a window fits into one segment no state is made: a causal
+whatever the documents' length; on the host also the sums by bin of each document that has several windows, and
+with short_context four bytes a token and pass. Where a window fits into one segment no state is made: a causal
 model's padding at the end of a row changes nothing before it, and attention without a cache is
-faster. Sums are float64 on the host; every target is scored exactly once.
-Held by: tests/test_perplexity.py (a model whose exact answer is known, counts, layouts).
+faster. Sums are float64 on the host; every target is scored exactly once. Their intervals come of the documents,
+see ratio.py.
+Held by: tests/test_perplexity.py (a model whose exact answer is known, counts, layouts),
+tests/test_perplexity_interval.py.
 
-B batch  T tokens of a segment  D model  V vocab
+B batch  T tokens of a segment  D model  V vocab  K quantities  N bins of context position
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ import numpy as np
 from flax import nnx
 
 from longctx import errors, progress
-from longctx.evaluation import course, longppl, result
+from longctx.evaluation import course, longppl, ratio, result
 from longctx.evaluation import windows as windows_lib
 from longctx.models import attention_layer
 from longctx.parallel import mesh
@@ -127,7 +130,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, documents: Any, tokenizer: Any
   keys = None
   if config.short_context:
     short, short_stride = _short(config)
-    keys = longppl.compare(*keeps, longppl.bins(plans['full']), short=short, stride=short_stride)
+    keys = longppl.compare(*keeps, longppl.bins(plans['full']), scored, short=short, stride=short_stride)
   return result.Result(
       split=config.split, documents=int((scored > 0).sum()), length=length, stride=stride,
       passes={mode: passes[place[mode]] for mode in config.modes}, keys=keys,
@@ -208,6 +211,7 @@ def _programs(graphdef, layout, carries, batch_size, capacity, loss_chunk, state
 class _Segment(NamedTuple):
   """The host's side of one call: what goes in, and where the scores of it belong."""
   first: bool  # of its batch of windows: the state starts empty
+  document_B: np.ndarray  # that each row is of; fewer than B where the windows end
   tokens_BT: np.ndarray
   targets_BT: np.ndarray
   valid_BT: np.ndarray
@@ -225,9 +229,9 @@ class _Reader:
   scored: np.ndarray  # how many tokens of each document are
 
   def segments(self, windows: windows_lib.Windows, first: int) -> Iterator[_Segment]:
-    """Of all batches from the `first` on."""
+    """Of all batches from the `first` on; the longest windows come first."""
     batch, size = self.shape
-    windows, held = windows_lib.longest_first(windows), {}
+    held = {}
     before = np.cumsum(self.scored) - self.scored
     for i in range(first * batch, len(windows.start), batch):
       rows = [windows_lib.Windows(*one) for one in zip(*(x[i:i + batch] for x in windows))]
@@ -255,28 +259,74 @@ class _Reader:
       scored_BT[row, max(one.scored - low, 0):high - low] = True
       index_BT[row, :high - low] = before[int(one.document)] + np.arange(low, high)
     bin_T = windows_lib.position_bin(offset + np.arange(shape[1]))
-    return _Segment(offset == 0, tokens_BT, targets_BT, valid_BT, scored_BT,
+    return _Segment(offset == 0, np.array([int(one.document) for one in rows]), tokens_BT, targets_BT, valid_BT, scored_BT,
                     np.broadcast_to(bin_T, shape), index_BT)
 
 
-class _Sums:
-  """Sums by bin, in float64: nats, tokens, bytes, scores that are not finite."""
+NATS, TOKENS, BYTES, NOT_FINITE = range(4)   # what is summed
 
-  def __init__(self, bins: int, keep: np.ndarray | None = None):
-    self.keep = keep  # what each token's nats are written to
-    self.table = np.zeros((4, bins))
+
+class _Sums:
+  """Sums by bin, in float64, of one pass: of a batch's rows, of documents read in part, of whole documents.
+
+  Args:
+    windows: of the pass, in the order in which they are read.
+    rows: of a batch.
+    bins: of context position.
+    keep: what each token's nats are written to.
+  """
+
+  def __init__(self, windows: windows_lib.Windows, rows: int, bins: int, keep: np.ndarray | None = None):
+    self.keep = keep
+    self.rows_BKN = np.zeros((rows, 4, bins))
+    self.left = np.bincount(windows.document)   # windows of each document that are not read yet
+    several = self.left > 1
+    self.place = np.where(several, np.cumsum(several) - 1, -1)   # of a document in `parts`
+    self.parts = np.zeros((int(several.sum()), 4, bins))
+    self.whole = ratio.Moments(4, bins)
 
   def add(self, segment: _Segment, nll_BT: np.ndarray, bytes_V: np.ndarray) -> None:
     where = segment.scored_BT
-    nll, bins = nll_BT[where].astype(np.float64), segment.bin_BT[where]
-    count = functools.partial(np.bincount, bins, minlength=self.table.shape[1])
-    self.table += count(weights=nll), count(), count(weights=bytes_V[segment.targets_BT[where]]), count(
-        weights=~np.isfinite(nll))
+    nll, bins = nll_BT[where].astype(np.float64), self.rows_BKN.shape[2]
+    index = np.nonzero(where)[0] * bins + segment.bin_BT[where]
+    for quantity, weights in ((NATS, nll), (TOKENS, None), (BYTES, bytes_V[segment.targets_BT[where]]),
+                              (NOT_FINITE, ~np.isfinite(nll))):
+      self.rows_BKN[:, quantity] += np.bincount(index, weights, len(where) * bins).reshape(-1, bins)
     if self.keep is not None:
       self.keep[segment.index_BT[where]] = nll
 
+  def end_batch(self, document_B: np.ndarray) -> None:
+    """A batch of windows of these documents is read."""
+    ended = []
+    for document, row_KN in zip(document_B, self.rows_BKN):
+      place = self.place[document]
+      if place >= 0:
+        self.parts[place] += row_KN
+        row_KN = self.parts[place]
+      self.left[document] -= 1
+      if not self.left[document]:
+        ended.append(row_KN)
+    if ended:
+      self.whole.add(np.stack(ended))
+    self.rows_BKN[:] = 0
+
+  def arrays(self) -> course.Arrays:
+    """All that must be kept between two batches."""
+    return dict(counts=self.whole.counts_KN, sums=self.whole.sums_KN, products=self.whole.products_KKN,
+                parts=self.parts, left=self.left, **({} if self.keep is None else dict(keep=self.keep)))
+
+  def carry_on(self, before: course.Arrays) -> None:
+    """From `arrays()` of before."""
+    for name, array in self.arrays().items():
+      array[:] = before[name]
+
   def scores(self) -> tuple[result.Score, ...]:
-    return tuple(result.Score(float(n), int(t), int(b), int(f)) for n, t, b, f in self.table.T)
+    """A bin each, and of all bins."""
+    whole = self.whole
+    return tuple(
+        result.Score(float(sums[NATS]), *(int(sums[i]) for i in (TOKENS, BYTES, NOT_FINITE)), int(documents), *half)
+        for sums, documents, *half in zip(whole.sums_KN.T, whole.counts_KN[TOKENS], whole.half_widths(NATS, BYTES),
+                                          whole.half_widths(NATS, TOKENS)))
 
 
 def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib.Windows, keep: np.ndarray | None,
@@ -285,12 +335,12 @@ def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib
 
   tell(batches=, count=, ...) hears of each batch of windows that is read; so many `batches` were read `before`.
   """
-  sums = _Sums(1 + int(windows_lib.position_bin((windows.stop - windows.start).max() - 1)), keep)
-  took = 0.0
+  windows, took = windows_lib.longest_first(windows), 0.0
+  longest = windows.stop[0] - windows.start[0]
+  sums = _Sums(windows, reader.shape[0], 1 + int(windows_lib.position_bin(longest - 1)), keep)
   if batches:
-    sums.table[:], took = before['table'], float(before['seconds'])
-    if keep is not None:
-      keep[:] = before['keep']
+    sums.carry_on(before)
+    took = float(before['seconds'])
   put, none = programs.put, np.zeros(reader.shape, np.int32)
   # A call on padding alone compiles, so that the clock measures reading.
   nll_BT, state = programs.score(params, programs.fresh(params), put(none), put(none),
@@ -306,9 +356,9 @@ def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib
     tokens += int(segment.valid_BT.sum())
     progress.moved()
     if ends:
+      sums.end_batch(segment.document_B)
       batches, count, tokens = batches + 1, tokens, 0
-      tell(batches=batches, count=count, table=sums.table, seconds=took + time.perf_counter() - start,
-           **({} if keep is None else dict(keep=keep)))
+      tell(batches=batches, count=count, seconds=took + time.perf_counter() - start, **sums.arrays())
 
   for segment in reader.segments(windows, batches):
     if segment.first:
@@ -321,10 +371,8 @@ def _run(programs: _Programs, params: Any, reader: _Reader, windows: windows_lib
   if waiting is not None:
     add(ends=True)
   seconds = took + time.perf_counter() - start
-  bins = sums.scores()
-  total = result.Score(*(sum(getattr(score, field.name) for score in bins)
-                         for field in dataclasses.fields(result.Score)))
+  *bins, total = sums.scores()
   if total.tokens != reader.scored.sum():
     raise AssertionError(f'{total.tokens} tokens were scored of {reader.scored.sum()}')
   tokens_read = windows_lib.num_read(windows)
-  return result.Pass(total, bins, len(windows.start), tokens_read, seconds, tokens_read / seconds)
+  return result.Pass(total, tuple(bins), len(windows.start), tokens_read, seconds, tokens_read / seconds)

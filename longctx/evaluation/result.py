@@ -7,9 +7,11 @@ A separator has no bytes, but to predict where a document ends costs bits: its n
 may hold tokens and no bytes, and its bits per byte are then not defined ('-').
 A sliding pass reaches the first positions of a window at the starts of documents alone: a bin of it
 with less than FEW of its tokens is neither printed nor drawn, for it tells of those starts.
+Each of them has a 95 % interval, with documents as what was drawn, see ratio.py: its ends are in JSON, half of that
+of bits per byte in the table. With too few documents it is not defined.
 A token whose nats are not finite makes the sums of its bin and the total not finite; they are
 counted, printed as nan or inf, and null in JSON.
-Held by: tests/test_perplexity.py.
+Held by: tests/test_perplexity.py, tests/test_perplexity_interval.py.
 """
 
 import dataclasses
@@ -28,6 +30,9 @@ class Score:
   tokens: int
   bytes: int
   not_finite: int = 0
+  documents: int = 0   # that have one of the tokens
+  byte_half: float | None = None   # half of the 95 % interval of nats per byte; None: too few documents
+  token_half: float | None = None  # and of nats per token
 
   @property
   def bits_per_byte(self) -> float:
@@ -40,11 +45,21 @@ class Score:
 
   @property
   def perplexity(self) -> float:
-    return math.exp(self.loss) if not self.loss > 700 else math.inf  # 700: float64 ends
+    return _exp(self.loss)
+
+  @property
+  def bits_half(self) -> float:
+    """Half of the interval of bits per byte; nan: too few documents."""
+    return math.nan if self.byte_half is None else self.byte_half / math.log(2)
 
   def to_json(self) -> dict[str, Any]:
-    ratios = dict(bits_per_byte=self.bits_per_byte, perplexity=self.perplexity, loss=self.loss)
-    return dict(tokens=self.tokens, bytes=self.bytes, not_finite=self.not_finite,
+    bits, loss, half = self.bits_per_byte, self.loss, math.nan if self.token_half is None else self.token_half
+    low, high = _down(loss, half), loss + half
+    ratios = dict(bits_per_byte=bits, bits_per_byte_low=_down(bits, self.bits_half),
+                  bits_per_byte_high=bits + self.bits_half,
+                  perplexity=self.perplexity, perplexity_low=_exp(low), perplexity_high=_exp(high),
+                  loss=loss, loss_low=low, loss_high=high)
+    return dict(tokens=self.tokens, bytes=self.bytes, documents=self.documents, not_finite=self.not_finite,
                 **{name: _finite(x) for name, x in ratios.items()})
 
 
@@ -128,10 +143,10 @@ class Result:
     same = self.passes.get('full') is self.passes.get('sliding')
     titles = {'full': 'full: disjoint windows' if self.length else 'full',
               'sliding': 'sliding: the same windows' if same else f'sliding by {self.stride:,}'}
-    width, cell = 17, 33
+    width, cell = 17, 42
     lines.append(' ' * width + ''.join(f'{titles[mode]:>{cell}}' for mode in self.passes))
     lines.append(f'{"position":<{width}}' +
-                 f'{"tokens":>11}{"bits/byte":>10}{"perplexity":>12}' * len(self.passes))
+                 f'{"tokens":>11}{"bits/byte":>10}{"+-95 %":>9}{"perplexity":>12}' * len(self.passes))
     for i in range(max(len(one.bins) for one in self.passes.values())):
       low, high = windows.bin_edges(i)
       label = f'{low:,}' if low == high else f'{low:,}-{high:,}'
@@ -141,9 +156,11 @@ class Result:
     lines.append(f'{"all":<{width}}' +
                  ''.join(_cells(one.total) for one in self.passes.values()))
     lines.append(f'{"tokens/s":<{width}}' + ''.join(
-        f'{one.tokens_per_second:>11,.0f}{"":>22}' for one in self.passes.values()).rstrip())
+        f'{one.tokens_per_second:>11,.0f}{"":>31}' for one in self.passes.values()).rstrip())
     if self.peak_memory_bytes:
       lines.append(f'{"peak memory":<{width}}{self.peak_memory_bytes / 2**20:>7,.0f} MiB')
+    lines.append('+-95 %: half of the 95 % interval of bits/byte, had other documents been drawn; '
+                 '-: too few documents to tell')
     if any(map(self.few, self.passes)):
       lines.append(f'of bins with under {FEW:.0%} of the tokens of sliding, which are starts of '
                    'documents, the count alone is told')
@@ -156,13 +173,23 @@ class Result:
     return '\n'.join(lines)
 
 
+def _down(x: float, half: float) -> float:
+  """The lower end of what is never below 0; nan stays nan."""
+  return 0.0 if x < half else x - half
+
+
+def _exp(loss: float) -> float:
+  return math.exp(loss) if not loss > 700 else math.inf  # 700: float64 ends
+
+
 def _finite(x: float) -> float | None:
   return float(x) if math.isfinite(x) else None
 
 
 def _cells(score: Score, few: bool = False) -> str:
   if not score.tokens or few:
-    return f'{f"{score.tokens:,}" if few else "-":>11}{"-":>10}{"-":>12}'
+    return f'{f"{score.tokens:,}" if few else "-":>11}{"-":>10}{"-":>9}{"-":>12}'
   bits = f'{score.bits_per_byte:.4f}' if score.bytes else '-'
+  half = f'{score.bits_half:.4f}' if math.isfinite(score.bits_half) else '-'
   perplexity = f'{score.perplexity:,.3f}' if score.perplexity < 1e6 else f'{score.perplexity:.2e}'
-  return f'{score.tokens:>11,}{bits:>10}{perplexity:>12}'
+  return f'{score.tokens:>11,}{bits:>10}{half:>9}{perplexity:>12}'
