@@ -1,7 +1,8 @@
 """Figure of the loss by context position: does a longer context help, and how far?
 
 A line a run and mode: bits per byte over the log2-spaced bins of context position, both axes
-logarithmic, so that a power law is a straight line and the far bins, which matter, have room. Under
+logarithmic, so that a power law is a straight line and the far bins, which matter, have room. About it
+its 95 % interval as a band, where there is one; the scale is that of the lines. Under
 it how many tokens each bin of the first run holds, which tells how far to trust a point.
 Held by: tests/test_draw.py.
 """
@@ -20,6 +21,12 @@ def points(mode: dict[str, Any]) -> list[tuple[int, float]]:
   """(bin, bits per byte) of bins above 0 with enough tokens; bin i > 0: from 2^(i-1)."""
   return [(i, row['bits_per_byte']) for i, row in enumerate(mode['positions'])
           if row['bits_per_byte'] and not row['few']]
+
+
+def bands(mode: dict[str, Any]) -> list[tuple[int, float, float]]:
+  """(bin, low, high) of the points that have an interval."""
+  ends = [(i, *(mode['positions'][i].get(f'bits_per_byte_{end}') for end in ('low', 'high'))) for i, _ in points(mode)]
+  return [one for one in ends if None not in one]
 
 
 def labels(count: int) -> list[str]:
@@ -55,6 +62,11 @@ def draw(runs: dict[str, dict[str, Any]], path: str | os.PathLike | BinaryIO, *,
     for mode, found in run['modes'].items():
       _line(axes, f'{name}, {mode}', mode, found, colours[number % len(colours)])
   _frame(axes, title or _title(first))
+  limits = axes.get_ylim()   # of a bin with few documents the band is wider than all else
+  for number, run in enumerate(runs.values()):
+    for found in run['modes'].values():
+      _band(axes, found, colours[number % len(colours)])
+  axes.set_ylim(limits)
   _tokens(counts, first, num_bins)
   figure.savefig(path, format='png')
 
@@ -78,6 +90,15 @@ def _line(axes: Any, name: str, mode: str, found: dict[str, Any], colour: Any) -
   above = mode == 'full'  # of the two modes of a run the one with less context is the higher
   axes.annotate(f'{line[-1][1]:.2f}', line[-1], xytext=(0, 7 if above else -13), fontsize=8,
                 textcoords='offset points', color=colour, ha='center')
+
+
+def _band(axes: Any, found: dict[str, Any], colour: Any) -> None:
+  known = {i: (low, high) for i, low, high in bands(found)}
+  x = [i for i, _ in points(found)]
+  low, high = zip(*(known.get(i, (math.nan, math.nan)) for i in x)) if x else ((), ())
+  axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+  if len(known) == 1:   # a band of one point has no width
+    axes.vlines(x, low, high, color=colour, alpha=0.5, linewidth=1.6)
 
 
 def _frame(axes: Any, title: str) -> None:
