@@ -248,6 +248,30 @@ def test_what_is_missing_is_left_out_and_nothing_at_all_is_refused(tmp_path):
     report_page.render(str(tmp_path))
 
 
+def test_held_out_text_has_intervals_long_ppl_and_the_gain_by_position(tmp_path):
+  ends = dict(bits_per_byte_low=2.4, bits_per_byte_high=2.6, perplexity_low=4.5, perplexity_high=None)
+  full = dict(SCORED, **ends, positions=[dict(SCORED, **ends, first=4, last=7, few=False),
+                                         dict(SCORED, first=0, last=0, few=True)])
+  row = dict(first=4, last=7, tokens=1200, keys=7, gain=0.25, gain_low=-0.5, gain_high=1.0)
+  none = dict(first=0, last=0, tokens=1, keys=0, gain=0.0, gain_low=None, gain_high=None)
+  keys = dict(short_context=64, stride=16, alpha=2.0, beta=2.0, share=0.00583, perplexity=1.5, perplexity_low=1.25,
+              perplexity_high=2.0, **{name: row[name] for name in row if name not in ('first', 'last')},
+              positions=[none, row])
+  held_out = HELD_OUT | dict(modes=dict(full=full), key_tokens=keys)
+  folder = write(tmp_path / 'w', lines=[], metrics=[], held_out=held_out)
+  outline = Outline(report_page.render(str(folder)).decode())
+  scored = ['100', '2.5000', '2.4000 to 2.6000', '5.000', '-']
+  assert ['full', *scored] in outline.rows and ['4-7', *scored] in outline.rows
+  assert ['0', *scored] not in outline.rows   # a bin of few tokens
+  assert ['1,200', '7', '0.6', '1.500', '1.250 to 2.000'] in outline.rows
+  gained = ['1,200', '7', '0.2500', '-0.5000 to 1.0000']
+  assert [['0', '1', '0', '0.0000', '-'], ['4-7', *gained], ['all', *gained]] == outline.rows[
+      (at := outline.rows.index(['position', 'tokens', 'key tokens', 'gain, nats', '95 % interval']) + 1):at + 3]
+  assert any('the last 48 to 64 tokens alone' in text for text in outline.texts['p'])
+  earlier = write(tmp_path / 'v', lines=[], metrics=[])   # without intervals
+  assert ['full', '100', '2.5000', '-', '5.000', '-'] in Outline(report_page.render(str(earlier)).decode()).rows
+
+
 def test_examples_of_rows_that_are_right_have_a_table(tmp_path):
   folder = write(
     tmp_path / 'w',

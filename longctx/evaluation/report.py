@@ -19,9 +19,9 @@ from longctx.data.tasks import sources
 from longctx.data.tasks.example import SOURCES, Example, example
 from longctx.data.tasks.table import TASKS, floor
 from longctx.data.tokenizer import Tokenizer, load_tokenizer
-from longctx.draw import accuracy, curve, heatmap, position
+from longctx.draw import accuracy, curve, heatmap
 from longctx.errors import ConfigError, check
-from longctx.evaluation import again, page, records, ruler_summary
+from longctx.evaluation import again, held_out_page, page, records, ruler_summary
 from longctx.files import atomic_write
 
 BANDS = 10      # of depth, where depths were drawn and not asked for
@@ -73,7 +73,7 @@ def render(folder: str, sections: Sequence[str] = ()) -> bytes:
     parts += [page.heading('Examples'), *_examples(config, lines)]
   parts += sections
   if held_out:
-    parts += [page.heading('Held-out text'), *_held_out(held_out)]
+    parts += [page.heading('Held-out text'), *held_out_page.parts(held_out, (*IDENTITY, 'overrides'))]
   if any(m.get('loss') is not None for m in metrics):
     parts += [
       page.heading('Training'),
@@ -331,21 +331,6 @@ def answer(line: dict) -> str:
 
 
 # The rest.
-
-
-def _held_out(found: dict) -> list[str]:
-  if 'modes' not in found:   # rows that are right, see held_out.py
-    rows = [[key.replace('_', ' '), f'{value:,.4g}' if isinstance(value, float) else f'{value}']
-            for key, value in found.items() if value is not None and key not in (*IDENTITY, 'overrides')]
-    return [page.table(['measure', 'value'], rows)]
-  number = lambda x, digits: '-' if x is None else f'{x:,.{digits}f}'
-  rows = [
-    [mode, f'{one["tokens"]:,}', number(one['bits_per_byte'], 4), number(one['perplexity'], 3)]
-    for mode, one in found['modes'].items()
-  ]
-  return [page.table(['windows', 'tokens', 'bits per byte', 'perplexity'], rows),
-          page.figure(lambda file: position.draw({f'step {found["step"]}': found}, file),
-                      'Loss by context position: tokens before the predicted one.')]
 
 
 def _again(config: dict, folder: str, lines: list[dict], held_out: dict | None) -> list[str]:
