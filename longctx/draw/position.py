@@ -2,7 +2,8 @@
 
 A line a run and mode: bits per byte over the log2-spaced bins of context position, both axes
 logarithmic, so that a power law is a straight line and the far bins, which matter, have room. About it
-its 95 % interval as a band, where there is one; the scale is that of the lines. Under
+its 95 % interval as a band, where there is one; of one that is wider than its point is high the scale leaves out
+the ends. Under
 it how many tokens each bin of the first run holds, which tells how far to trust a point.
 Held by: tests/test_draw.py.
 """
@@ -62,7 +63,7 @@ def draw(runs: dict[str, dict[str, Any]], path: str | os.PathLike | BinaryIO, *,
     for mode, found in run['modes'].items():
       _line(axes, f'{name}, {mode}', mode, found, colours[number % len(colours)])
   _frame(axes, title or _title(first))
-  limits = axes.get_ylim()   # of a bin with few documents the band is wider than all else
+  limits = axes.get_ylim()
   for number, run in enumerate(runs.values()):
     for found in run['modes'].values():
       _band(axes, found, colours[number % len(colours)])
@@ -82,6 +83,12 @@ def _line(axes: Any, name: str, mode: str, found: dict[str, Any], colour: Any) -
   if not line:
     axes.plot([], [], STYLES.get(mode, ':'), color=colour, label=f'{name}: not finite')
     return
+  # Of a bin with few documents the interval may be many times as wide as all else.
+  ends = [(i, end) for i, *both in bands(found) if both[1] - both[0] <= found['positions'][i]['bits_per_byte']
+          for end in both]
+  if ends:
+    axes.update_datalim(ends)
+    axes.autoscale_view()
   total = found['bits_per_byte']
   overall = 'not finite' if total is None else f'{total:.3f} overall'
   axes.plot(*zip(*line), STYLES.get(mode, ':'), marker=MARKS.get(mode, '.'), markersize=5,
