@@ -204,6 +204,61 @@ def test_a_cache_of_an_earlier_format_is_told_and_built_again(tmp_path, builds, 
   assert len(builds) == 2 and caplog.text == ''
 
 
+# Pairs and labelled texts.
+
+
+def pairs_of(root, **settings):
+  return config_of(root, **(dict(form='pairs', length=16, source_length=16, long_documents='drop', batch_size=1, threads=0,
+                                 prefetch=0) | settings))
+
+
+def targets(config):
+  """Of an epoch, sorted; of classes their numbers."""
+  found, _, tokenizer = stream.open_rows(config, split='train', seed=0)
+  batches = [found[i] for i in range(found.num_rows)]
+  if config.form == 'labels':
+    return sorted(int(b['targets'][0, 0]) for b in batches)
+  return sorted(tokenizer.decode(b['targets'][b['loss_mask'] > 0]).decode() for b in batches)
+
+
+def test_pairs_have_a_cache_of_their_own_that_is_built_when_a_file_changes(tmp_path, builds):
+  write(tmp_path, a='1\tone\n2\t\n', b='3\ttwo')
+  config = pairs_of(tmp_path)
+  assert targets(config) == targets(config) == ['', 'one', 'two']
+  assert texts(config_of(tmp_path)) == ['1\tone\n2\t\n', '3\ttwo']
+  assert [name.rpartition('-')[0] for name in builds] == ['pairs-train', 'files-train']
+  assert targets(pairs_of(tmp_path, length=4, long_documents='trim')) == ['', 'one', 'two']   # the same tokens
+  assert len(builds) == 2
+  write(tmp_path, b='3\tTWO')   # same size, other time
+  assert targets(config) == ['', 'TWO', 'one']
+  (tmp_path / 'b.txt').unlink()
+  assert targets(config) == ['', 'one']
+  assert len(builds) == len(set(builds)) == 4
+
+
+def test_classes_that_have_other_numbers_are_built_again(tmp_path, builds):
+  for name in ('train/b/0', 'test/b/0', 'train/c/0', 'test/c/0'):
+    path = tmp_path / f'{name}.txt'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+  config = pairs_of(tmp_path, form='labels', source_length=0, files=str(tmp_path))
+  assert targets(config) == targets(config) == [0, 1]
+  assert len(builds) == 1
+  for part in ('train', 'test'):
+    (tmp_path / part / 'a').mkdir()   # a class without texts
+  assert targets(config) == [1, 2]
+  assert len(builds) == 2
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_line_that_is_no_pair_is_told_by_who_builds(tmp_path, monkeypatch, processes):
+  monkeypatch.setattr(corpus, 'PART', 1)
+  write(tmp_path, a='1\tone', b='2\ttwo\nthree', c='4\tfour')
+  with pytest.raises(ConfigError) as e:
+    targets(pairs_of(tmp_path, build_processes=processes))
+  assert str(e.value) == f'{tmp_path}/b.txt:2: has 0 tabs; must have one, between source and target'
+
+
 LONG = 'ünd der Rest\n' * 40
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from longctx.data import corpus, examples, generators, masking, stream
-from longctx.data.tokenizer import Bytes
+from longctx.data.tokenizer import Bytes, load_tokenizer, train_sentencepiece
 from longctx.errors import ConfigError
 
 SEP = 256
@@ -17,6 +18,12 @@ pairs = functools.partial(stream.Config, form='pairs', corpus='generated', gener
                           long_documents='drop', length=64, source_length=64, batch_size=4, threads=0,
                           prefetch=0)
 labels = functools.partial(pairs, form='labels', generator='sentiment', source_length=0, length=340)
+
+
+@pytest.fixture(autouse=True)
+def tokens(monkeypatch, tmp_path_factory):
+  """Where they are kept that no config gives a folder for."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('tokens')))
 
 
 def rows(config, split='train', seed=0, **hosts):
@@ -135,7 +142,7 @@ def test_a_text_in_two_files_is_in_one_split(tmp_path):
     file.write_text(f'text {i % 20}, {label if i < 10 else "alike"}')   # of a class twice, of both four times
   (tmp_path / 'train/bad/latin.txt').write_bytes(b'caf\xe9')
   rule = corpus.SplitRule(kind='hash', validation=0.5, test=0.3)
-  found = {split: examples.read_folder(str(tmp_path), split, rule) for split in ('train', 'validation', 'test')}
+  found = {split: list(examples.folder_source(str(tmp_path), split, rule).examples(split)) for split in corpus.SPLITS}
   texts = {split: {text for _, text, _ in of} for split, of in found.items()}
   assert not texts['train'] & texts['validation'] and min(map(len, texts.values())) > 5
   assert len(found['train']) + len(found['validation']) == 81 and len(found['test']) == 80
@@ -188,6 +195,94 @@ def test_what_is_too_long_is_left_out_or_cut_and_counted(tmp_path):
     rows(dataclasses.replace(config, length=1))
   with pytest.raises(ConfigError, match=r'none of \d+ examples .* fits data.length=12'):
     rows(pairs(length=12))[0]
+
+
+def pairs_of(path, lines, **settings):
+  """The config of pairs of a file that has these lines, all in the train split."""
+  path.write_bytes(b'\n'.join(lines))
+  return pairs(**(dict(corpus='files', generator='', files=str(path), batch_size=1, validation_fraction=0.0,
+                       test_fraction=0.0) | settings))
+
+
+def read(config, split='train'):
+  """{source, or text: target, or class} of an epoch."""
+  found, told = rows(config, split), {}
+  for batch in (found[i] for i in range(found.num_rows)):
+    tokens, is_text = batch['tokens'][0], batch['segment_ids'][0] > 0
+    if config.form == 'labels':
+      told[text(tokens[is_text])] = int(batch['targets'][0, 0])
+    else:
+      told[text(batch['source'][0][batch['source_valid'][0]])] = text(tokens[is_text])
+  return told
+
+
+def test_an_empty_source_or_target_keeps_its_partner(tmp_path):
+  config = pairs_of(tmp_path / 'a.tsv', [b'a\t', b'\tb', b'cc\tddd', b'', b' \t '])
+  assert read(config) == {b'a': b'', b'': b'b', b'cc': b'ddd'}   # the last is a line of spaces, which is none
+  assert read(dataclasses.replace(config, long_documents='trim', length=2, source_length=2)) == {
+      b'a': b'', b'': b'b', b'c': b'd'}
+
+
+def test_classes_of_empty_and_cut_texts(tmp_path):
+  expected = {b'': 11, b'some': 3, b'longe': 10}
+  for i, (words, label) in enumerate([(b'', 11), (b'some', 3), (b'longer', 10)]):
+    for part, name in (('train', f'{label:02}/{i}'), *(('test', f'{j:02}/0') for j in range(12))):
+      path = tmp_path / part / f'{name}.txt'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(words)
+  for j in range(12):   # of more than ten, some of two digits
+    (tmp_path / f'train/{j:02}').mkdir(exist_ok=True)
+  config = labels(corpus='files', generator='', files=str(tmp_path), length=6, batch_size=1, long_documents='trim',
+                  validation_fraction=0.0, test_fraction=0.0)
+  assert read(config) == expected
+
+
+@pytest.mark.parametrize('ends', [b'\n', b'\r\n', b'\r'])
+def test_lines_of_a_large_file_are_those_of_a_small_one(tmp_path, monkeypatch, ends):
+  """Wherever the chunks end that it is read in, and where a line is longer than one."""
+  lines = [b'%d\t%s' % (i, b'x' * (i * 7 % 40)) for i in range(60)]
+  (tmp_path / 'a.tsv').write_bytes(ends.join(lines))
+  monkeypatch.setattr(corpus, 'CHUNK', 16)
+  found = examples.pair_source(f'{tmp_path}/*.tsv', corpus.SplitRule(kind='hash', validation=0.0, test=0.0))
+  assert list(found.examples('train')) == [
+      (f'{tmp_path}/a.tsv:{i + 1}', *line.split(b'\t')) for i, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize('long', ['trim', 'drop'])
+def test_what_is_counted_is_what_the_rows_hold(tmp_path, monkeypatch, long):
+  """Of tokens of several bytes; all that is left out is read, or, where it is much, some of it."""
+  lines = [b'the words %d\t%s' % (i, b'a word and another ' * (i % 7)) for i in range(90)]
+  (tmp_path / 'm.model').write_bytes(train_sentencepiece(lines, 300))
+  config = pairs_of(tmp_path / 'a.tsv', lines, tokenizer=f'{tmp_path}/m.model', length=20, long_documents=long)
+  found, tokenizer = rows(config), load_tokenizer(config.tokenizer)
+  counts, batches = found.accounting(), [found[i] for i in range(found.num_rows)]
+  assert counts['dropped_documents' if long == 'drop' else 'documents_cut'] > 10
+  assert counts['documents'] == counts['rows_per_epoch'] == 90 - counts['dropped_documents']
+  assert counts['tokens'] == sum(b['loss_mask'].sum() for b in batches)
+  assert counts['bytes'] == sum(tokenizer.num_bytes(b['targets'][b['loss_mask'] > 0]).sum() for b in batches)
+  assert 'examples_counted' not in counts
+  targets = [tokenizer.encode(line.split(b'\t')[1]).tolist() for line in lines]   # in one piece
+  assert all(b['targets'][b['loss_mask'] > 0][:-1].tolist() in [x[:19] for x in targets] for b in batches)
+  monkeypatch.setattr(examples, 'READ', 8)
+  some = found.accounting()
+  assert some.pop('examples_counted') == 8
+  assert some == counts | {'bytes': some['bytes']} and abs(some['bytes'] / counts['bytes'] - 1) < 0.05
+
+
+def test_a_process_holds_numbers_of_examples_and_no_tokens(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, 'CHUNK', 1 << 16)
+  count = 200
+  config = pairs_of(tmp_path / 'a.tsv', [b'%d\t%s' % (i, b'x' * 40_000) for i in range(count)], long_documents='trim')
+  rows(pairs_of(tmp_path / 'b.tsv', [b'a\tb']))   # imports
+  for most in (1 << 20, 1 << 18):   # as it is tokenised, and opened again; 8 MB of text
+    tracemalloc.start()
+    found = rows(config)
+    assert tracemalloc.get_traced_memory()[1] < most
+    tracemalloc.stop()
+  given = found._examples
+  arrays = [x for x in vars(given).values() if isinstance(x, np.ndarray)]
+  assert sum(x.nbytes for x in arrays) == 3 * 8 * count
+  assert not any(isinstance(x, list | tuple | dict) for x in vars(given).values())
 
 
 @pytest.mark.parametrize('settings,message', [

@@ -1,5 +1,6 @@
 """Corpora and their tokens behind a URL, and parts that several processes build together."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -224,14 +225,112 @@ def test_pairs_and_labelled_texts_behind_a_url(bucket, tmp_path):
     (tmp_path / name).write_text(text)
   rule = corpus.SplitRule(kind='hash', validation=0.3, test=0)
   for split in corpus.SPLITS:
-    found = examples.read_folder('memory://examples', split, rule)
-    assert found == examples.read_folder(str(tmp_path), split, rule) and len(found) > 1
-  far, near = (examples.read_pairs(f'{root}/pairs/**/*.tsv') for root in ('memory://examples', tmp_path))
+    far, near = (list(examples.folder_source(root, split, rule).examples(split)) for root in
+                 ('memory://examples', str(tmp_path)))
+    assert far == near and len(far) > 1
+  whole = corpus.SplitRule(kind='hash', validation=0, test=0)
+  far, near = (list(examples.pair_source(f'{root}/pairs/**/*.tsv', whole).examples('train'))
+               for root in ('memory://examples', tmp_path))
   assert [x[1:] for x in far] == [x[1:] for x in near] == [(b'ab', b'xy'), (b'c', b'z'), ('ü'.encode(), b'v')]
   assert far[1][0] == 'memory://examples/pairs/b.tsv:2'.replace('memory://', 'memory:///')
-  for read in (examples.read_pairs, examples.folder_classes):
+  for read in (lambda url: examples.pair_source(url, whole), examples.folder_classes):
     with pytest.raises(ConfigError, match=r"^data\.files='memory://none.*: (matches no file|must be a folder)"):
       read('memory://none/*.tsv')
+
+
+@pytest.fixture
+def given(bucket, folder):
+  """config(form, URL or folder of examples, ...) of pairs and labelled texts, in some ten files each."""
+  lines = {f'pairs/{i}.tsv': ''.join(f'source {j}\t{"" if j % 5 == 0 else f"target {j}"}\n' for j in range(i, 99, 11))
+           for i in range(11)}
+  labelled = {f'{part}/{label}/{i}.txt': f'{label} {i} of {part} ' * (i % 7) for part in ('train', 'test')
+              for label in ('bad', 'good') for i in range(8)}
+  for name, content in (lines | labelled).items():
+    bucket.pipe_file(f'memory://examples/{name}', content.encode())
+    path = folder / 'examples' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+  def config(form, root, cache_dir, **settings):
+    special = dict(files=f'{root}/pairs/*.tsv', source_length=10) if form == 'pairs' else dict(files=root)
+    return config_of(**(special | dict(form=form, cache_dir=cache_dir, long_documents='trim', threads=0, prefetch=0)
+                        | settings))
+  return config
+
+
+FORMS = ('pairs', 'labels')
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('processes', [1, 2])
+def test_examples_of_parts_in_a_bucket_are_those_of_one_part_on_a_disk(bucket, given, folder, monkeypatch, form, processes):
+  near = given(form, f'{folder}/examples', folder / 'cache', validation_fraction=0.3)
+  dropped = dataclasses.replace(near, long_documents='drop')
+  account = lambda config: stream.open_stream(config, seed=0).accounting
+  whole = [batches(near), batches(dropped), account(near), account(dropped)]
+  monkeypatch.setattr(corpus, 'PART', SMALL)
+  # Builders that are processes would have a memory:// of their own.
+  far = given(form, *(('memory://examples', 'memory://tokens') if processes == 1 else
+                      (f'{folder}/examples', f'file://{folder}/tokens')), validation_fraction=0.3, build_processes=processes)
+  far_dropped = dataclasses.replace(far, long_documents='drop')
+  assert_same(batches(far), whole[0])
+  assert_same(batches(far_dropped), whole[1])
+  assert [account(far), account(far_dropped)] == whole[2:]
+  assert len(fsspec.open_files(f'{far.cache_dir}/{form}-train-*/meta.json')) > 2
+  for host in range(2):
+    found, expected = (stream.open_rows(config, split='train', seed=3, host_index=host, num_hosts=2)[0]
+                       for config in (far, near))
+    assert_same([found[i] for i in range(4)], [expected[i] for i in range(4)])
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_parts_of_examples_are_files_of_their_size(given, folder, small_parts, form):
+  config = given(form, f'{folder}/examples', '')
+  whole = (examples.pair_source(config.files, examples.rule_of(config)) if form == 'pairs' else
+           examples.folder_source(config.files, 'train', examples.rule_of(config)))
+  found = whole.parts('train')
+  assert [file for part in found for file in part.files] == list(whole.files)
+  sizes = [[os.path.getsize(file.path) for file in part.files] for part in found]
+  assert len(sizes) > 2 and all(sum(size) >= SMALL > sum(size[:-1]) for size in sizes[:-1])
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_two_hosts_make_the_examples_of_one_and_no_part_twice(bucket, given, small_parts, monkeypatch, form):
+  monkeypatch.setattr(parts, 'POLL', 0.05)
+  made, real = [], cache._write
+  def write(path, *, source, **rest):
+    made.append((threading.current_thread().name, source.files[0].name))
+    return real(path, source=source, **rest)
+  monkeypatch.setattr(cache, '_write', write)
+  config, found = given(form, 'memory://examples', 'memory://tokens'), {}
+  def host(i):
+    found[i] = stream.open_rows(config, split='train', seed=3, builders=(i, 2))
+  hosts = [threading.Thread(target=host, args=(i,), name=str(i)) for i in range(2)]
+  for thread in hosts:
+    thread.start()
+  for thread in hosts:
+    thread.join(60)
+  both = list(made)
+  alone = stream.open_rows(given(form, 'memory://examples', 'memory://alone'), split='train', seed=3)
+  assert {name for name, _ in both} == {'0', '1'}
+  assert sorted(name for _, name in both) == sorted(name for _, name in made[len(both):]) and len(both) > 2
+  assert found[0][1] == found[1][1] == alone[1]
+  for rows, _, _ in found.values():
+    assert_same([rows[i] for i in range(4)], [alone[0][i] for i in range(4)])
+
+
+@pytest.mark.parametrize('length, reads', [(200, 1), (4, 2)])
+def test_an_example_in_a_bucket_is_one_read(bucket, given, monkeypatch, length, reads):
+  """One whose source is cut is two, so that no more is read than a row has."""
+  config = given('pairs', 'memory://examples', 'memory://tokens', length=length, source_length=length)
+  found = stream.open_rows(config, split='train', seed=3)[0]
+  read, real = [], type(bucket).cat_file
+  def counting(self, path, start=None, end=None, **kwargs):
+    read.append(end - start)
+    return real(self, path, start, end, **kwargs)
+  monkeypatch.setattr(type(bucket), 'cat_file', counting)
+  batch = found[0]
+  held = sum(batch['source_valid'].sum(axis=1) + batch['loss_mask'].sum(axis=1))
+  assert len(read) == reads * config.batch_size and sum(read) == 2 * held
 
 
 # Parts.

@@ -11,6 +11,8 @@ them is another folder:
 The SEP at the end makes the token behind it the target of every token. A part that `continues` begins, without a
 SEP, with what follows of the last document of the part before: a huge document is in several. All processes that
 open a split build its parts together, and what they make is the same whoever makes it.
+Of pairs (examples.py) the documents 2i and 2i + 1 are example i, so empty ones are kept, as a SEP; of text they are
+left out.
 
 On a disk (disk.py) the tokens of up to MAPPED parts are memory-mapped, those of more are read when it is their turn,
 since a process may hold only so many files open. In a bucket (bucket.py; data.cache_dir=gs://...) each document's
@@ -48,6 +50,7 @@ FORMAT = 3
 BEFORE = (1, 2)   # formats that are no longer read
 MAPPED = 64     # parts: a file each stays open
 COUNTS = ('documents', 'empty_documents', 'dropped_copies', 'tokens', 'bytes')
+PAIR_COUNTS = ('second_bytes',)   # of the second documents of pairs
 
 
 class Cache:
@@ -60,7 +63,8 @@ class Cache:
     # Of each piece that continues a document: which document. So few that a list will do.
     self._more = [first - 1 - i for i, first in enumerate(
         first for part, first in zip(parts, self._first) if part.meta['continues'])]
-    self.meta = parts[0].meta | {name: sum(p.meta[name] for p in parts) for name in COUNTS}
+    self.meta = parts[0].meta | {name: sum(p.meta[name] for p in parts) for name in (*COUNTS, *PAIR_COUNTS)
+                                 if name in parts[0].meta}
 
   def __len__(self) -> int:
     return self._first[-1] - len(self._more)
@@ -82,7 +86,7 @@ class Cache:
     return np.add.reduceat(pieces, np.flatnonzero(begins))
 
   def read(self, document: int, low: int, high: int) -> np.ndarray:
-    """Tokens [low, high) of a document; the one behind its last is SEP."""
+    """Tokens [low, high) of a document; behind its last one are SEP and what follows in its part."""
     before, after = bisect.bisect_left(self._more, document), bisect.bisect_right(self._more, document)
     found, last = [], document + after
     for piece in range(document + before, last + 1):
@@ -103,16 +107,18 @@ def default_folder() -> pathlib.Path:
 
 
 def open_cache(source, split: str, tokenizer: Tokenizer, folder: str = '', *, share: tuple[int, int] = (0, 1),
-               processes: int = 1) -> Cache:
+               processes: int = 1, pairs: bool = False) -> Cache:
   """The cache of a source's split; builds of it what is not there, has changed or is damaged.
 
-  `share`: (i, n) of n processes that open it together; `processes`: how many this one builds with.
+  `share`: (i, n) of n processes that open it together; `processes`: how many this one builds with; `pairs`: the
+  source's documents are two an example, which are in one part.
   """
   sources = source.parts(split)
   place = Bucket(folder) if remote.is_url(folder) else Disk(
       pathlib.Path(folder).expanduser() if folder else default_folder(), mapped=len(sources) <= MAPPED)
   jobs = [Job(place, _name(part, split, tokenizer), functools.partial(
-      _write, source=part, split=split, tokenizer=tokenizer, may_be_empty=len(sources) > 1)) for part in sources]
+      _write, source=part, split=split, tokenizer=tokenizer, may_be_empty=len(sources) > 1, pairs=pairs))
+      for part in sources]
   with place.errors():
     parts = place.read_all(jobs)
     if not all(parts):
@@ -136,12 +142,12 @@ def _name(source: Any, split: str, tokenizer: Tokenizer, format: int = FORMAT) -
   return f'{source.label}-{split}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}'
 
 
-def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_be_empty: bool) -> dict:
+def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_be_empty: bool, pairs: bool) -> dict:
   """Writes tokens and offsets, a chunk of a document at a time; returns the meta data."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
   separator = np.array([tokenizer.separator], dtype).tobytes()
   offsets = array.array('q', [0])
-  num_bytes = num_empty = 0
+  num_bytes = second_bytes = num_empty = 0
   content = hashlib.sha256()
   said = time.monotonic()
   with synced(part / 'tokens.bin') as file:
@@ -152,12 +158,13 @@ def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_
 
     continues = source.continues(split)
     for name, chunks in source.documents(split):
-      length = 0
+      length, is_second = put(separator) if pairs else 0, pairs and len(offsets) % 2 == 0
       for chunk in chunks:
         if chunk and not length and not (continues and len(offsets) == 1):
           length = put(separator)
         length += put(tokenizer.encode(chunk, name).astype(dtype).tobytes())
         num_bytes += len(chunk)
+        second_bytes += len(chunk) * is_second
         progress.moved()
       if length:
         offsets.append(offsets[-1] + length)
@@ -179,5 +186,5 @@ def _write(part: pathlib.Path, *, source, split: str, tokenizer: Tokenizer, may_
       'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.fingerprint,
       'documents': num_documents, 'empty_documents': num_empty, 'pieces': len(offsets) - 1, 'continues': continues,
       'dropped_copies': source.num_copies, 'tokens': offsets[-1],
-      'bytes': num_bytes, 'content': content.hexdigest(),
+      'bytes': num_bytes, **({'second_bytes': second_bytes} if pairs else {}), 'content': content.hexdigest(),
       'sizes': {name: (part / name).stat().st_size for name in ('tokens.bin', 'offsets.npy')}}

@@ -332,7 +332,7 @@ def open_rows(config: Config, *, split: str, seed: int, host_index: int = 0, num
   if config.form in EXAMPLES:
     check_choice('split', split, corpus.SPLITS)
     tokenizer = load_tokenizer(config.tokenizer)
-    found = examples.open_examples(config, tokenizer, split, seed)
+    found = examples.open_examples(config, tokenizer, split, seed, builders)
     dtypes = {name: dtype for name, (_, dtype) in shapes(config).items()}
     return examples.ExampleRows(config, found, dtypes=dtypes, **hosts), found.content, tokenizer
   if config.corpus == 'tasks':
