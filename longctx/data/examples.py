@@ -9,7 +9,7 @@ from data.generator or from a folder as aclImdb has it, ROOT/train/CLASS/*.txt a
 be a URL (remote.py). What files give is tokenised once, by all processes together, and kept as other text is
 (cache.py): example i is the documents 2i, its source or text, and 2i + 1, its target or its class in digits. A part
 is a group of whole files of corpus.PART bytes, so of one huge file of pairs one process makes all.
-A process holds some 50 bytes for each example, and no tokens.
+A process holds some 50 bytes for each example (while it opens them, twice as many), and no tokens.
 Splits are by the hash of the source (SplitRule), so that no split has a source of another, in whatever lines
 or files it stands. Only a folder of classes has a test split of its own, which is taken as its authors made it:
 what it has of ROOT/train too stays in both. An example that is longer than a row is left out or cut as
