@@ -117,6 +117,32 @@ def test_stopped_by_a_signal_to_one_and_carried_on(home, text, pair):
   assert_close(logged(home / 'one'), logged(pair[0]))
 
 
+STOPS = """
+import os, signal, sys
+import jax
+from longctx import main, train
+evaluate = train.evaluate
+def stopped(*args, **kwargs):   # the second process is asked to stop when an evaluation begins
+  if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  return evaluate(*args, **kwargs)
+train.evaluate = stopped
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_to_one_while_both_evaluate(home, text, pair):
+  command = launch.command(home / 'evaluating', text, 'windowed', run_compilation_cache=str(home / 'xla'), **CHANGES)
+  with launch.several([command[0], '-c', STOPS, *command[3:]], home / 'evaluating.out') as (children, files):
+    assert [child.wait(LIMIT) for child in children] == [75, 75], files[0].read_text()
+    assert 'saved step 15; the same command carries on from there' in files[0].read_text()
+  assert not [line for line in logged(home / 'evaluating') if 'validation_loss' in line]
+  codes, outputs = run_pair(home, 'evaluating', text, **CHANGES)
+  assert codes == [0, 0], '\n'.join(outputs)
+  assert logged(home / 'evaluating') == logged(pair[0])   # bit for bit
+
+
 HANGS = """
 import sys, time
 import jax
