@@ -382,7 +382,7 @@ def builders() -> tuple[int, int]:
 def open_documents(a: Assembly) -> Any:
   """What a run is evaluated on: documents of a split, or rows where examples are learned."""
   if a.parts.data.form in held_out.FORMS:
-    return held_out.open_rows(a.parts.data, a.parts.perplexity, a.layout)
+    return held_out.open_rows(a.parts.data, a.parts.perplexity, a.layout, builders())
   return stream.open_documents(a.parts.data, a.parts.perplexity.split, builders=builders())
 
 

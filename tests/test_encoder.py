@@ -187,7 +187,7 @@ def score(config, token, **settings):
 def test_held_out_scores_by_hand(tmp_path):
   """Five pairs in batches of three; each target a, or ab and a separator that it can say no more of."""
   (tmp_path / 'a.tsv').write_text('1\ta\n2\taa\n3\tb\n4\tab\n5\taaaa\n')
-  config = stream.Config(form='pairs', corpus='files', files=f'{tmp_path}/a.tsv', length=5,
+  config = stream.Config(form='pairs', corpus='files', files=f'{tmp_path}/a.tsv', cache_dir=f'{tmp_path}/cache', length=5,
                          source_length=3, long_documents='drop', validation_fraction=0.0,
                          test_fraction=0.0, batch_size=2)
   found = score(config, ord('a'))
@@ -206,15 +206,16 @@ def opened(**given):
 @pytest.mark.parametrize('form', ['pairs', 'labels', 'masked'])
 def test_rows_tell_what_they_hold(tmp_path, form):
   """So that what was read of one text is not carried on with another of equal lengths."""
+  cache = str(tmp_path / 'cache')
   def content(word):
     if form == 'labels':
       for name in ('train/a/0.txt', 'train/b/0.txt', 'test/a/0.txt', 'test/b/0.txt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(word)
-      return opened(form='labels', files=str(tmp_path), long_documents='drop').content
+      return opened(form='labels', files=str(tmp_path), long_documents='drop', cache_dir=cache).content
     (tmp_path / 'a.tsv').write_text(f'1\t{word}\n')
-    more = dict(source_length=3, long_documents='drop') if form == 'pairs' else dict(cache_dir=str(tmp_path / 'cache'))
-    return opened(form=form, files=f'{tmp_path}/a.tsv', **more).content
+    more = dict(source_length=3, long_documents='drop') if form == 'pairs' else {}
+    return opened(form=form, files=f'{tmp_path}/a.tsv', cache_dir=cache, **more).content
   assert content('ab') == content('ab') != content('ba')
 
 
@@ -224,7 +225,7 @@ def test_held_out_classes_by_hand(tmp_path):
       (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
       (tmp_path / name).write_text('x')
   config = stream.Config(form='labels', corpus='files', files=str(tmp_path), length=5, batch_size=2,
-                         long_documents='drop', validation_fraction=0.0, test_fraction=0.0)
+                         cache_dir=f'{tmp_path}/cache', long_documents='drop', validation_fraction=0.0, test_fraction=0.0)
   found = score(config, 0)
   assert (found.rows, found.right_rows, found.majority, found.bytes) == (4, 3, 3, 4)
   assert 'largest class alone: 75.00 %' in found.table() and '75.00 % of 4 right' in found.line()

@@ -118,7 +118,8 @@ def test_a_disk_that_takes_nothing_costs_a_line(tmp_path, often, monkeypatch, ca
 @pytest.mark.parametrize('batches', [1, 2])
 @pytest.mark.parametrize('form', ['pairs', 'labels'])
 def test_examples_that_are_scored_carry_on_too(tmp_path, often, form, batches):
-  given = dict(corpus='files', length=5, long_documents='drop', validation_fraction=0.0, test_fraction=0.0, batch_size=2)
+  given = dict(corpus='files', length=5, long_documents='drop', validation_fraction=0.0, test_fraction=0.0, batch_size=2,
+               cache_dir=str(tmp_path / 'cache'))
   if form == 'pairs':
     (tmp_path / 'a.tsv').write_text(''.join(f'{i}\t{"ab"[i % 2] * (1 + i % 3)}\n' for i in range(8)))
     config = stream.Config(form='pairs', files=f'{tmp_path}/a.tsv', source_length=3, **given)

@@ -89,11 +89,15 @@ class Result:
         **(dict(majority=self.majority / self.rows) if self.majority else {}))
 
 
-def open_rows(data: stream.Config, config: perplexity.Config, layout: mesh.Layout) -> Any:
-  """This host's rows of the split, in batches of perplexity.batch_size; `content` identifies what they hold."""
+def open_rows(data: stream.Config, config: perplexity.Config, layout: mesh.Layout,
+              builders: tuple[int, int] = (0, 1)) -> Any:
+  """This host's rows of the split, in batches of perplexity.batch_size; `content` identifies what they hold.
+
+  `builders`: (index, count) of the processes that tokenise a corpus together.
+  """
   index, count = layout.host_rows(config.batch_size)
   rows, content, _ = stream.open_rows(dataclasses.replace(data, batch_size=config.batch_size), split=config.split,
-                                      seed=SEED, host_index=index, num_hosts=count)
+                                      seed=SEED, host_index=index, num_hosts=count, builders=builders)
   rows.content = content
   return rows
 
