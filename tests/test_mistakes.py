@@ -611,11 +611,11 @@ def test_an_error_in_the_middle_leaves_everything_closed(
         raise error
       broken.setattr(step, 'train_step', raises)
     else:
-      say = train.Trainer.log_evaluation
-      def raises_after(self, at, found):
-        say(self, at, found)
+      score = train.Trainer.score
+      def raises_after(self, at, state):
+        score(self, at, state)
         raise error
-      broken.setattr(train.Trainer, 'log_evaluation', raises_after)
+      broken.setattr(train.Trainer, 'score', raises_after)
     assert main.main(args) == status
   line = the_line(capfd.readouterr().err)
   assert line == str(error) if status == 2 else line.startswith('interrupted')
