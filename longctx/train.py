@@ -141,7 +141,8 @@ class Questions:
     *answers, seconds = zip(*processes.gather([*(one(now) for one in own), (now - then) / max(1, at - before)]))
     # The first process's seconds, so that all ask at the same count.
     self.begin(at, now)
-    self.next += max(1, min(self.most, int(ASK_EVERY / max(seconds[0], 1e-3))))
+    # Before anything was counted there is no pace.
+    self.next += 1 if at == before else max(1, min(self.most, int(ASK_EVERY / max(seconds[0], 1e-3))))
     return list(map(any, answers))
 
 
@@ -201,7 +202,7 @@ class Trainer:
           f'run.num_steps={self.config.num_steps}: the workdir has already done '
           f'{restored.step} steps; give more, or another workdir')
     self.stream.restore(restored.stream_state)
-    self.owes_evaluation = bool(restored.meta.get('owes_evaluation'))
+    self.owes_evaluation = bool(restored.meta.get('owes_evaluation')) and self.evaluates(restored.step)
     self.say(f'resumed at step {restored.step} from {self.folder}/checkpoints')
     return restored.state
 
@@ -274,6 +275,7 @@ class Trainer:
     if self.owes_evaluation:
       found = self.score(done, state)
       self.save(done, state, found)
+    self.questions.begin(done, time.monotonic())
     while done < c.num_steps:
       stop, save_again = self.asked(done)
       if save_again or stop:
@@ -303,7 +305,7 @@ class Trainer:
         self.exits.enter_context(self.stop)
         self.first_step_seconds = metrics_lib.process_seconds()
         self.say(f'first step after {self.first_step_seconds:.1f} s')
-      evaluates = (c.eval_every and done % c.eval_every == 0) or done == c.num_steps
+      evaluates = self.evaluates(done)
       saves = done % c.checkpoint_every == 0 or (evaluates and c.keep_best) or done == c.num_steps
       if evaluates or saves:
         looked, waiting = [*looked, waiting], None
@@ -315,6 +317,8 @@ class Trainer:
         alike.check(done, state.params)
       if evaluates or saves:
         found = self.score(done, state) if evaluates else None
+        if alike and self.owes_evaluation and not saves:
+          alike.check(done, state.params)
         if saves or self.owes_evaluation:
           self.save(done, state, found)
       self.tell_failures()
@@ -459,6 +463,9 @@ class Trainer:
     with contextlib.suppress(OSError, ConfigError):   # no hash of what could not be saved, no config to compare with
       told = self.about(at, self.documents) if self.about and self.main else {}
     return publish.publish(found, self.folder, at, told)
+
+  def evaluates(self, at: int) -> bool:
+    return bool(self.config.eval_every and at % self.config.eval_every == 0) or at == self.config.num_steps
 
   def score(self, at: int, state: step.TrainState) -> result.Result | held_out.Result | None:
     """`evaluate`, and its result logged."""
